@@ -1,0 +1,102 @@
+"""What differs between torch releases, in one table.
+
+Sources: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of each release; each row was compared with the
+release's own binary.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from fragscope.errors import UsageError
+
+
+class TieBreak(Enum):
+    """How a free list orders blocks of one stream and one size."""
+
+    ADDRESS = "address"
+    """By address (up to 2.11): which segment the driver placed lower decides."""
+    BLOCK_ORDER = "block order"
+    """By creation of the block object (2.12): a split makes a new object for its front part."""
+    SEGMENT_ORDER = "segment order"
+    """By creation of the segment, then by address (2.13 and newer): independent of the driver's placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The allocator behaviour of one torch release.
+
+    Attributes:
+        release: ``major.minor``.
+        tie_break: order of equal-size free blocks.
+        limit_at_fraction_one: whether a memory fraction of 1.0 sets a limit (up to 2.9) or removes it.
+        limit_rounds: whether fraction times total memory is rounded (2.13 and newer) or truncated.
+        conf_variables: environment variables read, first found wins.
+        conf_keys: keys that a conf string may hold, beyond those of every release.
+    """
+
+    release: str
+    tie_break: TieBreak
+    limit_at_fraction_one: bool
+    limit_rounds: bool
+    conf_variables: tuple[str, ...]
+    conf_keys: frozenset[str]
+
+
+_OLD = ("PYTORCH_CUDA_ALLOC_CONF",)
+_NEW = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_KEYS_2_9 = frozenset({"graph_capture_record_stream_reuse", "max_non_split_rounding_mb"})
+_KEYS_2_10 = _KEYS_2_9 | {"per_process_memory_fraction", "pinned_reserve_segment_size_mb"}
+_KEYS_2_11 = _KEYS_2_10 | {"large_segment_size_mb"}
+_KEYS_2_12 = _KEYS_2_11 | {"throw_on_cudamalloc_oom", "pinned_free_catch_all"}
+_KEYS_2_13 = _KEYS_2_12 | {"pinned_max_round_threshold_mb", "pinned_max_cached_size_mb"}
+
+RULES: tuple[Rules, ...] = (
+    Rules("2.9", TieBreak.ADDRESS, True, False, _OLD, _KEYS_2_9),
+    Rules("2.10", TieBreak.ADDRESS, False, False, _NEW, _KEYS_2_10),
+    Rules("2.11", TieBreak.ADDRESS, False, False, _NEW, _KEYS_2_11),
+    Rules("2.12", TieBreak.BLOCK_ORDER, False, False, _NEW, _KEYS_2_12),
+    Rules("2.13", TieBreak.SEGMENT_ORDER, False, True, _NEW, _KEYS_2_13),
+    Rules("2.14", TieBreak.SEGMENT_ORDER, False, True, _NEW, _KEYS_2_13),
+)
+"""Oldest first."""
+
+NEWEST = RULES[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenRules:
+    """The rules for a release somebody named.
+
+    Attributes:
+        torch: the release as named, such as ``"2.11.0"``.
+        rules: the row of the table.
+        assumed: True where the release is newer than the table and its newest row stands in.
+    """
+
+    torch: str
+    rules: Rules
+    assumed: bool
+
+
+def rules_for(torch: str) -> ChosenRules:
+    """The rules of a torch release such as ``"2.11.0"``, ``"2.13"`` or ``"2.11.0+cu130"``.
+
+    Raises:
+        UsageError: the release is malformed or older than the oldest rules.
+    """
+    match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d+)?(?:[a-z]\w*)?(?:\.dev\d+)?(?:\+[\w.]+)?", torch)
+    if match is None:
+        raise UsageError(f"--torch: {torch!r} is not a torch release; write one such as 2.11.0")
+    version = (int(match[1]), int(match[2]))
+    known = {tuple(int(p) for p in r.release.split(".")): r for r in RULES}
+    if version in known:
+        return ChosenRules(torch, known[version], assumed=False)
+    if version > max(known):
+        return ChosenRules(torch, NEWEST, assumed=True)
+    raise UsageError(
+        f"--torch: {torch} is older than the oldest rules known ({RULES[0].release}); "
+        f"known are {', '.join(r.release for r in RULES)}"
+    )

@@ -1,0 +1,45 @@
+"""Requests, Decisions and the Trace that holds both; readers and writers."""
+
+from fragscope.trace.events import (
+    NO_ID,
+    NO_STACK,
+    UNKNOWN_SIZE,
+    UNKNOWN_STREAM,
+    DecisionKind,
+    DecisionLog,
+    Decisions,
+    Frame,
+    RequestKind,
+    RequestLog,
+    Requests,
+    Stack,
+    StackTable,
+)
+from fragscope.trace.load import load_trace
+from fragscope.trace.store import write_trace
+from fragscope.trace.trace import DEFAULT_POOL, Loss, Observation, PoolId, SegmentState, Settings, Trace
+
+__all__ = [
+    "DEFAULT_POOL",
+    "NO_ID",
+    "NO_STACK",
+    "UNKNOWN_SIZE",
+    "UNKNOWN_STREAM",
+    "DecisionKind",
+    "DecisionLog",
+    "Decisions",
+    "Frame",
+    "Loss",
+    "Observation",
+    "PoolId",
+    "RequestKind",
+    "RequestLog",
+    "Requests",
+    "SegmentState",
+    "Settings",
+    "Stack",
+    "StackTable",
+    "Trace",
+    "load_trace",
+    "write_trace",
+]

@@ -1,0 +1,264 @@
+"""Requests and Decisions: the two event tables of a Trace, as numpy columns.
+
+*Requests* are what a program asked of the allocator, in program order; they carry a lifetime id, never an address.
+*Decisions* are what an allocator did about them; each row names the request it served. A recorded Trace has the
+decisions of the real allocator, a replayed one those of the model, and both have the same form, so that they can be
+compared row by row.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[Any]
+
+NO_ID = -1
+NO_STACK = -1
+UNKNOWN_SIZE = -1
+UNKNOWN_STREAM = -1
+
+
+class RequestKind(IntEnum):
+    """What a program asked for. The value is stored; never renumber."""
+
+    ALLOC = 1
+    """``id`` begins to live: ``size`` bytes on ``stream`` from ``pool``."""
+    FREE = 2
+    """The program let go of ``id``."""
+    RECORD_STREAM = 3
+    """``id`` is used on ``stream`` too (``UNKNOWN_STREAM`` where a recording only shows that some stream used it)."""
+    USES_DONE = 4
+    """From here on, the other streams' work on the freed ``id`` is finished: its deferred free may complete."""
+    EMPTY_CACHE = 5
+    """``torch.cuda.empty_cache()``."""
+    RELEASE_SEEN = 6
+    """A recording shows cached segments being returned directly before an allocation that needed a new one: either
+    an ``empty_cache()`` or the allocator's own retry. Replay decides, since it knows what fits."""
+    MEMORY_FRACTION = 7
+    """``set_per_process_memory_fraction``; ``size`` is the fraction times 10**9, rounded."""
+    PHASE_BEGIN = 8
+    """The measured phase ``phase`` begins; peaks start over."""
+    PHASE_END = 9
+    """The measured phase ``phase`` is over."""
+    OBSERVATION = 10
+    """The program read memory state; ``size`` indexes ``Trace.observations``."""
+
+
+class DecisionKind(IntEnum):
+    """What an allocator did. The value is stored; never renumber."""
+
+    SEGMENT_ALLOC = 1
+    """A segment of ``size`` bytes came from the driver at ``addr``."""
+    SEGMENT_FREE = 2
+    """The segment at ``addr`` went back to the driver."""
+    ALLOC = 3
+    """A block of ``size`` bytes at ``addr`` was handed out for ``id`` (``UNKNOWN_SIZE`` where a recording has no
+    block sizes)."""
+    FREE_REQUESTED = 4
+    """The block of ``id`` at ``addr`` is no longer the program's."""
+    FREE_COMPLETED = 5
+    """The block of ``id`` at ``addr`` is free to be handed out again."""
+    OOM = 6
+    """No memory: ``size`` is the rounded request, ``addr`` the driver's free bytes after everything was released."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Request columns, each of shape ``(n,)``.
+
+    Attributes:
+        kind: uint8, a ``RequestKind``.
+        id: int64, lifetime id or ``NO_ID``.
+        size: int64, bytes asked for (other meanings: see ``RequestKind``).
+        stream: int64, the raw stream handle; 0 is the default stream.
+        pool: int32, index into ``Trace.pools``; 0 is the default pool.
+        thread: int32, small number of the thread that asked.
+        stack: int32, index into ``Trace.stacks`` or ``NO_STACK``.
+        phase: int32, index into ``Trace.phases``; 0 is "no phase".
+    """
+
+    kind: Column
+    id: Column
+    size: Column
+    stream: Column
+    pool: Column
+    thread: Column
+    stack: Column
+    phase: Column
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Decision columns, each of shape ``(n,)``.
+
+    Attributes:
+        kind: uint8, a ``DecisionKind``.
+        request: int64, row of the request that was being served.
+        id: int64, lifetime id, or ``NO_ID`` for segments.
+        addr: int64, address in bytes (for an OOM: the driver's free bytes).
+        size: int64, bytes (see ``DecisionKind``).
+        stream: int64, the raw stream handle.
+        pool: int32, index into ``Trace.pools``.
+    """
+
+    kind: Column
+    request: Column
+    id: Column
+    addr: Column
+    size: Column
+    stream: Column
+    pool: Column
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+
+REQUEST_DTYPES: dict[str, str] = {
+    "kind": "u1", "id": "<i8", "size": "<i8", "stream": "<i8",
+    "pool": "<i4", "thread": "<i4", "stack": "<i4", "phase": "<i4",
+}  # fmt: skip
+DECISION_DTYPES: dict[str, str] = {
+    "kind": "u1", "request": "<i8", "id": "<i8", "addr": "<i8", "size": "<i8", "stream": "<i8", "pool": "<i4",
+}  # fmt: skip
+
+assert tuple(REQUEST_DTYPES) == tuple(f.name for f in fields(Requests))
+assert tuple(DECISION_DTYPES) == tuple(f.name for f in fields(Decisions))
+
+_ARRAY_CODES = {"u1": "B", "<i4": "i", "<i8": "q"}
+
+
+class _ColumnLog:
+    """Appends rows to typed arrays: 41 to 45 bytes a row instead of a Python tuple's several hundred."""
+
+    _dtypes: dict[str, str]
+
+    def __init__(self) -> None:
+        self._columns = {name: array(_ARRAY_CODES[dtype]) for name, dtype in self._dtypes.items()}
+
+    def __len__(self) -> int:
+        return len(self._columns["kind"])
+
+    def _to_numpy(self) -> dict[str, Column]:
+        return {name: np.array(self._columns[name], dtype=dtype) for name, dtype in self._dtypes.items()}
+
+
+class RequestLog(_ColumnLog):
+    """Collects requests in program order."""
+
+    _dtypes = REQUEST_DTYPES
+
+    def append(
+        self,
+        kind: RequestKind,
+        *,
+        id: int = NO_ID,
+        size: int = 0,
+        stream: int = 0,
+        pool: int = 0,
+        thread: int = 0,
+        stack: int = NO_STACK,
+        phase: int = 0,
+    ) -> int:
+        """Add one request and return its row number."""
+        c = self._columns
+        c["kind"].append(kind)
+        c["id"].append(id)
+        c["size"].append(size)
+        c["stream"].append(stream)
+        c["pool"].append(pool)
+        c["thread"].append(thread)
+        c["stack"].append(stack)
+        c["phase"].append(phase)
+        return len(c["kind"]) - 1
+
+    def finish(self) -> Requests:
+        """The rows so far as columns; the log can go on."""
+        return Requests(**self._to_numpy())
+
+
+class DecisionLog(_ColumnLog):
+    """Collects decisions in order.
+
+    Attributes:
+        request: row of the request being served; whoever drives the allocator sets it before each call.
+    """
+
+    _dtypes = DECISION_DTYPES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.request = 0
+
+    def append(self, kind: DecisionKind, id: int, addr: int, size: int, stream: int, pool: int) -> None:
+        """Add one decision made while serving the current request."""
+        c = self._columns
+        c["kind"].append(kind)
+        c["request"].append(self.request)
+        c["id"].append(id)
+        c["addr"].append(addr)
+        c["size"].append(size)
+        c["stream"].append(stream)
+        c["pool"].append(pool)
+
+    def finish(self) -> Decisions:
+        """The rows so far as columns; the log can go on."""
+        return Decisions(**self._to_numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a Python call stack."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.function})"
+
+
+Stack = tuple[Frame, ...]
+"""Innermost frame first, as PyTorch records them."""
+
+
+class StackTable:
+    """Interned call stacks: equal stacks share one index."""
+
+    def __init__(self, stacks: Iterator[Stack] | tuple[Stack, ...] = ()) -> None:
+        self._stacks: list[Stack] = []
+        self._index: dict[Stack, int] = {}
+        for stack in stacks:
+            self.add(stack)
+
+    def add(self, stack: Stack) -> int:
+        """Index of the stack, added if new; ``NO_STACK`` for an empty one."""
+        if not stack:
+            return NO_STACK
+        found = self._index.get(stack)
+        if found is None:
+            found = self._index[stack] = len(self._stacks)
+            self._stacks.append(stack)
+        return found
+
+    def __getitem__(self, index: int) -> Stack:
+        return () if index < 0 else self._stacks[index]
+
+    def __len__(self) -> int:
+        return len(self._stacks)
+
+    def __iter__(self) -> Iterator[Stack]:
+        return iter(self._stacks)
+
+    def stripped(self) -> Self:
+        """A table with no stacks at all, for a Trace that strangers may see."""
+        return type(self)()
