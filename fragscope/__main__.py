@@ -1,0 +1,5 @@
+"""Run as ``python -m fragscope``."""
+
+from fragscope.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""The values that a suite makes and that gate and report read."""
+
+from fragscope.results.model import (
+    SCHEMA_VERSION,
+    AfterEmptyCache,
+    AssumptionRecord,
+    Calls,
+    Case,
+    DeviceKind,
+    Effect,
+    EstimatedOp,
+    LossRecord,
+    OomRecord,
+    Outcome,
+    Peak,
+    Results,
+    Role,
+    Run,
+    VerifyRecord,
+    load_results,
+    save_results,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AfterEmptyCache",
+    "AssumptionRecord",
+    "Calls",
+    "Case",
+    "DeviceKind",
+    "Effect",
+    "EstimatedOp",
+    "LossRecord",
+    "OomRecord",
+    "Outcome",
+    "Peak",
+    "Results",
+    "Role",
+    "Run",
+    "VerifyRecord",
+    "load_results",
+    "save_results",
+]

@@ -1,0 +1,224 @@
+"""Cases, their results, and the file that holds them: results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from fragscope.errors import InputFileError, printable
+from fragscope.trace.containers import first_bytes, write_atomically
+from fragscope.units import MIB
+
+SCHEMA_VERSION = 1
+_FILE_LIMIT = 512 * MIB
+
+Outcome = Literal["ok", "oom", "overflow", "wrong", "hazard", "crash", "timeout", "unsupported", "skipped"]
+Role = Literal["original", "fixed", "newest", "proposed"]
+Effect = Literal["none", "bounded", "unknown"]
+DeviceKind = Literal["virtual", "cuda"]
+
+
+class Peak(msgspec.Struct, frozen=True):
+    """Byte counters; see the design's word list for each."""
+
+    requested: int = 0
+    allocated: int = 0
+    active: int = 0
+    reserved: int = 0
+    stranded: int = 0
+    inactive_split: int = 0
+
+
+class AfterEmptyCache(msgspec.Struct, frozen=True):
+    """What ``empty_cache()`` would leave at the end of the phase; bytes."""
+
+    reserved: int = 0
+
+
+class Calls(msgspec.Struct, frozen=True):
+    """Driver calls during the phase."""
+
+    alloc: int = 0
+    free: int = 0
+    sync: int = 0
+
+
+class OomRecord(msgspec.Struct, frozen=True):
+    """A request that failed: event number in the trace, bytes, stream."""
+
+    event: int
+    requested: int
+    rounded: int
+    stream: int
+
+
+class AssumptionRecord(msgspec.Struct, frozen=True):
+    """Something the figures take for granted, in terms a program can read."""
+
+    code: str
+    effect: Effect
+    events: int
+    detail: str = ""
+
+
+class VerifyRecord(msgspec.Struct, frozen=True):
+    """Comparison of the model with recorded decisions."""
+
+    compared: int
+    mismatches: int
+    first: str | None = None
+
+
+class LossRecord(msgspec.Struct, frozen=True):
+    """Something a recording does not hold."""
+
+    code: str
+    detail: str
+    events: int = 0
+
+
+class EstimatedOp(msgspec.Struct, frozen=True):
+    """An operator whose hidden temporaries are not known."""
+
+    op: str
+    calls: int
+    where: str = ""
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One measurement and its outcome. All sizes are bytes; figures are those of the measured phase.
+
+    Attributes:
+        id: readable and unique within a run.
+        digest: of everything that decides the result except the code measured.
+        scenario, preset, variant, role: what was run.
+        params: scenario parameters by name.
+        conf, torch, card, device: what it was decided under; ``torch`` is the release whose rules apply.
+        torch_installed: the release that ran the code.
+        capacity: bytes that segments could take together.
+        outcome: what happened.
+        expected_outcome: what the scenario declares should happen.
+        exact: every allocation of the phase has a known size and nothing assumed can change the figures.
+        estimated_ops: operators with unknown temporaries.
+        base, end_live: allocated bytes when the phase began and ended.
+        transient: peak allocated beyond base and end.
+        retained: end minus base.
+        message: one line about what went wrong.
+        seconds: wall time of the recording or replay.
+        trace: path of the Trace, relative to the results file.
+        sources: SHA-256 of each source file the case ran, by path; what ``--resume`` compares.
+    """
+
+    id: str
+    digest: str
+    scenario: str
+    preset: str
+    variant: str
+    role: Role
+    params: dict[str, Any] = {}
+    conf: str = ""
+    torch: str
+    torch_installed: str
+    card: str
+    device: DeviceKind
+    capacity: int = 0
+    outcome: Outcome
+    expected_outcome: Outcome = "ok"
+    exact: bool = False
+    estimated_ops: list[EstimatedOp] = []
+    base: int = 0
+    end_live: int = 0
+    transient: int = 0
+    retained: int = 0
+    peak: Peak = Peak()
+    end: Peak = Peak()
+    after_empty_cache: AfterEmptyCache = AfterEmptyCache()
+    non_torch_peak: int | None = None
+    segments_peak: int = 0
+    allocs: int = 0
+    driver_calls: Calls = Calls()
+    ooms: list[OomRecord] = []
+    retries: int = 0
+    numeric: dict[str, Any] | None = None
+    verify: VerifyRecord | None = None
+    lost: list[LossRecord] = []
+    assumptions: list[AssumptionRecord] = []
+    findings: list[dict[str, Any]] = []
+    seconds: float = 0.0
+    trace: str | None = None
+    message: str = ""
+    sources: dict[str, str] = {}
+
+    @property
+    def measured(self) -> bool:
+        """Whether the figures mean anything: the phase ran to its end, or to the OOM that ended it."""
+        return self.outcome in ("ok", "oom", "wrong", "hazard", "overflow")
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the outcome is the declared one."""
+        return self.outcome == self.expected_outcome
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """How a set of cases came to be.
+
+    Attributes:
+        started: ISO 8601, UTC.
+        seconds: wall time.
+        complete: every selected case has a result.
+        planned: how many cases were selected.
+        versions: fragscope, python, torch and the like.
+        command: the command line, redacted.
+        card: name to facts about the card, bytes.
+    """
+
+    started: str
+    seconds: float
+    complete: bool
+    planned: int
+    versions: dict[str, str] = {}
+    command: list[str] = []
+    cards: dict[str, dict[str, Any]] = {}
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of results.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: Run
+    cases: list[Case]
+
+
+def load_results(path: Path) -> Results:
+    """Read results.json, or the file of that name in a folder. The content may come from strangers.
+
+    Raises:
+        InputFileError: missing, not JSON, of another schema, or with a value of the wrong type (names the key).
+    """
+    file = path / "results.json" if path.is_dir() else path
+    first_bytes(file)
+    if file.stat().st_size > _FILE_LIMIT:
+        raise InputFileError(file, "is too large to be a results file")
+    raw = file.read_bytes()
+    try:
+        version = msgspec.json.decode(raw, type=_Versioned).schema_version
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise InputFileError(file, f"is not a results file ({printable(str(e), 160)})") from None
+    if version != SCHEMA_VERSION:
+        raise InputFileError(file, f"has schema version {version}; this fragscope reads {SCHEMA_VERSION}")
+    try:
+        return msgspec.json.decode(raw, type=Results)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise InputFileError(file, f"is not a usable results file ({printable(str(e), 160)})") from None
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Write results.json, whole or not at all."""
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
