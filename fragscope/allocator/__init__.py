@@ -2,7 +2,7 @@
 
 from fragscope.allocator.caching import CachingAllocator, DriverCalls, OutOfMemoryError
 from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
-from fragscope.allocator.conf import Conf, parse_conf
+from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
 from fragscope.allocator.counters import Counters
 from fragscope.allocator.driver import Device, RecordedPlacement, TopDownPlacement
 from fragscope.allocator.replay import (
@@ -47,6 +47,7 @@ __all__ = [
     "card_named",
     "final_state",
     "parse_conf",
+    "recorded_conf",
     "replay",
     "rules_for",
 ]

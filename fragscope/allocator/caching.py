@@ -90,7 +90,7 @@ class CachingAllocator:
         self._large = BlockPool(small=False)
         self._small = BlockPool(small=True)
         self._pending: dict[int, Block] = {}  # id -> block whose deferred free waits, in the order of the frees
-        self._finished: list[Block] = []  # of those, whose streams are done, in that order
+        self._finished: dict[int, Block] = {}  # of those, whose streams are done, in that order
         self._tie_is_address = rules.tie_break is TieBreak.ADDRESS
         self._tie_is_block = rules.tie_break is TieBreak.BLOCK_ORDER
         self._created = 0
@@ -154,8 +154,8 @@ class CachingAllocator:
     def uses_done(self, id: int) -> None:
         """Other streams are done with a freed block; the next ``malloc`` will notice."""
         block = self._pending.get(id)
-        if block is not None and block not in self._finished:
-            self._finished.append(block)
+        if block is not None:
+            self._finished.setdefault(id, block)
 
     def empty_cache(self) -> None:
         """Wait for all streams and return every wholly idle segment."""
@@ -173,8 +173,8 @@ class CachingAllocator:
 
     def _process_events(self) -> None:
         """Complete the deferred frees whose streams are done; polled only when memory is asked for."""
-        finished, self._finished = self._finished, []
-        for block in finished:
+        finished, self._finished = self._finished, {}
+        for block in finished.values():
             del self._pending[block.id]
             block.pending = False
             self._free_block(block)
@@ -281,8 +281,7 @@ class CachingAllocator:
         """Wait for all streams, complete every deferred free, return idle segments: large ones first, then small."""
         self.calls.sync += 1
         if self._pending:
-            waiting = [*self._finished, *(b for b in self._pending.values() if b not in self._finished)]
-            self._finished = waiting
+            self._finished = {**self._finished, **self._pending}  # those already finished keep their place in front
             self._process_events()
         for pool in (self._large, self._small):
             for block in pool.whole_segments():
@@ -292,9 +291,7 @@ class CachingAllocator:
     def _release_segment(self, block: Block) -> None:
         segment = block.segment
         if self.log is not None:
-            self.log.append(
-                DecisionKind.SEGMENT_FREE, NO_ID, segment.addr, segment.size, segment.stream, _DEFAULT_POOL
-            )
+            self.log.append(DecisionKind.SEGMENT_FREE, NO_ID, segment.addr, segment.size, segment.stream, _DEFAULT_POOL)
         self.calls.free += 1
         del self.segments[segment.addr]
         self.meter.reserved -= segment.size

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fragscope.allocator.rules import Rules
-from fragscope.errors import UnmodelledError, UsageError
+from fragscope.errors import UnmodelledError, UsageError, printable
+from fragscope.trace import Settings
 
 # Key -> values that leave the native allocator's device blocks as they are by default. None: any value does.
 _WITHOUT_EFFECT: dict[str, frozenset[str] | None] = {
@@ -75,6 +76,35 @@ def parse_conf(text: str, rules: Rules) -> Conf:
         if harmless is not None and value not in harmless:
             raise UnmodelledError(key, f"the allocator model does not cover {key}:{value} (conf {text!r})")
     return Conf(text)
+
+
+# What a snapshot reports of settings that move device blocks -> the values that leave them as they are by default.
+_RECORDED_DEFAULTS = {
+    "max_split_size": frozenset({"-1"}),
+    "garbage_collection_threshold": frozenset({"0.0", "0"}),
+    "expandable_segments": frozenset({"False"}),
+    "graph_capture_record_stream_reuse": frozenset({"False"}),
+}
+
+
+def recorded_conf(settings: Settings) -> str:
+    """The conf that a recording was made under, for a replay under the same settings.
+
+    Raises:
+        UnmodelledError: the conf string is a default one, but the effective settings beside it are not; names the key.
+    """
+    if settings.conf:
+        return settings.conf  # parse_conf decides about it
+    for key, value in settings.recorded.items():
+        allowed = _RECORDED_DEFAULTS.get(key)
+        if key.startswith("roundup_power2_divisions."):
+            allowed = frozenset({"0", "1"})
+        if allowed is not None and value not in allowed:
+            raise UnmodelledError(
+                key.partition(".")[0],
+                f"was {printable(value, 60)} when this was recorded, which the allocator model does not cover",
+            )
+    return settings.conf
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:

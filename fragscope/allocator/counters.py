@@ -32,7 +32,10 @@ NAMES = ("requested", "allocated", "active", "reserved", "stranded", "inactive_s
 class Meter:
     """Mutable counters with peaks; a peak is the largest value since the last reset, as in torch's statistics."""
 
-    __slots__ = (*NAMES, *(f"peak_{n}" for n in NAMES), "peak_segments", "segments")
+    __slots__ = (
+        *NAMES, *(f"peak_{n}" for n in NAMES), "peak_segments", "program_peak_allocated", "program_peak_reserved",
+        "segments",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         for name in self.__slots__:
@@ -52,6 +55,9 @@ class Meter:
     peak_stranded: int
     peak_inactive_split: int
     peak_segments: int
+    program_peak_allocated: int
+    """Peak since the program itself last reset it; phases leave it alone."""
+    program_peak_reserved: int
 
     def handed_out(self, block: int, requested: int) -> None:
         """A block was handed out."""
@@ -60,6 +66,7 @@ class Meter:
         self.active += block
         self.peak_requested = max(self.peak_requested, self.requested)
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.program_peak_allocated = max(self.program_peak_allocated, self.allocated)
         self.peak_active = max(self.peak_active, self.active)
 
     def reserve(self, size: int) -> None:
@@ -67,6 +74,7 @@ class Meter:
         self.reserved += size
         self.segments += 1
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self.program_peak_reserved = max(self.program_peak_reserved, self.reserved)
         self.peak_segments = max(self.peak_segments, self.segments)
 
     def strand(self, change: int) -> None:
@@ -91,3 +99,8 @@ class Meter:
         """Peaks start over from the values as they stand."""
         for name in (*NAMES, "segments"):
             setattr(self, f"peak_{name}", getattr(self, name))
+
+    def reset_program_peak(self) -> None:
+        """``torch.cuda.reset_peak_memory_stats()``: the program's own view of peaks starts over."""
+        self.program_peak_allocated = self.allocated
+        self.program_peak_reserved = self.reserved

@@ -1,12 +1,13 @@
 """Where segments come from: device memory in bytes, and the addresses the driver gives.
 
-Up to torch 2.11 equal-size free blocks are ordered by address, so a model needs addresses. Two sources: a recording's own,
-and ``TopDownPlacement``, the rule observed for cudaMalloc on Linux x86-64 (H100 80GB, driver 580): regions of 32 MiB
-multiples, newer regions below older ones, inside a region the smallest sufficient hole at its low end.
+Up to torch 2.11 equal-size free blocks are ordered by address, so a model needs addresses. Two sources: a recording's
+own, and ``TopDownPlacement``, the rule observed for cudaMalloc on Linux x86-64 (H100 80GB, driver 580): regions of
+32 MiB multiples, newer regions below older ones, inside a region the smallest sufficient hole at its low end.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -154,7 +155,8 @@ class _Region:
 class RecordedPlacement:
     """A recording's own addresses, as long as the same sizes are asked for in the same order.
 
-    From the first difference on, ``TopDownPlacement`` goes on around the segments that stand.
+    From the first difference on (another size, or an address whose former segment this replay still holds),
+    ``TopDownPlacement`` goes on around the segments that stand.
 
     Attributes:
         departed: whether a difference was met.
@@ -164,6 +166,7 @@ class RecordedPlacement:
         self._recorded = segments  # (address, bytes) in the order taken
         self._next = 0
         self._standing: dict[int, int] = {}
+        self._order: list[int] = []  # their addresses, ascending
         self._rule = TopDownPlacement()
         self.departed = False
 
@@ -171,9 +174,10 @@ class RecordedPlacement:
         """The recorded address, or a modelled one after the first difference."""
         if not self.departed and self._next < len(self._recorded):
             addr, recorded_size = self._recorded[self._next]
-            if recorded_size == size:
+            if recorded_size == size and self._is_clear(addr, size):
                 self._next += 1
                 self._standing[addr] = size
+                insort(self._order, addr)
                 return addr
         if not self.departed:
             self.departed = True
@@ -181,7 +185,16 @@ class RecordedPlacement:
                 self._rule.keep_clear(addr, length)
         return self._rule.place(size)
 
+    def _is_clear(self, addr: int, size: int) -> bool:
+        """Whether no segment stands there: a recording gives an address again only after it was freed *there*."""
+        at = bisect_left(self._order, addr)
+        if at < len(self._order) and self._order[at] < addr + size:
+            return False
+        return at == 0 or self._order[at - 1] + self._standing[self._order[at - 1]] <= addr
+
     def remove(self, addr: int, size: int) -> None:
         """Forget a segment."""
         if self._standing.pop(addr, None) is None:
             self._rule.remove(addr, size)
+        else:
+            del self._order[bisect_left(self._order, addr)]

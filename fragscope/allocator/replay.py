@@ -134,8 +134,9 @@ class Replay:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing assumed can change the numbers."""
-        return all(a.effect == "none" for a in self.assumptions)
+        """Whether nothing assumed can change the numbers, and no comparison has shown them wrong."""
+        refuted = self.verify is not None and self.verify.mismatches > 0
+        return not refuted and all(a.effect == "none" for a in self.assumptions)
 
 
 def replay(trace: Trace, settings: ReplaySettings, *, verify: bool = False) -> Replay:
@@ -314,9 +315,7 @@ class _Run:
         """Fold the peaks since the last reset into those of the whole Trace."""
         meter, whole = self.allocator.meter, self._whole_peak
         peak = meter.peak()
-        self._whole_peak = Counters(
-            *(max(getattr(peak, n), getattr(whole, n)) for n in Counters.__dataclass_fields__)
-        )
+        self._whole_peak = Counters(*(max(getattr(peak, n), getattr(whole, n)) for n in Counters.__dataclass_fields__))
         self._whole_segments = max(self._whole_segments, meter.peak_segments)
 
     def _fits_without_release(self, requests: Requests, row: int) -> bool:
@@ -332,9 +331,7 @@ class _Run:
         return within_limit and needed <= a.device.free
 
 
-def _assumptions(
-    trace: Trace, settings: ReplaySettings, run: _Run, placed_by_model: bool
-) -> list[Assumption]:
+def _assumptions(trace: Trace, settings: ReplaySettings, run: _Run, placed_by_model: bool) -> list[Assumption]:
     out = []
     deferred = trace.count(RequestKind.RECORD_STREAM)
     if deferred and not trace.count(RequestKind.USES_DONE) and trace.source == "virtual":
@@ -348,7 +345,8 @@ def _assumptions(
         detail = "memory was freed that was never seen allocated; what it held is not in the figures"
         out.append(Assumption("late_start", "unknown", run.dropped_frees, detail))
     if settings.rules.assumed:
-        detail = f"torch {settings.rules.torch} is newer than the newest rules; those of {settings.rules.rules.release} stand in"
+        known = settings.rules.rules.release
+        detail = f"torch {settings.rules.torch} is newer than the newest rules; those of {known} stand in"
         out.append(Assumption("rules_assumed", "unknown", len(trace.requests), detail))
     observed = int(np.count_nonzero(trace.requests.kind == RequestKind.OBSERVATION))
     changed = (

@@ -1,1 +1,1 @@
-"""suite."""
+"""Scenarios: how they are written, found and run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import Protocol
@@ -78,8 +79,11 @@ class _Gzip:
 def first_bytes(path: Path, count: int = 8) -> bytes:
     """The file's first bytes; an unreadable or empty file is an ``InputFileError``."""
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise InputFileError(path, "is a folder, not a file")
+        if not stat.S_ISREG(mode):  # a pipe or a device has no size that could bound the reading
+            raise InputFileError(path, "is not a regular file")
         with path.open("rb") as f:
             head = f.read(count)
     except OSError as e:

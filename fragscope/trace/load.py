@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fragscope.errors import InputFileError, UsageError
 from fragscope.trace.snapshot import read_snapshot
 from fragscope.trace.store import is_fscope, read_trace
 from fragscope.trace.trace import Trace
@@ -18,6 +19,16 @@ def load_trace(path: str | Path, device: int | None = None) -> Trace:
 
     Raises:
         InputFileError: exit code 5; one line with file and reason.
+        UsageError: the file holds several devices and none was chosen, or not the one that was.
+        UnmodelledError: it was recorded under settings whose events are not read.
     """
     file = Path(path)
-    return read_trace(file) if is_fscope(file) else read_snapshot(file, device)
+    try:
+        if not is_fscope(file):
+            return read_snapshot(file, device)
+        trace = read_trace(file)
+    except MemoryError:
+        raise InputFileError(file, "needs more memory than this process may use") from None
+    if device is not None and device != trace.device:
+        raise UsageError(f"{file}: no events for device {device}; the file has them for: {trace.device}")
+    return trace

@@ -1,9 +1,10 @@
 """Reading a pickle that may be hostile: only builtin containers, strings and numbers, and bounded memory.
 
 Two walls. First the opcode stream is walked without building anything: every opcode must be one that containers,
-strings and numbers need, every length must lie inside the data, memo slots must be plausible, and the containers
-announced must stand in proportion to the bytes. Then the C unpickler builds the value with a class whose
-``find_class`` refuses, so that nothing can be called even if the first wall had a hole.
+strings and numbers need, every length must lie inside the data, what is taken from the stack or the memo must have been
+put there, keys must be text, memo slots must be plausible, and the containers announced must stand in proportion to the
+bytes. Then the C unpickler builds the value with a class whose ``find_class`` refuses, so that nothing can be called
+even if the first wall had a hole.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
 from fragscope.errors import InputFileError, printable
+from fragscope.units import MIB
 
 # Opcodes that import, call, or reach outside the stream, and what to tell the user about them.
 _CALLS = {
@@ -24,22 +25,28 @@ _CALLS = {
     b"P": "PERSID", b"Q": "BINPERSID", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
 }  # fmt: skip
 
-# Fixed-length opcodes with harmless meaning. LONG_BINPUT ('r') is bounded separately: its argument sizes the memo.
-_FIXED = (
-    rb"[N\x88\x89()\]}t\x85\x86\x87aesu\x94012]"  # None, booleans, MARK, containers, APPEND(S), SETITEM(S), MEMOIZE, POP
-    rb"|K.|M..|J....|G.{8}|h.|j....|q."  # integers, float, memo reads, BINPUT
-    rb"|\x95.{8}"  # FRAME: only a hint, verified by the unpickler
-)
-# Length-prefixed payloads: opcode -> bytes of length field
+# What an opcode leaves on the stack, as far as anything here depends on it.
+_SCALAR, _TEXT, _LIST, _DICT, _TUPLE = range(5)
+
+# Opcodes with an argument of fixed length that push a number, a boolean or None: opcode -> bytes in all.
+_PUSHES = bytearray(256)
+for _opcode, _length in {b"N": 1, b"\x88": 1, b"\x89": 1, b"K": 2, b"M": 3, b"J": 5, b"G": 9}.items():
+    _PUSHES[_opcode[0]] = _length
+# Length-prefixed payloads: opcode -> bytes of the length field.
 _SIZED = {
-    ord("X"): 4, ord("\x8c"): 1, ord("\x8d"): 8,  # unicode
-    ord("T"): 4, ord("U"): 1, ord("B"): 4, ord("C"): 1, ord("\x8e"): 8, ord("\x96"): 8,  # bytes
+    ord("X"): 4, ord("\x8c"): 1, ord("\x8d"): 8,  # text
+    ord("T"): 4, ord("U"): 1,  # text of Python 2
+    ord("B"): 4, ord("C"): 1, ord("\x8e"): 8, ord("\x96"): 8,  # bytes
     ord("\x8a"): 1, ord("\x8b"): 4,  # long integers
 }  # fmt: skip
-_LONGEST_INTEGER = 64  # bytes; addresses, sizes and times need 8
-_CONTAINER_BYTES = 64  # an empty list or dict in CPython
-_CONTAINER_SHARE = 12  # bytes of containers per byte of file: real snapshots stay below 4
-_CONTAINER_FREE = 16 * 1024 * 1024
+_IS_TEXT = frozenset(b"X\x8c\x8dTU")
+_IS_LONG = frozenset(b"\x8a\x8b")
+_TUPLES = {ord(")"): 0, ord("\x85"): 1, ord("\x86"): 2, ord("\x87"): 3, ord("t"): 0}  # opcode -> items, "t" by mark
+_LONGEST_INTEGER = 16  # bytes; addresses, sizes and times need 8 and a sign
+# CPython's bytes for a container with one item; what it holds beyond that stands in proportion to the file anyway.
+_DICT_BYTES, _LIST_BYTES, _TUPLE_BYTES = 232, 88, 48
+_CONTAINER_SHARE = 24  # bytes of containers per byte of file: recorded snapshots stay below 9
+_CONTAINER_FREE = 16 * MIB
 
 
 def load_plain_pickle(data: bytes, path: Path) -> Any:
@@ -78,50 +85,145 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _check_opcodes(data: bytes, path: Path) -> None:
+    """Walk the opcodes with a stack of kinds; see the module's docstring for what must hold."""
     if not data.startswith(b"\x80") or len(data) < 3:
         raise InputFileError(path, "is not a PyTorch memory snapshot (no binary pickle inside)")
     if data[1] > pickle.HIGHEST_PROTOCOL:
         raise InputFileError(path, f"is a pickle of protocol {data[1]}; this Python reads up to 5")
-    containers = sum(data.count(c) for c in (b"}", b"]", b"\x85", b"\x86", b"\x87"))
-    if containers * _CONTAINER_BYTES > _CONTAINER_FREE + _CONTAINER_SHARE * len(data):
-        raise InputFileError(path, "announces far more containers than a snapshot of its size holds; refused")
-    # LONG_BINPUT makes the C unpickler allocate a memo of that many slots: allow indices below the file's length.
-    top, second = len(data) >> 24, (len(data) >> 16) & 0xFF
-    put = rb"r...[\x00-%b]" % _escaped(min(top, 255)) if top else rb"r..[\x00-%b]\x00" % _escaped(second)
-    run = re.compile(b"(?:" + _FIXED + b"|" + put + b")*+", re.DOTALL)
-    position, end = 2, len(data)
+    try:
+        end = _walk(data, path)
+    except (IndexError, KeyError):
+        raise InputFileError(path, "is truncated or damaged: the pickle is not well-formed") from None
+    if data.count(b"\0", end) != len(data) - end:
+        raise InputFileError(path, "has data after the pickle's end")
+
+
+def _walk(data: bytes, path: Path) -> int:
+    """Check up to the STOP opcode and return the position after it.
+
+    Where an opcode reaches below a mark, the unpickler itself stops; up to there both see the same stack.
+
+    Raises:
+        InputFileError: an opcode, a length or a structure that no snapshot has.
+        IndexError, KeyError: the pickle ends too early, or takes what was never put on its stack or into its memo.
+    """
+    end, at = len(data), 2
+    stack = bytearray()
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    cost, budget = 0, _CONTAINER_FREE + _CONTAINER_SHARE * end
+    pushes, sized, push = _PUSHES, _SIZED, stack.append
     while True:
-        found = run.match(data, position)
-        assert found is not None  # the pattern matches the empty string
-        position = found.end()
-        if position >= end:
-            raise InputFileError(path, "is truncated: the pickle has no end")
-        opcode = data[position]
-        if opcode == ord("."):
-            if data[position + 1 :].strip(b"\0"):
-                raise InputFileError(path, "has data after the pickle's end")
-            return
-        width = _SIZED.get(opcode)
-        if width is not None:
-            start = position + 1 + width
-            length = int.from_bytes(data[position + 1 : start], "little")
+        opcode = data[at]
+        if opcode == 0x68:  # BINGET, half of all opcodes
+            push(memo[data[at + 1]])
+            at += 2
+        elif length := pushes[opcode]:
+            push(_SCALAR)
+            at += length
+        elif opcode == 0x94:  # MEMOIZE
+            memo[len(memo)] = stack[-1]
+            at += 1
+        elif (width := sized.get(opcode)) is not None:
+            start = at + 1 + width
+            length = int.from_bytes(data[at + 1 : start], "little")
             if start + length > end:
                 raise InputFileError(path, "is truncated: a value reaches past the end of the pickle")
-            if opcode in (0x8A, 0x8B) and length > _LONGEST_INTEGER:
+            if opcode in _IS_LONG and length > _LONGEST_INTEGER:
                 raise InputFileError(path, f"holds an integer of {length} bytes; refused")
-            position = start + length
-            continue
-        name = _CALLS.get(data[position : position + 1])
-        if name is not None:
-            raise InputFileError(
-                path, f"tries to run code (pickle opcode {name} at byte {position}); refused, nothing was called"
-            )
-        if end - position < 9 and opcode in b"KMJGhjqr\x95":
-            raise InputFileError(path, "is truncated: the pickle ends inside a value")
-        raise InputFileError(
-            path, f"is not a PyTorch memory snapshot (byte {position} holds 0x{opcode:02x}, which no snapshot has)"
-        )
+            push(_TEXT if opcode in _IS_TEXT else _SCALAR)
+            at = start + length
+        elif opcode == 0x28:  # MARK
+            marks.append(len(stack))
+            at += 1
+        elif opcode == 0x75:  # SETITEMS
+            mark = marks.pop()
+            if stack[mark - 1] != _DICT or (len(stack) - mark) % 2:
+                raise _not_a_snapshot(data, at, path)
+            _check_keys(stack[mark::2], path)
+            del stack[mark:]
+            at += 1
+        elif opcode == 0x7D:  # EMPTY_DICT
+            push(_DICT)
+            at += 1
+            cost += _DICT_BYTES
+            if cost > budget:
+                raise _too_many(path)
+        elif opcode == 0x71:  # BINPUT
+            memo[data[at + 1]] = stack[-1]
+            at += 2
+        elif opcode == 0x6A:  # LONG_BINGET
+            push(memo[int.from_bytes(data[at + 1 : at + 5], "little")])
+            at += 5
+        elif opcode == 0x72:  # LONG_BINPUT
+            index = int.from_bytes(data[at + 1 : at + 5], "little")
+            if index > end:  # the unpickler allocates that many slots
+                raise InputFileError(path, f"wants a memo of {index} slots, more than the file has bytes; refused")
+            memo[index] = stack[-1]
+            at += 5
+        elif opcode == 0x5D:  # EMPTY_LIST
+            push(_LIST)
+            at += 1
+            cost += _LIST_BYTES
+            if cost > budget:
+                raise _too_many(path)
+        elif opcode == 0x65:  # APPENDS
+            mark = marks.pop()
+            if stack[mark - 1] != _LIST:
+                raise _not_a_snapshot(data, at, path)
+            del stack[mark:]
+            at += 1
+        elif opcode == 0x61:  # APPEND
+            stack.pop()
+            if stack[-1] != _LIST:
+                raise _not_a_snapshot(data, at, path)
+            at += 1
+        elif opcode == 0x73:  # SETITEM
+            if stack[-3] != _DICT:
+                raise _not_a_snapshot(data, at, path)
+            _check_keys(stack[-2:-1], path)
+            del stack[-2:]
+            at += 1
+        elif opcode in _TUPLES:  # EMPTY_TUPLE, TUPLE, TUPLE1 to TUPLE3
+            mark = marks.pop() if opcode == 0x74 else len(stack) - _TUPLES[opcode]
+            if mark < 0:
+                raise IndexError
+            del stack[mark:]
+            push(_TUPLE)
+            at += 1
+            cost += _TUPLE_BYTES
+            if cost > budget:
+                raise _too_many(path)
+        elif opcode == 0x95:  # FRAME: a hint, verified by the unpickler
+            at += 9
+        elif opcode == 0x30:  # POP, which takes the mark where nothing stands above it
+            if marks and len(stack) == marks[-1]:
+                marks.pop()
+            else:
+                stack.pop()
+            at += 1
+        elif opcode == 0x2E:  # STOP
+            if len(stack) != 1 or marks:
+                raise IndexError
+            return at + 1
+        else:
+            name = _CALLS.get(data[at : at + 1])
+            if name is not None:
+                raise InputFileError(
+                    path, f"tries to run code (pickle opcode {name} at byte {at}); refused, nothing was called"
+                )
+            raise _not_a_snapshot(data, at, path)
 
 
-def _escaped(value: int) -> bytes:
-    return rb"\x%02x" % value
+def _too_many(path: Path) -> InputFileError:
+    return InputFileError(path, "announces far more containers than a snapshot of its size holds; refused")
+
+
+def _check_keys(kinds: bytearray, path: Path) -> None:
+    """Only text may be a key. Its hash is seeded; numbers could be chosen to collide, tuples nested without end."""
+    if kinds.strip(bytes([_TEXT])):
+        raise InputFileError(path, "is not a PyTorch memory snapshot (a dict has a key that is not text)")
+
+
+def _not_a_snapshot(data: bytes, at: int, path: Path) -> InputFileError:
+    return InputFileError(path, f"is not a PyTorch memory snapshot (byte {at} holds 0x{data[at]:02x} out of place)")

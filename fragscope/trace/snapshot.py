@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fragscope.errors import InputFileError, UsageError
+from fragscope.errors import InputFileError, UnmodelledError, UsageError
 from fragscope.trace.containers import read_unpacked
 from fragscope.trace.events import (
     NO_ID,
@@ -40,6 +40,8 @@ _KNOWN_KEYS = frozenset(
     {"segments", "device_traces", "allocator_settings", "external_annotations", "host_segments", "host_traces"}
 )
 _MAX_INT = 2**63 - 1
+_MAX_SIZE = 2**62 - 1  # no device has that much, and sums of a few stay within 64 bits
+_CONF_KEY = "PYTORCH_CUDA_ALLOC_CONF"  # the name in every release, whichever variable was set
 
 
 def read_snapshot(path: Path, device: int | None = None) -> Trace:
@@ -57,8 +59,32 @@ def read_snapshot(path: Path, device: int | None = None) -> Trace:
     return snapshot_to_trace(value, path, device)
 
 
-def snapshot_to_trace(value: Any, path: Path, device: int | None = None) -> Trace:
-    """Turn a decoded snapshot into a Trace; arguments and errors as ``read_snapshot``."""
+@dataclass(frozen=True, slots=True)
+class PhaseMark:
+    """A phase boundary that the recorder noted.
+
+    Attributes:
+        position: how many events came before it.
+        kind: ``PHASE_BEGIN`` or ``PHASE_END``.
+        name: the phase's name.
+    """
+
+    position: int
+    kind: RequestKind
+    name: str
+
+
+def snapshot_to_trace(
+    value: Any, path: Path, device: int | None = None, marks: Sequence[PhaseMark] = ()
+) -> Trace:
+    """Turn a decoded snapshot into a Trace; arguments and errors as ``read_snapshot``.
+
+    Args:
+        value: the decoded snapshot.
+        path: the file, for errors.
+        device: CUDA device to take where the snapshot holds several.
+        marks: phase boundaries, in order.
+    """
     check = _Checker(path)
     top = check.mapping(value, "the file")
     for key in ("segments", "device_traces"):
@@ -69,9 +95,14 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None) -> Trac
     chosen = _choose_device(check, traces, segments, device)
     reader = _EntryReader(check)
     entries = traces[chosen] if chosen < len(traces) else []
+    boundaries = list(marks)
     for number, entry in enumerate(entries):
+        while boundaries and boundaries[0].position <= number:
+            reader.mark(boundaries.pop(0))
         reader.take(number, check.mapping(entry, f"event {number}"))
     reader.finish()
+    for boundary in boundaries:
+        reader.mark(boundary)
     lost = reader.losses()
     unknown = sorted(str(k) for k in top if k not in _KNOWN_KEYS)
     if unknown:
@@ -79,6 +110,11 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None) -> Trac
     if not entries:
         raise InputFileError(path, f"holds no recorded events for device {chosen}; was recording on when it was taken?")
     final = _final_segments(check, segments, chosen, reader.pools)
+    settings = check.mapping(top.get("allocator_settings", {}), "allocator_settings")
+    if _CONF_KEY not in settings:
+        lost.append(Loss("allocator_settings", "the snapshot does not name its allocator conf; the default is assumed"))
+    release = _release(top, settings, entries)
+    lost.append(Loss("torch_release", f"snapshots do not name their torch release; the keys are those of {release}"))
     private = sum(1 for s in final if s.pool)
     if reader.lacks_pool_ids and private:
         lost.append(Loss("pool_ids", "events of this release do not name their pool, and private pools exist", private))
@@ -86,8 +122,10 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None) -> Trac
         requests=reader.requests.finish(),
         decisions=reader.decisions.finish(),
         stacks=reader.stacks,
+        phases=tuple(reader.phases),
         pools=tuple(reader.pools),
-        settings=_settings(check, top.get("allocator_settings", {})),
+        settings=_settings(check, settings),
+        torch=release,
         device=chosen,
         final=final,
         lost=tuple(lost),
@@ -112,11 +150,11 @@ class _Checker:
             raise InputFileError(self.path, f"{where}: a list is expected, not {type(value).__name__}")
         return value
 
-    def integer(self, entry: Mapping[str, Any], key: str, where: str, low: int = 0) -> int:
+    def integer(self, entry: Mapping[str, Any], key: str, where: str, high: int = _MAX_INT) -> int:
         value = entry.get(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise InputFileError(self.path, f"{where}: {key!r} should be an integer, not {type(value).__name__}")
-        if not low <= value <= _MAX_INT:
+        if not 0 <= value <= high:
             raise InputFileError(self.path, f"{where}: {key!r} is {value:#x}, outside what an address or size can be")
         return value
 
@@ -130,7 +168,8 @@ class _Checker:
         value = entry.get(key)
         if value is None:
             return None
-        if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(v, int) for v in value):
+        good = isinstance(value, list | tuple) and len(value) == 2
+        if not good or not all(isinstance(v, int) and 0 <= v <= _MAX_INT for v in value):
             raise InputFileError(self.path, f"{where}: {key!r} should be a pair of integers")
         return (int(value[0]), int(value[1]))
 
@@ -168,9 +207,11 @@ class _EntryReader:
         self.requests = RequestLog()
         self.decisions = DecisionLog()
         self.stacks = StackTable()
+        self.phases = [""]
         self.pools: list[PoolId] = [DEFAULT_POOL]
         self._pool_index = {DEFAULT_POOL: 0}
         self._frame_cache: dict[int, Frame] = {}
+        self._stack_cache: dict[int, int] = {}
         self._live: dict[int, int] = {}  # address -> id
         self._pending: dict[int, int] = {}  # address -> id whose free was requested but has not completed
         self._open_free: _OpenFree | None = None  # the previous entry, if it was a free request
@@ -178,7 +219,7 @@ class _EntryReader:
         # Entries of the malloc (or empty_cache) being read: they precede the entry that ends it.
         self._completed: list[tuple[int, int, int, int, int]] = []
         self._segments: list[tuple[DecisionKind, int, int, int, int]] = []
-        self._released = False
+        self._released = self._took = False
         self._unknown_frees = 0
         self._inferred_uses = 0
         self._inferred_releases = 0
@@ -202,6 +243,13 @@ class _EntryReader:
         if self._open_free is not None:
             self._close_free(deferred=True)
         self._explicit_release()
+
+    def mark(self, boundary: PhaseMark) -> None:
+        """A phase begins or ends between two entries."""
+        self.finish()
+        if boundary.kind == RequestKind.PHASE_BEGIN:
+            self.phases.append(boundary.name)
+        self.requests.append(boundary.kind, phase=len(self.phases) - 1)
 
     def losses(self) -> list[Loss]:
         lost = []
@@ -241,7 +289,7 @@ class _EntryReader:
         self._live[addr] = id_
 
     def _oom(self, entry: Mapping[str, Any], where: str) -> None:
-        size = self.check.integer(entry, "size", where)
+        size = self.check.integer(entry, "size", where, _MAX_SIZE)
         stream = self.check.integer(entry, "stream", where)
         free = self.check.integer(entry, "device_free", where)
         id_ = self._new_id()
@@ -287,18 +335,22 @@ class _EntryReader:
     def _segment_alloc(self, entry: Mapping[str, Any], where: str) -> None:
         addr, size, stream, pool = self._place(entry, where)
         self._segments.append((DecisionKind.SEGMENT_ALLOC, addr, size, stream, pool))
+        self._took = True
 
     def _segment_free(self, entry: Mapping[str, Any], where: str) -> None:
         addr, size, stream, pool = self._place(entry, where)
-        if any(s[0] == DecisionKind.SEGMENT_ALLOC for s in self._segments):
-            raise InputFileError(self.check.path, f"{where}: a segment is released after one was taken for the same request")
+        if self._took:
+            raise InputFileError(
+                self.check.path, f"{where}: a segment is released after one was taken for the same request"
+            )
         self._segments.append((DecisionKind.SEGMENT_FREE, addr, size, stream, pool))
         self._released = True
 
     def _expandable(self, entry: Mapping[str, Any], where: str) -> None:
-        raise UsageError(
-            f"{self.check.path}: recorded with expandable_segments:True (event action {entry['action']!r} at {where}), "
-            "which the allocator model does not cover"
+        raise UnmodelledError(
+            "expandable_segments",
+            f"{self.check.path} was recorded with expandable_segments:True ({entry['action']!r} at {where}), "
+            "which the allocator model does not cover",
         )
 
     def _ignored(self, entry: Mapping[str, Any], where: str) -> None:
@@ -311,7 +363,7 @@ class _EntryReader:
         integer = self.check.integer
         return (
             integer(entry, "addr", where),
-            integer(entry, "size", where),
+            integer(entry, "size", where, _MAX_SIZE),
             integer(entry, "stream", where),
             self._pool(entry, where),
         )
@@ -335,25 +387,29 @@ class _EntryReader:
         frames = entry.get("frames")
         if not frames:
             return NO_STACK
+        # A hostile file may refer to one long list from every event. Identities hold while the file's value lives.
+        known_stack = self._stack_cache.get(id(frames))
+        if known_stack is not None:
+            return known_stack
         out = []
         for frame in self.check.sequence(frames, where):
             # Snapshots share one dict per distinct frame, so its identity is a good cache key while it lives.
             known = self._frame_cache.get(id(frame))
             if known is None:
                 f = self.check.mapping(frame, where)
-                line = f.get("line")
+                file, line, name = f.get("filename"), f.get("line"), f.get("name")
                 known = self._frame_cache[id(frame)] = Frame(
-                    str(f.get("filename", "")), line if isinstance(line, int) else 0, str(f.get("name", ""))
+                    file if isinstance(file, str) else "",
+                    line if isinstance(line, int) and abs(line) <= _MAX_INT else 0,
+                    name if isinstance(name, str) else "",
                 )
             out.append(known)
-        return self.stacks.add(tuple(out))
+        stack = self._stack_cache[id(frames)] = self.stacks.add(tuple(out))
+        return stack
 
-    def _begin_malloc(
-        self, id_: int, size: int, stream: int, pool: int, entry: Mapping[str, Any], where: str
-    ) -> None:
+    def _begin_malloc(self, id_: int, size: int, stream: int, pool: int, entry: Mapping[str, Any], where: str) -> None:
         """Write the request whose entries have been gathered, and what led to it."""
-        took = [s for s in self._segments if s[0] == DecisionKind.SEGMENT_ALLOC]
-        failed = entry.get("action") == "oom"
+        took, failed = self._took, entry.get("action") == "oom"
         if self._released and not took and not failed:
             self._explicit_release()
         # Completions before the first released segment were polled before the search, or belong to the retry's
@@ -385,16 +441,17 @@ class _EntryReader:
             self.requests.append(RequestKind.USES_DONE, id=id_, stream=stream, pool=pool)
 
     def _write_gathered(self) -> None:
-        for position in range(len(self._segments) + 1):
-            for id_, addr, stream, pool, at in self._completed:
-                if at == position:
-                    self.decisions.append(DecisionKind.FREE_COMPLETED, id_, addr, UNKNOWN_SIZE, stream, pool)
-            if position < len(self._segments):
-                kind, addr, size, stream, pool = self._segments[position]
-                self.decisions.append(kind, NO_ID, addr, size, stream, pool)
+        written = 0
+        for id_, addr, stream, pool, at in self._completed:
+            for kind, *segment in self._segments[written:at]:
+                self.decisions.append(kind, NO_ID, *segment)
+            written = at
+            self.decisions.append(DecisionKind.FREE_COMPLETED, id_, addr, UNKNOWN_SIZE, stream, pool)
+        for kind, *segment in self._segments[written:]:
+            self.decisions.append(kind, NO_ID, *segment)
         self._completed.clear()
         self._segments.clear()
-        self._released = False
+        self._released = self._took = False
 
 
 _EntryReader._HANDLERS = {
@@ -415,6 +472,8 @@ def _final_segments(
     check: _Checker, segments: Sequence[Any], device: int, pools: list[PoolId]
 ) -> tuple[SegmentState, ...]:
     out = []
+    index = {pool: i for i, pool in enumerate(pools)}
+    seen: set[int] = set()
     for number, item in enumerate(segments):
         where = f"segment {number}"
         segment = check.mapping(item, where)
@@ -423,11 +482,18 @@ def _final_segments(
         addr = check.integer(segment, "address", where)
         size = check.integer(segment, "total_size", where)
         pool = check.pool(segment, "segment_pool_id", where) or DEFAULT_POOL
-        if pool not in pools:
+        if pool not in index:
+            index[pool] = len(pools)
             pools.append(pool)
+        items = check.sequence(segment.get("blocks"), f"{where}, 'blocks'")
+        if items and id(items) in seen:  # one long list, referred to often, would unfold beyond all memory
+            raise InputFileError(check.path, f"{where}: shares its list of blocks with another segment")
+        seen.add(id(items))
+        if addr + size > _MAX_INT:
+            raise InputFileError(check.path, f"{where}: ends outside of what an address can be")
         blocks = []
         at = addr
-        for item_block in check.sequence(segment.get("blocks"), where):
+        for item_block in items:
             block = check.mapping(item_block, where)
             state = _STATES.get(check.text(block, "state", where))
             if state is None:
@@ -438,17 +504,35 @@ def _final_segments(
         if at != addr + size:
             raise InputFileError(check.path, f"{where}: its blocks cover {at - addr} of {size} bytes")
         stream = check.integer(segment, "stream", where)
-        out.append(SegmentState(addr, size, stream, pools.index(pool), tuple(blocks)))  # type: ignore[arg-type]
+        out.append(SegmentState(addr, size, stream, index[pool], tuple(blocks)))  # type: ignore[arg-type]
     return tuple(sorted(out, key=lambda s: s.addr))
 
 
-def _settings(check: _Checker, value: Any) -> Settings:
-    settings = check.mapping(value, "allocator_settings")
+def _release(top: Mapping[str, Any], settings: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """The newest release that writes these keys: which keys a snapshot has grew from release to release.
+
+    2.10 and 2.11 write the same keys; their allocators also behave alike under the settings that the model covers.
+    """
+    if "host_segments" in top:
+        return "2.14"
+    if "max_round_threshold" in settings:
+        return "2.13"
+    if any("pool_id" in e for e in entries):
+        return "2.12"
+    return "2.11" if any("user_metadata" in e for e in entries) else "2.9"
+
+
+def _settings(check: _Checker, settings: Mapping[str, Any]) -> Settings:
     flat: dict[str, str] = {}
     for key, item in settings.items():
         if isinstance(item, dict):
-            flat.update({f"{key}.{k}": str(v) for k, v in item.items()})
+            flat.update({f"{key}.{k}": _flat(v) for k, v in item.items()})
         else:
-            flat[str(key)] = str(item)
-    conf = settings.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    return Settings(conf=conf if isinstance(conf, str) else "", recorded=flat)
+            flat[str(key)] = _flat(item)
+    conf = check.text(settings, _CONF_KEY, "allocator_settings") if _CONF_KEY in settings else ""
+    return Settings(conf=conf, recorded=flat)
+
+
+def _flat(value: Any) -> str:
+    """A setting as text. A container becomes its type's name: written out, one that holds itself twice has no end."""
+    return str(value) if isinstance(value, str | int | float | None) else type(value).__name__

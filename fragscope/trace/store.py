@@ -7,9 +7,11 @@ checked against the file before anything is used. A file is written whole or not
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -27,7 +29,7 @@ from fragscope.trace.events import (
     Requests,
     StackTable,
 )
-from fragscope.trace.trace import Loss, Observation, SegmentState, Settings, Trace
+from fragscope.trace.trace import BlockState, Loss, Observation, SegmentState, Settings, Trace
 from fragscope.units import MIB
 
 FORMAT = "fscope"
@@ -130,7 +132,7 @@ def read_trace(path: Path) -> Trace:
             _check_sums(archive, path)
     except zipfile.BadZipFile as e:
         raise InputFileError(path, f"is not a readable .fscope file ({printable(str(e), 120)})") from None
-    except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+    except (OSError, EOFError, RuntimeError, ValueError, OverflowError, struct.error) as e:
         raise InputFileError(path, f"is not a readable .fscope file ({printable(str(e), 120)})") from None
     requests = Requests(**_columns(path, members, "requests", REQUEST_DTYPES, manifest.requests))
     decisions = None
@@ -168,7 +170,7 @@ def _checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[in
                 raise InputFileError(path, "is truncated")
             members[info.filename] = (start, info.file_size)
     spans = sorted(members.values())
-    if any(a + n > b for (a, n), (b, _) in zip(spans, spans[1:], strict=False)):
+    if any(a + n > b for (a, n), (b, _) in pairwise(spans)):
         raise InputFileError(path, "has members that overlap")
     if "manifest.json" not in members:
         raise InputFileError(path, "is a zip, but not an .fscope file (no manifest.json)")
@@ -189,7 +191,7 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> _Manifest:
         head = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         kind = msgspec.json.decode(head.get("format", msgspec.Raw(b"null")), type=str | None)
         version = msgspec.json.decode(head.get("version", msgspec.Raw(b"null")), type=int | None)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise InputFileError(path, f"has a damaged manifest ({printable(str(e), 120)})") from None
     if kind != FORMAT or version is None:
         raise InputFileError(path, "is a zip, but not an .fscope file (its manifest says otherwise)")
@@ -197,7 +199,7 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> _Manifest:
         raise InputFileError(path, f"is .fscope version {version}; this fragscope reads version {VERSION}")
     try:
         return msgspec.json.decode(raw, type=_Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise InputFileError(path, f"has a damaged manifest ({printable(str(e), 120)})") from None
 
 
@@ -231,6 +233,12 @@ def _check_references(path: Path, manifest: _Manifest, requests: Requests, decis
     within(requests.phase, 0, len(manifest.phases), "a request's phase")
     within(requests.pool, 0, len(manifest.pools), "a request's pool")
     within(requests.size, -1, 2**62, "a request's size")
+    allocs = requests.kind == RequestKind.ALLOC
+    ids = requests.id[allocs]
+    if len(ids) and (int(ids.min()) < 0 or len(np.unique(ids)) != len(ids)):
+        raise InputFileError(path, "is inconsistent: two allocations have the same id, or one has none")
+    if np.any(requests.size[allocs] < 0):
+        raise InputFileError(path, "is inconsistent: an allocation has no size")
     observed = requests.size[requests.kind == RequestKind.OBSERVATION]
     within(observed, 0, len(manifest.observations), "an observation")
     if decisions is not None:
@@ -239,6 +247,9 @@ def _check_references(path: Path, manifest: _Manifest, requests: Requests, decis
         within(decisions.pool, 0, len(manifest.pools), "a decision's pool")
     if any(not 0 <= f < len(manifest.frames) for stack in manifest.stacks for f in stack):
         raise InputFileError(path, "is inconsistent: a stack refers to a frame the file does not hold")
+    for _, _, _, pool, blocks in manifest.final or ():
+        if not 0 <= pool < len(manifest.pools) or any(state not in get_args(BlockState) for _, _, state in blocks):
+            raise InputFileError(path, "is inconsistent: a segment at the end has an unknown pool or block state")
 
 
 def _assemble(path: Path, manifest: _Manifest, requests: Requests, decisions: Decisions | None) -> Trace:

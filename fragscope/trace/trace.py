@@ -11,6 +11,7 @@ from fragscope.trace.events import NO_STACK, Decisions, RequestKind, Requests, S
 
 PoolId = tuple[int, int]
 DEFAULT_POOL: PoolId = (0, 0)
+BlockState = Literal["free", "allocated", "pending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class SegmentState:
     size: int
     stream: int
     pool: int
-    blocks: tuple[tuple[int, int, Literal["free", "allocated", "pending"]], ...]
+    blocks: tuple[tuple[int, int, BlockState], ...]
 
 
 @dataclass(frozen=True, slots=True)

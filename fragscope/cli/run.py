@@ -1,0 +1,250 @@
+"""``fragscope run``: runs scenarios, writes results, traces and the report, and says what each variant costs."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, UsageError
+
+if TYPE_CHECKING:
+    from fragscope.allocator import ReplaySettings
+    from fragscope.config import Config
+    from fragscope.results import Case, DeviceKind, Results
+    from fragscope.suite.discover import Selection
+
+_TIMEOUT = 600.0
+
+
+@click.command("run")
+@click.argument("what", nargs=-1, metavar="[PATH|NAME[/PRESET[/VARIANT]]]...")
+@click.option("--device", type=click.Choice(["auto", "virtual", "cuda"]), default="auto", show_default=True,
+              help="auto: cuda where a GPU is, else virtual.")  # fmt: skip
+@click.option("--preset", multiple=True, metavar="GLOB", help="Only these presets.")
+@click.option("--variant", multiple=True, metavar="GLOB", help="Only these variants.")
+@click.option("--conf", multiple=True, metavar="CONF", help="PYTORCH_ALLOC_CONF to run under; repeatable.")
+@click.option("--torch", "releases", multiple=True, metavar="RELEASE", help="Release whose rules apply; repeatable.")
+@click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile; repeatable.")
+@click.option("--capacity", metavar="SIZE", help="Bytes the card has left for segments, such as '22 GiB'.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Set a scenario's parameter.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=_TIMEOUT, show_default=True,
+              help="Seconds one recording may take.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), help="Recordings at once; one a core by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results; .fragscope by default.")
+@click.option("--resume", is_flag=True, help="Keep what an earlier run finished and nothing has changed.")
+@click.option("--list", "list_only", is_flag=True, help="Only list what would run.")
+@click.option("--no-report", is_flag=True, help="Do not write report.html.")
+@click.option("--format", "style", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
+def command(
+    what: tuple[str, ...],
+    device: str,
+    preset: tuple[str, ...],
+    variant: tuple[str, ...],
+    conf: tuple[str, ...],
+    releases: tuple[str, ...],
+    cards: tuple[str, ...],
+    capacity: str | None,
+    overrides: tuple[str, ...],
+    timeout: float,
+    jobs: int | None,
+    out: Path | None,
+    resume: bool,
+    list_only: bool,
+    no_report: bool,
+    style: str,
+) -> int:
+    """Run scenarios and write results, traces and a report.
+
+    A PATH is a scenario file, or a folder with files named scenario_*.py; without one, the paths configured in
+    [tool.fragscope] are searched. NAME, NAME/PRESET and NAME/PRESET/VARIANT choose from what is found; each part may be a
+    glob.
+
+    Exit codes: 0 every outcome is the declared one, 3 one is not, 4 something was skipped or nothing was measured.
+    """
+    from fragscope.config import load_config
+    from fragscope.suite.discover import load_scenarios, scenario_files, select
+    from fragscope.suite.plan import plan
+    from fragscope.suite.runner import RunOptions, run_plan, usable_cores
+
+    config = load_config()
+    root = config.root or Path.cwd()
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    paths, names = _split(what)
+    if not paths and not config.scenarios:
+        raise UsageError("no scenarios: name a file or folder, or set scenarios = [...] in [tool.fragscope] of pyproject.toml")
+    files = scenario_files(paths or config.scenarios)
+    if not files:
+        searched = ", ".join(str(p) for p in paths or config.scenarios)
+        raise UsageError(f"no scenario files found in {searched} (files are named scenario_*.py)")
+    scenarios = [s for file in files for s in load_scenarios(file)]
+    selections = select(scenarios, names, preset, variant)
+    kind = _device(device)
+    settings = _settings(config, conf, releases, cards, capacity)
+    parsed = _overrides(overrides, selections)
+    planned = plan(selections, parsed, settings, kind)
+    if list_only:
+        for case in planned:
+            click.echo(case.id)
+        return EXIT_PASS
+    folder = out or config.out or Path(".fragscope")
+    options = RunOptions(
+        out=folder,
+        root=root,
+        jobs=jobs or (usable_cores() if kind == "virtual" else 1),
+        timeout=timeout,
+        resume=resume,
+        command=("fragscope", *(shlex.quote(a) for a in sys.argv[1:])),
+    )
+    with _RichProgress() as progress:
+        results = run_plan(planned, options, progress)
+    _show(results, folder, style, report=not no_report)
+    return _exit_code(results)
+
+
+def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """Arguments that are files or folders, and those that are names."""
+    paths, names = [], []
+    for item in what:
+        path = Path(item)
+        if item.endswith(".py") or path.is_dir():
+            if not path.exists():
+                raise UsageError(f"{item}: no such file")
+            paths.append(path)
+        else:
+            names.append(item)
+    return paths, names
+
+
+def _device(choice: str) -> DeviceKind:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(
+            "running scenarios needs torch, which is not installed: pip install 'fragscope[torch]' (a CPU build is enough)"
+        ) from None
+    available = torch.cuda.is_available()
+    if choice == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no CUDA device here; --device virtual needs none")
+    if choice == "virtual" or not available:
+        return "virtual"
+    return "cuda"
+
+
+def _settings(
+    config: Config, confs: tuple[str, ...], releases: tuple[str, ...], cards: tuple[str, ...], capacity: str | None
+) -> list[ReplaySettings]:
+    from fragscope.allocator import DEFAULT_CARD, ReplaySettings, card_named, parse_conf, rules_for
+    from fragscope.units import format_bytes, parse_bytes
+
+    import torch  # noqa: I001 - after the check that it is there
+
+    limit = None if capacity is None else parse_bytes(capacity, "--capacity")
+    out = []
+    for release, name, conf in itertools.product(
+        releases or (config.torch or str(torch.__version__).partition("+")[0],),
+        cards or (config.card or DEFAULT_CARD,),
+        confs or ("",),
+    ):
+        rules, card = rules_for(release), card_named(name)
+        parse_conf(conf, rules.rules)
+        if limit is not None and limit > card.total:
+            raise UsageError(f"--capacity: {format_bytes(limit)} is more than {name} has ({format_bytes(card.total)})")
+        out.append(ReplaySettings(rules, name, card.total, card.free if limit is None else limit, conf))
+    return out
+
+
+def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[str, str]:
+    import difflib
+
+    parsed: dict[str, str] = {}
+    known = sorted({k for s in selections for k in s.scenario.values_for(s.preset, {})})
+    for item in overrides:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {item}: write NAME=VALUE")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known) or 'none'}"
+            raise UsageError(f"--set {item}: no selected scenario has a parameter {name!r}; {hint}")
+        parsed[name] = value
+    return parsed
+
+
+def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
+    from fragscope.report import markdown, results_table, write_html
+
+    if report:
+        try:
+            write_html(results, folder, folder / "report.html")
+        except UsageError as e:  # the extra is not installed; the results are there all the same
+            click.echo(f"fragscope: no report.html: {e}", err=True)
+            report = False
+    if style == "json":
+        click.echo((folder / "results.json").read_text(), nl=False)
+    elif style == "markdown":
+        click.echo(markdown(results), nl=False)
+    else:
+        from rich.console import Console
+
+        Console().print(results_table(results))
+    for case in results.cases:
+        if not case.as_expected:
+            click.echo(f"fragscope: {case.outcome}: {case.id}: {case.message or 'no message'}", err=True)
+    written = "results.json, traces" + (", report.html" if report else "")
+    click.echo(f"fragscope: {len(results.cases)} cases in {results.run.seconds:.1f} s; wrote {written} to {folder}", err=True)
+
+
+def _exit_code(results: Results) -> int:
+    unexpected = [c for c in results.cases if not c.as_expected]
+    if any(c.outcome != "skipped" for c in unexpected):
+        return EXIT_OVER_BUDGET
+    if unexpected or not results.run.complete or not any(c.measured for c in results.cases):
+        return EXIT_NOT_MEASURED
+    return EXIT_PASS
+
+
+class _RichProgress:
+    """A progress bar on stderr where that is a terminal; silent elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> _RichProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def planned(self, cases: int, resumed: int) -> None:
+        """Show how much there is to do."""
+        self._task = self._bar.add_task("starting workers", total=cases, completed=resumed)
+        if resumed:
+            click.echo(f"fragscope: {resumed} of {cases} cases are kept from the earlier run", err=True)
+
+    def started(self, what: str) -> None:
+        """Show what runs."""
+        self._bar.update(self._task, description=what[:60])
+
+    def finished(self, case: Case) -> None:
+        """Count a result."""
+        self._bar.advance(self._task)

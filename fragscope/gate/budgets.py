@@ -1,0 +1,332 @@
+"""budgets.toml: the limits a repository sets on its cases.
+
+    [budget."moe-fp8-shuffle/*/preallocated"]     # a glob over scenario/preset/variant
+    peak_reserved = "8 GiB"
+    transient = "2.3 GiB"
+
+    [[budget."moe-fp8-shuffle/*/list-stack"]]     # double brackets: several budgets with one glob
+    conf = "expandable_segments:True"             # optional: only for cases with this value
+    retained = 0
+
+**The glob.** The parts between slashes are matched one by one, so ``*`` never crosses a slash. ``*``, ``?`` and
+``[abc]`` mean what they mean in file names; case matters. There are three parts; more are only for names that hold
+a slash themselves.
+
+**Limits.** Bytes, as an integer or with a unit. A fraction of a byte is dropped: a value is a whole number, so it is
+above "2.3 GiB" exactly when it is above the whole bytes in it. 0 is a limit like any other; negative limits do not
+exist (a phase that ends with less than it began with, a negative ``retained``, is within every limit).
+
+**Narrowing.** ``conf`` ("" and "default" are the default conf; blanks do not matter), ``torch`` (a release, or the
+beginning of one up to a dot: "2.11" covers 2.11.0), ``card`` and ``device`` restrict a budget to cases with that value.
+
+**Specificity.** Where several budgets match a case, each metric is taken from the most specific one that states it.
+More specific is, in this order: more parts without wildcards; more narrowing keys; longer literal text; a longer
+``torch`` release. Budgets that tie and state different limits are an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass, field
+from fnmatch import translate
+from pathlib import Path
+from typing import Any, get_args
+
+from fragscope.errors import InputFileError, UsageError, printable
+from fragscope.gate.toml_lines import KeyLines, TooNestedError, find_lines
+from fragscope.results import Case, DeviceKind
+from fragscope.units import MIB, format_bytes, parse_bytes
+
+METRICS = ("peak_requested", "peak_allocated", "peak_reserved", "transient", "retained", "stranded")
+"""What a limit can be set on. ``stranded`` is what is stranded when the measured phase is over, not its peak."""
+
+NARROWING = ("conf", "torch", "card", "device")
+
+_FILE_LIMIT = MIB
+_LARGEST = 2**63 - 1  # what results.json and its readers in other languages can hold
+_WILDCARD = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads them; "[" without "]" stands for itself
+_DECIMAL = re.compile(r"\s*([0-9]+)\.([0-9]+)\s*([A-Za-z]+)\s*")
+_SYNTAX_LINE = re.compile(r" ?\(at (?:line (\d+), column \d+|end of document)\)")
+
+
+def metric_value(case: Case, metric: str) -> int:
+    """A case's value of one of ``METRICS``, bytes."""
+    match metric:
+        case "peak_requested":
+            return case.peak.requested
+        case "peak_allocated":
+            return case.peak.allocated
+        case "peak_reserved":
+            return case.peak.reserved
+        case "transient":
+            return case.transient
+        case "retained":
+            return case.retained
+        case "stranded":
+            return case.end.stranded
+    raise ValueError(metric)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit in bytes and the line that states it."""
+
+    bytes: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One table of the file.
+
+    Attributes:
+        pattern: the glob.
+        limits: by metric; never empty.
+        line: of the table.
+        conf, torch, card, device: the value a case must have; None where any will do.
+    """
+
+    pattern: str
+    limits: dict[str, Limit]
+    line: int
+    conf: str | None = None
+    torch: str | None = None
+    card: str | None = None
+    device: str | None = None
+    _parts: tuple[str | re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = tuple(re.compile(translate(p)) if _WILDCARD.search(p) else p for p in self.pattern.split("/"))
+        object.__setattr__(self, "_parts", parts)
+
+    def matches_name(self, name_parts: list[str]) -> bool:
+        """Whether the glob matches ``scenario/preset/variant``, given split at its slashes."""
+        return len(name_parts) == len(self._parts) == self.leading_matches(name_parts)
+
+    def leading_matches(self, name_parts: list[str]) -> int:
+        """How many parts match before the first that does not."""
+        count = 0
+        for name, part in zip(name_parts, self._parts, strict=False):
+            if not (name == part if isinstance(part, str) else part.match(name)):
+                break
+            count += 1
+        return count
+
+    def matches_settings(self, case: Case) -> bool:
+        """Whether the case has every value the budget is narrowed to."""
+        return (
+            (self.conf is None or _same_conf(self.conf, case.conf))
+            and (self.torch is None or _is_release(case.torch, self.torch))
+            and (self.card is None or self.card == case.card)
+            and (self.device is None or self.device == case.device)
+        )
+
+    @property
+    def narrowing(self) -> dict[str, str]:
+        """The narrowing keys that are set."""
+        values = {"conf": self.conf, "torch": self.torch, "card": self.card, "device": self.device}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def specificity(self) -> tuple[int, int, int, int]:
+        """Larger is more specific; see the module's text for the order."""
+        literal_parts = sum(isinstance(part, str) for part in self._parts)
+        literal_text = len(_WILDCARD.sub("", self.pattern))
+        release = 0 if self.torch is None else self.torch.count(".") + 1
+        return literal_parts, len(self.narrowing), literal_text, release
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """A budgets file.
+
+    Attributes:
+        file: the path as it is shown to people.
+        budgets: in the order of the file.
+    """
+
+    file: str
+    budgets: tuple[Budget, ...]
+
+
+def case_name(case: Case) -> str:
+    """``scenario/preset/variant``: what globs are matched against."""
+    return f"{case.scenario}/{case.preset}/{case.variant}"
+
+
+def load_budgets(path: Path, shown_as: str | None = None) -> Budgets:
+    """Read a budgets file. It may come from strangers.
+
+    Args:
+        path: the file.
+        shown_as: what to call it in messages; the path where None.
+
+    Raises:
+        InputFileError: unreadable, too large, not TOML, or with a table, key or value that means nothing; names the
+            line and the key.
+    """
+    shown = str(path) if shown_as is None else shown_as
+    try:
+        with path.open("rb") as f:
+            raw = f.read(_FILE_LIMIT + 1)
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else None
+        raise InputFileError(shown, (reason or type(e).__name__).lower()) from None
+    if len(raw) > _FILE_LIMIT:
+        raise InputFileError(shown, f"holds more than {format_bytes(_FILE_LIMIT)}; that is not a budgets file")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise InputFileError(shown, f"line {line}: is not UTF-8 text") from None
+    return parse_budgets(text, shown)
+
+
+def parse_budgets(text: str, file: str = "budgets.toml") -> Budgets:
+    """The budgets in a TOML text.
+
+    Raises:
+        InputFileError: as ``load_budgets``.
+    """
+    try:
+        lines = find_lines(text)
+    except TooNestedError as e:
+        raise InputFileError(file, f"line {e.line}: is nested deeper than any budget") from None
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as e:  # ValueError: also an integer of absurd length
+        raise InputFileError(file, _syntax_error(str(e), text, lines)) from None
+    return Budgets(file, tuple(_Reader(file, lines).budgets(content)))
+
+
+def _syntax_error(message: str, text: str, lines: KeyLines) -> str:
+    found = _SYNTAX_LINE.search(message)
+    if found is None:
+        return f"is not TOML: {message}"
+    # What is missing at the end of the file belongs to the declaration that was never closed.
+    line = int(found[1]) if found[1] else lines.stopped or text.count("\n") + 1
+    reason = _SYNTAX_LINE.sub("", message)
+    if line in lines.twice:
+        reason = f"stands twice, first in line {lines.twice[line]} ({reason})"
+    return f"line {line}: {reason}"
+
+
+class _Reader:
+    """Turns decoded TOML into budgets; every complaint names line and key."""
+
+    def __init__(self, file: str, lines: KeyLines) -> None:
+        self._file = file
+        self._lines = lines
+
+    def budgets(self, content: dict[str, Any]) -> list[Budget]:
+        for key in content:
+            if key != "budget":
+                raise self._error((key,), f"unknown table {_quoted(key)}; {_nearest(key, ('budget',))}")
+        tables = content.get("budget", {})
+        if not isinstance(tables, dict):
+            raise self._error(("budget",), 'budget is not a table; write [budget."scenario/preset/variant"]')
+        found: list[Budget] = []
+        for pattern, value in tables.items():
+            path = ("budget", pattern)
+            self._check_pattern(path, pattern, value)
+            if isinstance(value, dict):
+                found.append(self._budget(path, pattern, value))
+                continue
+            for index, table in enumerate(value):
+                if not isinstance(table, dict):
+                    raise self._error((*path, index), f"budget.{_quoted(pattern)} holds something that is no table")
+                found.append(self._budget((*path, index), pattern, table))
+        # Tables may be written in any order, and a dotted key may come back to an earlier one.
+        return sorted(found, key=lambda b: b.line)
+
+    def _check_pattern(self, path: tuple[str, ...], pattern: str, value: object) -> None:
+        if pattern in METRICS or pattern in NARROWING:
+            raise self._error(
+                path, f'budget.{pattern} belongs to no case; write it below [budget."scenario/preset/variant"]'
+            )
+        if pattern.count("/") < 2:
+            raise self._error(
+                path,
+                f"budget.{_quoted(pattern)} has fewer than three parts; a budget's name is a quoted glob over "
+                'scenario/preset/variant, such as "moe-fp8-shuffle/*/*"',
+            )
+        if not isinstance(value, dict | list) or value == []:
+            raise self._error(path, f"budget.{_quoted(pattern)} is not a table of limits")
+
+    def _budget(self, path: tuple[str | int, ...], pattern: str, table: dict[str, Any]) -> Budget:
+        limits: dict[str, Limit] = {}
+        narrowing: dict[str, str] = {}
+        for key, value in table.items():
+            if key in METRICS:
+                limits[key] = Limit(self._limit((*path, key), key, value), self._lines.of(*path, key))
+            elif key in NARROWING:
+                narrowing[key] = self._narrowing((*path, key), key, value)
+            else:
+                known = (*METRICS, *NARROWING)
+                raise self._error((*path, key), f"unknown key {_quoted(key)}; {_nearest(key, known)}")
+        if not limits:
+            raise self._error(
+                path, f"budget.{_quoted(pattern)} states no limit; give at least one of {', '.join(METRICS)}"
+            )
+        return Budget(pattern=pattern, limits=limits, line=self._lines.of(*path), **narrowing)
+
+    def _limit(self, path: tuple[str | int, ...], key: str, value: object) -> int:
+        try:
+            limit = _limit_bytes(value, key)
+        except UsageError as e:
+            raise self._error(path, str(e)) from None
+        if limit > _LARGEST:
+            raise self._error(path, f"{key}: the limit is beyond any memory; at most {_LARGEST} bytes")
+        return limit
+
+    def _narrowing(self, path: tuple[str | int, ...], key: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise self._error(path, f"{key}: {_quoted(value)} is not a string; write it in quotes")
+        if key == "device" and value not in get_args(DeviceKind):
+            raise self._error(path, f"device: unknown device {_quoted(value)}; {_nearest(value, get_args(DeviceKind))}")
+        if key != "conf" and not value:
+            raise self._error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
+        return value
+
+    def _error(self, path: tuple[str | int, ...], reason: str) -> InputFileError:
+        return InputFileError(self._file, f"line {self._lines.of(*path)}: {reason}")
+
+
+def _limit_bytes(value: object, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UsageError(f"{key}: {_quoted(value)} is not a byte count; write an integer or a size such as '2 GiB'")
+    if isinstance(value, int) or (match := _DECIMAL.fullmatch(value)) is None or match[3] == "B":
+        return parse_bytes(value, key)
+    whole, fraction, unit = match[1], match[2], match[3]
+    try:
+        scaled = parse_bytes(f"{whole}{fraction} {unit}", key)
+    except UsageError:
+        return parse_bytes(value, key)  # complains about what the user wrote
+    return scaled // int("1" + "0" * len(fraction))
+
+
+def _same_conf(a: str, b: str) -> bool:
+    def plain(conf: str) -> str:
+        conf = "".join(conf.split())
+        return "" if conf == "default" else conf
+
+    return plain(a) == plain(b)
+
+
+def _is_release(release: str, wanted: str) -> bool:
+    # A prefix ends where a part of the release ends: "2.1" is not the beginning of 2.11.
+    return release == wanted or (release.startswith(wanted) and release[len(wanted)] in ".+")
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _quoted(value: object) -> str:
+    try:
+        return printable(repr(value), 120)
+    except ValueError:  # an integer with more digits than Python converts
+        return "an absurdly long number"

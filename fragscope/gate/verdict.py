@@ -1,0 +1,155 @@
+"""What a gate says: a value that text, Markdown and JSON share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS
+
+SCHEMA_VERSION = 1
+
+Decision = Literal["pass", "over", "not_measured"]
+
+_EXIT_CODES: dict[Decision, int] = {
+    "pass": EXIT_PASS,
+    "over": EXIT_OVER_BUDGET,
+    "not_measured": EXIT_NOT_MEASURED,
+}
+
+
+class CaseName(msgspec.Struct, frozen=True, kw_only=True):
+    """Which case is meant.
+
+    Attributes:
+        id: the case's id in the results file.
+        name: what text output calls it: scenario/preset/variant where only one case has that, its id otherwise.
+        scenario, preset, variant, conf, torch, card, device: as in the results file.
+    """
+
+    id: str
+    name: str
+    scenario: str
+    preset: str
+    variant: str
+    conf: str
+    torch: str
+    card: str
+    device: str
+
+
+class BudgetName(msgspec.Struct, frozen=True, kw_only=True):
+    """Which budget is meant.
+
+    Attributes:
+        pattern: the table's name: a glob over scenario/preset/variant.
+        file: the budgets file as it is shown to people.
+        line: where in that file, counted from 1: the limit's line where a limit is meant, else the table's.
+    """
+
+    pattern: str
+    file: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """``budgets.toml:12``."""
+        return f"{self.file}:{self.line}"
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One value held against one limit.
+
+    Attributes:
+        case: whose value it is.
+        metric: the budget's key.
+        limit, value: bytes.
+        excess: value minus limit, bytes; negative while there is room.
+        over: the value is above the limit. Equal is within.
+        budget: the most specific budget that states this metric for this case.
+        exact: what the results say: no size is unknown and nothing assumed can change the figures.
+        estimated_ops: operators whose hidden temporaries are missing from the value.
+        assumptions: codes of assumptions whose effect on the value is unknown.
+        caveats: everything that keeps the value from being certain, for people; empty for an exact value.
+    """
+
+    case: CaseName
+    metric: str
+    limit: int
+    value: int
+    excess: int
+    over: bool
+    budget: BudgetName
+    exact: bool
+    estimated_ops: list[str] = []
+    assumptions: list[str] = []
+    caveats: list[str] = []
+
+
+class Undeclared(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that ended otherwise than its scenario declares."""
+
+    case: CaseName
+    outcome: str
+    expected_outcome: str
+    message: str = ""
+
+
+class NotMeasured(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that a budget asked for and nobody measured.
+
+    Attributes:
+        case: the case without figures; None where no case matches, or where the whole run is meant.
+        budget: the budget that asks; None where the whole run is meant.
+        reason: why there is nothing to compare.
+    """
+
+    case: CaseName | None = None
+    budget: BudgetName | None = None
+    reason: str
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Results held against budgets.
+
+    Where values are over budget *and* others were not measured, the verdict is ``over``: measuring again cannot
+    make that better, so it is what the author of a change has to know first. Both lists are there in any case.
+
+    Attributes:
+        decision: pass, over (or an undeclared outcome), or not_measured.
+        exit_code: what the command ends with.
+        budgets: how many budgets the file holds.
+        cases: how many cases the results hold.
+        cases_held: how many of them were measured and held against at least one limit.
+        cases_without_budget: how many of them no budget matches.
+        checks: every comparison; those over budget first, worst excess first.
+        undeclared: outcomes that nobody declared.
+        not_measured: what was asked for and is missing.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    decision: Decision
+    exit_code: int
+    budgets: int
+    cases: int
+    cases_held: int
+    cases_without_budget: int
+    checks: list[Check]
+    undeclared: list[Undeclared]
+    not_measured: list[NotMeasured]
+
+    @property
+    def over(self) -> list[Check]:
+        """The comparisons that failed, worst first."""
+        return [check for check in self.checks if check.over]
+
+
+def decide(checks: list[Check], undeclared: list[Undeclared], not_measured: list[NotMeasured]) -> tuple[Decision, int]:
+    """The decision and its exit code."""
+    decision: Decision = "pass"
+    if undeclared or any(check.over for check in checks):
+        decision = "over"
+    elif not_measured:
+        decision = "not_measured"
+    return decision, _EXIT_CODES[decision]

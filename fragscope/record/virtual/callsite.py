@@ -1,0 +1,56 @@
+"""Whose line of code is running: Python stacks without the frames of torch and of the virtual device itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+from fragscope.trace import Frame, Stack
+
+_DEPTH = 32
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_OURS = str(Path(__file__).parents[2]) + "/"
+_HIDDEN = (_TORCH, _OURS, "<frozen")
+
+
+class CallSites:
+    """Captures stacks of user code; frames are shared between equal places.
+
+    Args:
+        root: paths below it are shown relative to it.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = f"{root}/" if root is not None else None
+        self._frames: dict[tuple[CodeType, int], Frame | None] = {}
+
+    def stack(self) -> Stack:
+        """The calling user code, innermost frame first."""
+        out: list[Frame] = []
+        frame: FrameType | None = sys._getframe(1)
+        known = self._frames
+        while frame is not None and len(out) < _DEPTH:
+            key = (frame.f_code, frame.f_lineno)
+            if key not in known:
+                known[key] = self._describe(*key)
+            shown = known[key]
+            if shown is not None:
+                out.append(shown)
+            frame = frame.f_back
+        return tuple(out)
+
+    def where(self) -> str | None:
+        """``file:line`` of the innermost frame of user code."""
+        stack = self.stack()
+        return f"{stack[0].file}:{stack[0].line}" if stack else None
+
+    def _describe(self, code: CodeType, line: int) -> Frame | None:
+        file = code.co_filename
+        if file.startswith(_HIDDEN) or "/multiprocessing/" in file or file.endswith("/contextlib.py"):
+            return None
+        if self._root is not None and file.startswith(self._root):
+            file = file[len(self._root) :]
+        return Frame(file, line, code.co_qualname)

@@ -1,0 +1,175 @@
+"""The memory of a virtual card: an allocator model online, and the log of everything asked of it. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fragscope.allocator import (
+    FRACTION_UNIT,
+    CachingAllocator,
+    Device,
+    OutOfMemoryError,
+    ReplaySettings,
+    parse_conf,
+)
+from fragscope.allocator.blocks import Block
+from fragscope.trace import (
+    DecisionLog,
+    Observation,
+    RequestKind,
+    RequestLog,
+    Settings,
+    Stack,
+    StackTable,
+    Trace,
+)
+
+
+@dataclass(slots=True)
+class _Use:
+    """A freed block that another stream may still use."""
+
+    id: int
+    stream: int
+    at: int  # position in the order of events
+
+
+class CardMemory:
+    """Serves allocations of a virtual card and records them as Requests, in program order.
+
+    Args:
+        settings: card, rules and conf to run under.
+
+    Attributes:
+        allocator: the model, with the decisions so far.
+        requests: the log so far.
+    """
+
+    def __init__(self, settings: ReplaySettings) -> None:
+        self.settings = settings
+        self.log = DecisionLog()
+        self.allocator = CachingAllocator(
+            Device(settings.total, settings.capacity),
+            settings.rules.rules,
+            parse_conf(settings.conf, settings.rules.rules),
+            settings.memory_fraction,
+            self.log,
+        )
+        self.requests = RequestLog()
+        self.stacks = StackTable()
+        self.phases: list[str] = [""]
+        self._phase = 0
+        self.observations: list[Observation] = []
+        self._blocks: dict[int, Block] = {}
+        self._uses: list[_Use] = []
+        self._recorded_uses: dict[int, set[int]] = {}
+        self._next_id = 0
+        self.clock = 0  # counts allocations, frees and event records: the order that events refer to
+
+    def alloc(self, size: int, stream: int, stack: Stack) -> int:
+        """Allocate ``size`` bytes (more than 0) on a stream and return the lifetime id.
+
+        Raises:
+            OutOfMemoryError: as on the card; the failed request stays in the log.
+        """
+        id_ = self._next_id
+        self._next_id += 1
+        self.clock += 1
+        self.log.request = self.requests.append(
+            RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
+        )
+        try:
+            self._blocks[id_] = self.allocator.malloc(size, stream, id_)
+        except OutOfMemoryError:
+            self.observe("OutOfMemoryError", stack)
+            raise
+        return id_
+
+    def free(self, id_: int) -> None:
+        """The last reference to an allocation is gone."""
+        block = self._blocks.pop(id_)
+        self.clock += 1
+        self.log.request = self.requests.append(
+            RequestKind.FREE, id=id_, stream=block.segment.stream, phase=self._phase
+        )
+        for stream in sorted(self._recorded_uses.pop(id_, ())):
+            self._uses.append(_Use(id_, stream, self.clock))
+        self.allocator.free(block)
+
+    def address(self, id_: int) -> int:
+        """Address of a live allocation."""
+        return self._blocks[id_].addr
+
+    def record_stream(self, id_: int, stream: int) -> None:
+        """Another stream uses the allocation."""
+        block = self._blocks[id_]
+        if stream == block.segment.stream:
+            return
+        self.requests.append(RequestKind.RECORD_STREAM, id=id_, stream=stream, phase=self._phase)
+        self.allocator.record_stream(block, stream)
+        self._recorded_uses.setdefault(id_, set()).add(stream)
+
+    def finished(self, stream: int | None = None, until: int | None = None) -> None:
+        """The host knows that work is done: on one stream or all, everything or only what came before ``until``.
+
+        Deferred frees complete no earlier than this, which is the latest moment that a real card allows and therefore
+        an upper bound of what they hold.
+        """
+        if not self._uses:
+            return
+        done = [
+            u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)
+        ]
+        self._uses = [u for u in self._uses if u not in done]
+        waiting = {u.id for u in self._uses}
+        for id_ in dict.fromkeys(u.id for u in done):
+            if id_ not in waiting:
+                self.log.request = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
+                self.allocator.uses_done(id_)
+
+    def empty_cache(self) -> None:
+        """``torch.cuda.empty_cache()``."""
+        self.finished()
+        self.log.request = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
+        self.allocator.empty_cache()
+
+    def set_memory_fraction(self, fraction: float) -> None:
+        """``torch.cuda.set_per_process_memory_fraction``."""
+        self.log.request = self.requests.append(
+            RequestKind.MEMORY_FRACTION, size=round(fraction * FRACTION_UNIT), phase=self._phase
+        )
+        self.allocator.set_memory_fraction(fraction)
+
+    def observe(self, what: str, stack: Stack) -> None:
+        """The program reads memory state."""
+        where = f"{stack[0].file}:{stack[0].line}" if stack else ""
+        self.requests.append(RequestKind.OBSERVATION, size=len(self.observations), phase=self._phase)
+        self.observations.append(Observation(what, where))
+
+    def begin_phase(self, name: str) -> None:
+        """The measured phase begins."""
+        self.phases.append(name)
+        self._phase = len(self.phases) - 1
+        self.requests.append(RequestKind.PHASE_BEGIN, phase=self._phase)
+
+    def end_phase(self) -> None:
+        """The measured phase is over."""
+        self.requests.append(RequestKind.PHASE_END, phase=self._phase)
+        self._phase = 0
+
+    def trace(self, provenance: dict[str, str] | None = None) -> Trace:
+        """Everything so far as a Trace with decisions."""
+        s = self.settings
+        return Trace(
+            requests=self.requests.finish(),
+            decisions=self.log.finish(),
+            stacks=self.stacks,
+            phases=tuple(self.phases),
+            observations=tuple(self.observations),
+            settings=replace(Settings(), conf=s.conf, memory_fraction=s.memory_fraction),
+            torch=s.rules.torch,
+            card=s.card,
+            device_total=s.total,
+            source="virtual",
+            provenance=provenance or {},
+        )

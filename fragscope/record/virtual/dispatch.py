@@ -1,0 +1,242 @@
+"""The dispatch mode: sees every operator after autograd, keeps the books of memory, refuses what needs data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fragscope.record.virtual.inference import Inference
+from fragscope.record.virtual.footprints import copy_temporaries, index_temporaries, is_known
+from fragscope.record.virtual.storages import Place
+
+if TYPE_CHECKING:
+    from fragscope.record.virtual.device import VirtualDevice
+
+_META = torch.device("meta")
+_DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+
+
+class DispatchMode(TorchDispatchMode):
+    """Runs operators on metadata and registers what they allocate."""
+
+    def __init__(self, device: VirtualDevice) -> None:
+        super().__init__()
+        self._device = device
+        self._traits: dict[Any, _Trait] = {}
+        self._inference = Inference()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch.compile is refused on the virtual device; without this torch imports all of Dynamo at the first operator."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, dict(kwargs or {}))
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device, storages = self._device, self._device.storages
+        on_card, on_host, real = _sort(storages.place, args, kwargs)
+        wanted = kwargs.get("device")
+        made_on_card = isinstance(wanted, torch.device) and (
+            wanted.type == "cuda" or (wanted.type == "meta" and not device.explicit_meta)
+        )
+        if made_on_card:
+            _check_index(wanted)
+            kwargs["device"] = _META
+        if not on_card and not on_host and not made_on_card:
+            return func(*args, **kwargs)
+        name = func._schema.name
+        if name == "aten::_to_copy":
+            return self._to_copy(func, args, kwargs, made_on_card)
+        if name == "aten::copy_":
+            return self._copy(func, args, kwargs)
+        if name in ("aten::index", "aten::index_put_", "aten::index_put"):
+            return self._index(func, args, kwargs, real)
+        if not _DATA_DEPENDENT.isdisjoint(func.tags):
+            raise device.unsupported(f"{name} needs the contents of a tensor on the card, which the virtual device does not have")
+        if on_card and (on_host or any(t.dim() for t in real)):
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"(in {name})"
+            )
+        if on_host and real:
+            args, kwargs = _to_meta(args), {k: _to_meta(v) for k, v in kwargs.items()}
+        trait = self._traits.get(func)
+        if trait is None:
+            trait = self._traits[func] = _Trait(func)
+        out = func(*args, **kwargs) if trait.is_view else self._inference.run(func, args, kwargs)
+        if made_on_card or on_card:
+            self._account(func, trait, args, kwargs, out)
+        else:
+            _follow_host(storages, out)
+        return out
+
+    def _account(self, func: Any, trait: _Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Register outputs, and storages that an output argument made larger."""
+        device = self._device
+        if not trait.is_known:
+            device.estimate(func._schema.name)
+        for tensor in _tensors(out):
+            if tensor.device.type == "meta":
+                device.register(tensor)
+        if trait.is_mutable:
+            for tensor in _tensors((*args, *kwargs.values())):
+                entry = device.storages.find(tensor)
+                if entry is not None and entry.place is Place.CARD:
+                    device.resized(tensor, entry)
+
+    def _to_copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], to_card: bool) -> Any:
+        device, storages = self._device, self._device.storages
+        source: torch.Tensor = args[0]
+        place = storages.place(source)
+        wanted = kwargs.get("device")
+        if wanted is None:
+            to_card = place is Place.CARD
+        kwargs["device"] = _META
+        kwargs.pop("pin_memory", None)
+        out: torch.Tensor = func(*args, **kwargs)
+        if not to_card:
+            storages.follow(out, Place.HOST, None)
+            if place is Place.CARD:
+                self._transfer(out, source, to_card=False, non_blocking=bool(kwargs.get("non_blocking")))
+            return out
+        device.register(out)
+        if place is not Place.CARD:
+            self._transfer(out, source, to_card=True, non_blocking=bool(kwargs.get("non_blocking")))
+        return out
+
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        storages = self._device.storages
+        dst, src = args[0], args[1]
+        dst_place, src_place = storages.place(dst), storages.place(src)
+        if dst_place is None and dst.device.type == "cpu":
+            raise self._device.unsupported(
+                "copying from the card into a host tensor would need data that the virtual device does not have"
+            )
+        if dst.device.type != "meta":
+            return func(*args, **kwargs)
+        if tuple(torch.broadcast_shapes(dst.shape, src.shape)) != tuple(dst.shape):
+            raise RuntimeError(
+                f"output with shape {list(dst.shape)} doesn't match the broadcast shape "
+                f"{list(torch.broadcast_shapes(dst.shape, src.shape))}"
+            )
+        to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
+        if to_card != from_card:
+            non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            self._transfer(dst, src, to_card=to_card, non_blocking=non_blocking)
+        return dst
+
+    def _transfer(self, dst: torch.Tensor, src: torch.Tensor, *, to_card: bool, non_blocking: bool) -> None:
+        """Account for a copy between host and card."""
+        sizes = copy_temporaries(
+            dst, src, dst_on_card=to_card, src_on_card=not to_card, non_blocking=non_blocking
+        )
+        with self._device.temporaries(sizes):
+            if not non_blocking:  # the host waits for the copy, and so for the stream it is on
+                self._device.memory.finished(self._device.stream)
+
+    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: list[torch.Tensor]) -> Any:
+        device, storages = self._device, self._device.storages
+        target, indices = args[0], list(args[1])
+        if storages.place(target) is not Place.CARD:
+            raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents")
+        expanded: list[torch.Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                expanded.append(index)
+            elif storages.place(index) is not None or index.device.type == "meta":
+                raise device.unsupported("indexing by a mask on the card makes a shape that depends on its contents")
+            else:
+                expanded.extend(index.nonzero().unbind(1))  # a mask on the host is known
+        there = [i is not None and storages.place(i) is Place.CARD for i in expanded]
+        with device.temporaries(index_temporaries(expanded, there)):
+            moved = [i if i is None or i.device.type == "meta" else i.to(_META) for i in expanded]
+            if any(i is not None and not at for i, at in zip(expanded, there, strict=True)):
+                device.memory.finished(device.stream)  # pageable copies of the indices wait for the stream
+            rest = tuple(
+                a.to(_META) if isinstance(a, torch.Tensor) and a.device.type == "cpu" else a for a in args[2:]
+            )
+            out = self._inference.run(func, (target, moved, *rest), kwargs)
+            if func._schema.name != "aten::index":
+                accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+                if accumulate:
+                    device.estimate("aten::index_put_ with accumulate")
+            for tensor in _tensors(out):
+                device.register(tensor)
+        return out
+
+
+def _sort(
+    place: Callable[[torch.Tensor], Place | None], args: Iterable[Any], kwargs: dict[str, Any]
+) -> tuple[bool, bool, list[torch.Tensor]]:
+    """Whether tensors on the card, and with unknown contents on the host, are among the arguments; and real ones."""
+    on_card = on_host = False
+    real: list[torch.Tensor] = []
+    for tensor in _tensors((*args, *kwargs.values())):
+        where = place(tensor) if tensor.device.type == "meta" else None
+        if where is Place.CARD:
+            on_card = True
+        elif where is Place.HOST:
+            on_host = True
+        elif tensor.device.type == "cpu":
+            real.append(tensor)
+    return on_card, on_host, real
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, torch.Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                yield from _tensors(item)
+
+
+def _to_meta(value: Any) -> Any:
+    """Real host tensors as metadata, so that they can meet host tensors of unknown contents."""
+    if isinstance(value, torch.Tensor):
+        return value.to(_META) if value.device.type == "cpu" else value
+    if isinstance(value, list | tuple):
+        return type(value)(_to_meta(v) for v in value)
+    return value
+
+
+def _follow_host(storages: Any, out: Any) -> None:
+    for tensor in _tensors(out):
+        if tensor.device.type == "meta" and storages.find(tensor) is None:
+            storages.follow(tensor, Place.HOST, None)
+
+
+class _Trait:
+    """What an operator's schema says, looked up once.
+
+    Attributes:
+        is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's tensors.
+        is_known: its allocations on a card are known.
+        is_mutable: it writes to an argument.
+    """
+
+    __slots__ = ("is_known", "is_mutable", "is_view")
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        aliases = [r.alias_info for r in schema.returns]
+        views = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+        self.is_view = views or torch.Tag.inplace_view in func.tags
+        self.is_known = self.is_view or is_known(func)
+        self.is_mutable = schema.is_mutable
+
+
+def _check_index(device: torch.device) -> None:
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise RuntimeError(
+            f"CUDA error: invalid device ordinal (cuda:{device.index}; the virtual device has one card, cuda:0)"
+        )

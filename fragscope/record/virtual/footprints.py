@@ -1,0 +1,87 @@
+"""What an operator allocates on a CUDA card besides its outputs.
+
+Three kinds of operator: those that allocate their outputs and nothing else, those whose temporaries are modelled here,
+and all others, which make a result ``estimated``. Membership in the first two is checked against recordings of a real
+card (tests/data/footprints); ``VERIFIED`` names the releases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+VERIFIED = ("2.11",)
+"""Releases of torch whose operators were recorded on a card and compared."""
+
+OUTPUTS_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        # made from nothing
+        "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
+        "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange", "eye", "linspace", "scalar_tensor",
+        "rand", "rand_like", "randn", "randn_like", "randint", "tril_indices", "triu_indices",
+        # filled in place
+        "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
+        # copies and rearrangements
+        "clone", "contiguous", "lift_fresh", "cat", "stack", "flip", "roll", "index_select", "gather", "embedding",
+        "repeat", "constant_pad_nd", "tril", "triu", "_unsafe_view", "_reshape_copy", "masked_fill", "masked_fill_",
+        "where", "unfold", "as_strided", "index_copy_", "index_fill_", "scatter_", "scatter",
+    )
+)  # fmt: skip
+"""Operators that allocate their outputs, in order, and nothing else."""
+
+# Handled by the dispatch mode itself, with their temporaries.
+MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::resize_"})
+
+
+def is_known(func: Any) -> bool:
+    """Whether an operator's allocations are its outputs and nothing else, or are modelled."""
+    name = func._schema.name
+    return name in OUTPUTS_ONLY or name in MODELLED or torch.Tag.pointwise in func.tags
+
+
+def index_temporaries(indices: Sequence[torch.Tensor | None], on_card: Sequence[bool]) -> list[int]:
+    """Bytes that indexing a CUDA tensor takes first: index tensors of the host are copied to the card.
+
+    Source: ``make_info`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+    """
+    return [i.numel() * i.itemsize for i, there in zip(indices, on_card, strict=True) if i is not None and not there]
+
+
+def copy_temporaries(
+    dst: torch.Tensor, src: torch.Tensor, *, dst_on_card: bool, src_on_card: bool, non_blocking: bool
+) -> list[int]:
+    """Bytes that a copy between host and card takes on the card besides its destination.
+
+    Source: ``copy_requires_temporaries`` and ``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu: a copy that is not
+    one run of bytes goes through a contiguous tensor; blocking copies convert types on the host, others on the card.
+    """
+    if dst_on_card == src_on_card:
+        return []
+    same_type = dst.dtype == src.dtype
+    if same_type and _same_dense_layout(dst, src):
+        return []
+    elements = dst.numel()
+    if dst_on_card:
+        if non_blocking:  # the card converts: the source's bytes arrive first
+            staged = not (dst.is_contiguous() and same_type)
+            return [elements * src.itemsize] if staged else []
+        return [] if dst.is_contiguous() else [elements * dst.itemsize]
+    sizes = []
+    if non_blocking and not same_type:
+        sizes.append(elements * dst.itemsize)
+    elif not src.expand_as(dst).is_contiguous():
+        sizes.append(elements * src.itemsize)
+    return sizes
+
+
+def _same_dense_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both tensors are one run of bytes in the same order."""
+    if a.shape != b.shape:
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    strides = [(x, y) for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1]
+    return all(x == y for x, y in strides) and torch.ops.aten.is_non_overlapping_and_dense(a)

@@ -1,0 +1,290 @@
+"""The function mode: makes metadata-only tensors look like CUDA tensors to the code that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fragscope.record.virtual.storages import Place
+
+if TYPE_CHECKING:
+    from fragscope.record.virtual.device import VirtualDevice
+
+_META = torch.device("meta")
+_CUDA = torch.device("cuda", 0)
+_CPU = torch.device("cpu")
+_Handler = Callable[..., Any]
+# Functions that build a host tensor from Python data first, and then copy it to the device.
+_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+
+
+class FunctionMode(TorchFunctionMode):
+    """Rewrites device arguments and answers what a CUDA tensor would answer."""
+
+    def __init__(self, device: VirtualDevice) -> None:
+        super().__init__()
+        self._device = device
+        tensor = torch.Tensor
+        self._handlers: dict[Any, _Handler] = {
+            tensor.device.__get__: self._get_device,
+            tensor.is_cuda.__get__: self._is_cuda,
+            tensor.is_meta.__get__: self._is_meta,
+            tensor.is_cpu.__get__: self._is_cpu,
+            tensor.data.__set__: self._set_data,
+            tensor.get_device: self._device_index,
+            tensor.data_ptr: self._data_ptr,
+            tensor.cuda: self._cuda,
+            tensor.cpu: self._cpu,
+            tensor.to: self._to,
+            tensor.pin_memory: self._pin_memory,
+            tensor.is_pinned: self._is_pinned,
+            tensor.__repr__: self._repr,
+            tensor.__deepcopy__: self._deepcopy,
+            tensor.type: self._type,
+            torch._has_compatible_shallow_copy_type: self._compatible,
+        }
+        for refused in (tensor.numpy, tensor.tolist, tensor.__reduce_ex__, tensor.__array__, tensor.__dlpack__):
+            self._handlers[refused] = self._needs_data(refused)
+        for made in _FROM_DATA:
+            self._handlers[made] = self._from_data(made)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = self._handlers.get(func)
+        if handler is not None:
+            return handler(func, *args, **kwargs)
+        if "device" in kwargs or "pin_memory" in kwargs:
+            return self._with_device(func, args, dict(kwargs))
+        return func(*args, **kwargs)
+
+    def _with_device(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs.pop("pin_memory", None)  # pinned memory is host memory, and this host has no driver to pin it
+        wanted = _parse(kwargs.get("device"))
+        if wanted is None:
+            return func(*args, **kwargs)
+        if wanted.type == "cuda":
+            _check_index(wanted)
+            kwargs["device"] = _META
+        elif wanted.type == "meta":
+            self._device.explicit_meta = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self._device.explicit_meta = False
+        return func(*args, **kwargs)
+
+    def _place(self, tensor: torch.Tensor) -> Place | None:
+        return self._device.storages.place(tensor)
+
+    # --- identity -------------------------------------------------------------------------------------------------
+
+    def _get_device(self, func: Any, tensor: torch.Tensor, *rest: Any) -> torch.device:
+        real: torch.device = func(tensor, *rest)
+        if real.type != "meta":
+            return real
+        place = self._place(tensor)
+        return _CUDA if place is Place.CARD else _CPU if place is Place.HOST else real
+
+    def _is_cuda(self, func: Any, tensor: torch.Tensor, *rest: Any) -> bool:
+        return self._place(tensor) is Place.CARD
+
+    def _is_cpu(self, func: Any, tensor: torch.Tensor, *rest: Any) -> bool:
+        return bool(func(tensor, *rest)) or self._place(tensor) is Place.HOST
+
+    def _is_meta(self, func: Any, tensor: torch.Tensor, *rest: Any) -> bool:
+        return bool(func(tensor, *rest)) and self._place(tensor) is None
+
+    def _device_index(self, func: Any, tensor: torch.Tensor) -> int:
+        return 0 if self._place(tensor) is Place.CARD else -1
+
+    def _data_ptr(self, func: Any, tensor: torch.Tensor) -> int:
+        entry = self._device.storages.find(tensor)
+        if entry is None or entry.id is None:
+            return int(func(tensor))
+        return self._device.memory.address(entry.id) + tensor.storage_offset() * tensor.itemsize
+
+    def _type(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:
+            if self._place(tensor) is Place.CARD:
+                return str(func(torch.empty(0, dtype=tensor.dtype))).replace("torch.", "torch.cuda.", 1)
+            return func(tensor)
+        if isinstance(args[0] if args else kwargs.get("dtype"), str):
+            raise self._device.unsupported("Tensor.type with a type name is not supported on the virtual device; use .to")
+        return func(tensor, *args, **kwargs)
+
+    # --- moving ---------------------------------------------------------------------------------------------------
+
+    def _cuda(
+        self,
+        func: Any,
+        tensor: torch.Tensor,
+        device: Any = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> torch.Tensor:
+        wanted = _parse(device)
+        if wanted is not None:
+            if wanted.type != "cuda":
+                raise RuntimeError(f"Invalid device, must be cuda device, but got {wanted}")
+            _check_index(wanted)
+        if self._place(tensor) is Place.CARD:
+            return tensor
+        return self._move(tensor, to_card=True, non_blocking=non_blocking, memory_format=memory_format)
+
+    def _cpu(
+        self, func: Any, tensor: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
+    ) -> torch.Tensor:
+        if self._place(tensor) is not Place.CARD:
+            return tensor
+        return self._move(tensor, to_card=False, memory_format=memory_format)
+
+    def _move(self, tensor: torch.Tensor, *, to_card: bool, **kwargs: Any) -> torch.Tensor:
+        """Across the host's border; autograd sees an ordinary copy."""
+        if to_card and tensor.device.type == "meta":
+            # A host tensor of unknown contents is metadata already: the copy must be asked for.
+            kwargs["copy"] = True
+        return tensor.to(_META if to_card else _CPU, **kwargs)
+
+    def _to(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], torch.Tensor) or "other" in kwargs:
+            other = args[0] if args else kwargs.pop("other")
+            place = self._place(other)
+            target = _CUDA if place is Place.CARD else _CPU if place is Place.HOST else other.device
+            args = (target, other.dtype, *args[1:])
+        elif args and isinstance(args[0], str | int | torch.device):
+            args = (_parse(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = _parse(kwargs["device"])
+        named = "device" in kwargs
+        wanted = kwargs.get("device") if named else args[0] if args and isinstance(args[0], torch.device) else None
+        if not isinstance(wanted, torch.device):
+            return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        place = self._place(tensor)
+        if wanted.type == "meta":
+            self._device.explicit_meta = True
+            try:
+                return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+            finally:
+                self._device.explicit_meta = False
+        if wanted.type == "cuda":
+            _check_index(wanted)
+            wanted = _META
+            if place is Place.HOST:
+                kwargs["copy"] = True
+        elif place is Place.HOST:
+            wanted = None  # it is there already
+        if named:
+            kwargs["device"] = wanted
+            if wanted is None:
+                del kwargs["device"]
+        else:
+            args = args[1:] if wanted is None else (wanted, *args[1:])
+        if not args and not kwargs:
+            return tensor
+        return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _from_data(self, made: Any) -> _Handler:
+        def build(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            wanted = _parse(kwargs.pop("device", None))
+            kwargs.pop("pin_memory", None)
+            if wanted is None and made is torch.Tensor.new_tensor and self._place(args[0]) is Place.CARD:
+                wanted = _CUDA
+            if wanted is None and made in (torch.as_tensor, torch.asarray) and isinstance(args[0], torch.Tensor):
+                return func(*args, **kwargs)  # type: ignore[no-any-return]
+            if wanted is not None and wanted.type == "meta":
+                return func(*args, device=_META, **kwargs)  # type: ignore[no-any-return]
+            if made is torch.Tensor.new_tensor:
+                args, kwargs["dtype"] = args[1:], kwargs.get("dtype") or args[0].dtype
+            requires_grad = kwargs.pop("requires_grad", False)
+            if args and isinstance(args[0], torch.Tensor) and self._place(args[0]) is not None:
+                target = _META if wanted is None or wanted.type == "cuda" else wanted
+                out = args[0].to(target, dtype=kwargs.get("dtype"), copy=made is not torch.as_tensor)
+            else:
+                out = (torch.tensor if made is torch.Tensor.new_tensor else func)(*args, **kwargs)
+                if wanted is not None and wanted.type == "cuda":
+                    _check_index(wanted)
+                    out = out.to(_META)
+            return out.detach().requires_grad_() if requires_grad else out
+
+        return build
+
+    def _pin_memory(self, func: Any, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+        if self._place(tensor) is Place.CARD:
+            raise RuntimeError("cannot pin 'torch.cuda.Tensor' only dense CPU tensors can be pinned")
+        return tensor.clone()
+
+    def _is_pinned(self, func: Any, tensor: torch.Tensor, device: Any = None) -> bool:
+        return False
+
+    def _repr(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
+        text: str = func(tensor, **kwargs)
+        place = self._place(tensor)
+        shown = {Place.CARD: "device='cuda:0'", Place.HOST: "device='cpu', contents unknown"}.get(place)  # type: ignore[arg-type]
+        return text if shown is None else text.replace("device='meta'", shown, 1)
+
+    def _deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> Any:
+        if self._place(tensor) is None:
+            return func(tensor, memo)
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        out: torch.Tensor = tensor.detach().clone()
+        if isinstance(tensor, torch.nn.Parameter):
+            out = torch.nn.Parameter(out, requires_grad=tensor.requires_grad)
+        else:
+            out.requires_grad_(tensor.requires_grad)
+        memo[id(tensor)] = out
+        return out
+
+    # --- parameters that move in place ----------------------------------------------------------------------------
+
+    def _compatible(self, func: Any, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """On a real card host and CUDA tensors may exchange their contents, which ``Module.to`` relies on."""
+        if self._place(a) is not None or self._place(b) is not None:
+            return True
+        return bool(func(a, b))
+
+    def _set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if (tensor.device.type == "meta") == (value.device.type == "meta"):
+            func(tensor, value)
+            return
+        # The metadata tensor and a host tensor are of different kinds here, where they would not be on a card.
+        requires_grad = tensor.requires_grad
+        if not tensor.is_leaf:
+            raise self._device.unsupported("setting .data across devices on a tensor that is not a leaf")
+        alias = value.detach()
+        if isinstance(tensor, torch.nn.Parameter):
+            alias = torch.nn.Parameter(alias, requires_grad=False)
+        torch.utils.swap_tensors(tensor, alias)
+        tensor.requires_grad_(requires_grad)
+
+    def _needs_data(self, refused: Any) -> _Handler:
+        name = getattr(refused, "__name__", str(refused))
+
+        def refuse(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._place(tensor) is None:
+                return func(tensor, *args, **kwargs)
+            raise self._device.unsupported(
+                f"Tensor.{name} needs the contents of a tensor that was on the card, which the virtual device does not have"
+            )
+
+        return refuse
+
+
+def _parse(device: Any) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return torch.device(device)
+
+
+def _check_index(device: torch.device) -> None:
+    if device.index not in (None, 0):
+        raise RuntimeError(
+            f"CUDA error: invalid device ordinal (cuda:{device.index}; the virtual device has one card, cuda:0)"
+        )

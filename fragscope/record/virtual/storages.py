@@ -1,0 +1,84 @@
+"""Which storages stand for memory on the card, followed by weak reference from birth to death."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class Place(Enum):
+    """Where a metadata-only storage pretends to be."""
+
+    CARD = "card"
+    """On the virtual card: counted."""
+    HOST = "host"
+    """On the host, with contents that nobody knows (copied back from the card): not counted."""
+    META = "meta"
+    """A meta tensor that the program itself asked for."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One followed storage.
+
+    Attributes:
+        place: where it pretends to be.
+        id: lifetime id of its allocation, None if it has no bytes on the card.
+        size: bytes.
+        reference: keeps the callback that ends it.
+    """
+
+    place: Place
+    id: int | None
+    size: int
+    reference: weakref.ref[Any]
+
+
+class Storages:
+    """The registry of followed storages.
+
+    Args:
+        free: called with the lifetime id when a storage on the card dies.
+    """
+
+    def __init__(self, free: Callable[[int], None]) -> None:
+        self._free = free
+        self._entries: dict[int, Entry] = {}
+
+    def find(self, tensor: torch.Tensor) -> Entry | None:
+        """The entry of a tensor's storage, None if it is not followed."""
+        return self._entries.get(tensor.untyped_storage()._cdata)
+
+    def place(self, tensor: torch.Tensor) -> Place | None:
+        """Where a tensor pretends to be; None for tensors that are just what they are."""
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return None if entry is None else entry.place
+
+    def follow(self, tensor: torch.Tensor, place: Place, id_: int | None) -> Entry:
+        """Begin to follow a tensor's storage."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        registry = weakref.ref(self)
+
+        def ended(_: object) -> None:
+            live = registry()
+            if live is not None:
+                live._end(key)
+
+        entry = Entry(place, id_, storage.nbytes(), weakref.ref(storage, ended))
+        self._entries[key] = entry
+        return entry
+
+    def _end(self, key: int) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None and entry.id is not None:
+            self._free(entry.id)
+
+    def close(self) -> None:
+        """Stop following; storages that still live no longer report their end."""
+        self._entries.clear()

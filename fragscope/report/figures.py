@@ -1,0 +1,291 @@
+"""Bokeh figures: the variants of a group over their phases, and a memory map per variant.
+
+Nothing here carries text from a results file: variants appear as letters, which the page explains beside the figure.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.models import (
+    BoxZoomTool,
+    ColumnDataSource,
+    CustomJSHover,
+    HoverTool,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    Range1d,
+    ResetTool,
+)
+from bokeh.models.annotations import BoxAnnotation, Label, Span
+from bokeh.plotting import figure
+
+from fragscope.measure import decimate
+from fragscope.report.colors import line_name, placeholder
+from fragscope.report.memory_map import AddressRanges, Canvas, CellState, MemoryMap, address_ranges, memory_map
+from fragscope.report.traces import Recording
+from fragscope.units import GIB, MIB
+
+LINE_POINTS = 500
+"""Rows kept of each counter; every peak is among them."""
+MAP_ROWS = 320
+MAP_COLUMNS = 800
+_LEAD = 0.04  # share of the phase's length shown before it
+_FONT = "Inter, ui-sans-serif, system-ui, sans-serif"
+
+STATE_WORDS: dict[CellState, str] = {
+    CellState.NOT_RESERVED: "not reserved",
+    CellState.RELEASABLE: "releasable: idle in a wholly idle segment",
+    CellState.BASE: "live since before the phase",
+    CellState.PHASE: "live from inside the phase",
+    CellState.BASE_WITH_HOLES: "live since before the phase, with stranded holes",
+    CellState.PHASE_WITH_HOLES: "live from inside the phase, with stranded holes",
+    CellState.STRANDED: "stranded: idle, pinned by a live block",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure as the page carries it.
+
+    Attributes:
+        payload: base64 of the zlib-compressed Bokeh JSON; safe inside a script element.
+        height: CSS pixels.
+    """
+
+    payload: str
+    height: int
+
+
+def unpack(payload: str) -> Any:
+    """What the page's script decodes; the inverse of packing."""
+    return json.loads(zlib.decompress(base64.b64decode(payload)))
+
+
+def _pack(plot: Any, height: int) -> Drawing:
+    text = json.dumps(json_item(plot), separators=(",", ":"))
+    return Drawing(base64.b64encode(zlib.compress(text.encode(), 9)).decode(), height)
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    return (GIB, "GiB") if largest >= 2 * GIB else (MIB, "MiB")
+
+
+def _plot(height: int, **options: Any) -> Any:
+    plot = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        toolbar_location="above",
+        tools=[],
+        min_border_left=56,
+        min_border_right=22,
+        outline_line_color=None,
+        background_fill_color=placeholder("paper"),
+        border_fill_color=placeholder("paper"),
+        **options,
+    )
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.add_tools(BoxZoomTool(), ResetTool())
+    for axis in plot.axis:
+        axis.axis_line_color = placeholder("rule")
+        axis.major_tick_line_color = placeholder("rule")
+        axis.minor_tick_line_color = None
+        axis.major_label_text_color = axis.axis_label_text_color = placeholder("muted")
+        axis.major_label_text_font = axis.axis_label_text_font = _FONT
+        axis.major_label_text_font_size = axis.axis_label_text_font_size = "12px"
+        axis.axis_label_text_font_style = "normal"
+    plot.xgrid.grid_line_color = None
+    plot.ygrid.grid_line_color = placeholder("grid")
+    return plot
+
+
+def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
+    """All variants of a group on one axis: allocated (solid) and reserved (dashed) over the measured phase.
+
+    The horizontal axis is the share of each variant's own events, since variants do the same work in very different
+    numbers of events; it is not time.
+
+    Args:
+        recordings: letter, colour number and Recording of each variant.
+    """
+    largest = max(int(r.timeline.reserved[r.rows].max(initial=0)) for _, _, r in recordings)
+    unit, unit_name = _unit(largest)
+    height = 340
+    plot = _plot(height, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=max(largest, 1) / unit * 1.08))
+    plot.xaxis.formatter = NumeralTickFormatter(format="0%")
+    plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
+    plot.xaxis.axis_label = "share of each variant's own events"
+    plot.yaxis.axis_label = unit_name
+    bases = {int(r.timeline.allocated[r.rows.start]) for _, _, r in recordings}
+    if len(bases) == 1:
+        _mark_base(plot, bases.pop() / unit)
+    peaks = [(letter, number, *_peak(r)) for letter, number, r in recordings]
+    for letter, number, recording in recordings:
+        _add_lines(plot, (letter, number), recording, (unit, unit_name))
+    for (letter, number, share, value), right in zip(peaks, _label_places(peaks, largest), strict=True):
+        color = placeholder(line_name(number))
+        plot.scatter([share], [value / unit], size=7, color=color, line_color=placeholder("paper"), tags=[letter])
+        label = _label(share, value / unit, letter, "ink")
+        label.update(tags=[letter], x_offset=right, y_offset=6, text_color=color, text_font_style="bold")
+        label.update(text_align="left" if share < 0.02 else "right" if share > 0.98 else "center")
+        plot.add_layout(label)
+    return _pack(plot, height)
+
+
+def _label(x: float, y: float, text: str, color: str) -> Label:
+    return Label(x=x, y=y, text=text, text_color=placeholder(color), text_font=_FONT, text_font_size="12px")
+
+
+def _mark_base(plot: Any, base: float) -> None:
+    plot.add_layout(BoxAnnotation(top=base, fill_color=placeholder("muted"), fill_alpha=0.07, line_color=None))
+    plot.add_layout(Span(location=base, dimension="width", line_color=placeholder("muted"), line_dash="dotted"))
+    label = _label(0, base, "base", "muted")
+    label.update(x_offset=6, y_offset=-17)
+    plot.add_layout(label)
+
+
+def _peak(recording: Recording) -> tuple[float, int]:
+    """Where in the phase allocated was largest, as a share, and how much that was."""
+    allocated = recording.timeline.allocated[recording.rows]
+    row = int(np.argmax(allocated))
+    return row / max(len(allocated) - 1, 1), int(allocated[row])
+
+
+def _label_places(peaks: list[tuple[str, int, float, int]], largest: int) -> list[int]:
+    """Horizontal offset of each peak's letter, so that letters of nearby peaks stand side by side."""
+    out = []
+    for i, (_, _, share, value) in enumerate(peaks):
+        near = sum(abs(s - share) < 0.05 and abs(v - value) < 0.05 * max(largest, 1) for _, _, s, v in peaks[:i])
+        out.append((-1 if share > 0.9 else 1) * 16 * near)
+    return out
+
+
+def _add_lines(plot: Any, variant: tuple[str, int], recording: Recording, units: tuple[int, str]) -> None:
+    (letter, number), (unit, unit_name) = variant, units
+    line, rows = recording.timeline, recording.rows
+    allocated, reserved = line.allocated[rows], line.reserved[rows]
+    kept = np.union1d(decimate(allocated, LINE_POINTS), decimate(reserved, LINE_POINTS))
+    last = max(len(allocated) - 1, 1)
+    # A counter holds its value until the next event: each kept row is drawn as a step.
+    at = np.repeat(kept, 2)
+    x = np.concatenate([at[1:], at[-1:]]) / last
+    source = ColumnDataSource(
+        {
+            "x": x.astype(np.float32),
+            "event": (at + rows.start).astype(np.int32),
+            "allocated": (allocated[at] / unit).astype(np.float32),
+            "reserved": (reserved[at] / unit).astype(np.float32),
+        }
+    )
+    color = placeholder(line_name(number))
+    plot.line("x", "reserved", source=source, color=color, line_dash=[5, 4], alpha=0.75, tags=[letter])
+    solid = plot.line("x", "allocated", source=source, color=color, line_width=2, line_join="round", tags=[letter])
+    plot.add_tools(
+        HoverTool(
+            renderers=[solid],
+            line_policy="nearest",
+            visible=False,
+            tooltips=[
+                ("variant", letter),
+                ("event", "@event{0,0}"),
+                ("allocated", f"@allocated{{0,0.000}} {unit_name}"),
+                ("reserved", f"@reserved{{0,0.000}} {unit_name}"),
+            ],
+        )
+    )
+
+
+def window(recording: Recording) -> slice:
+    """Rows a memory map covers: the phase and a little before it."""
+    rows = recording.rows
+    lead = max(2, round((rows.stop - rows.start) * _LEAD)) if recording.timeline.measured is not None else 0
+    return slice(max(0, rows.start - lead), rows.stop)
+
+
+def map_scale(recordings: list[Recording]) -> int:
+    """Bytes of address space that the tallest memory map of a group shows; all use its scale."""
+    return max((address_ranges(r.lives, window(r)).extent for r in recordings), default=0) or 1
+
+
+def raster(recording: Recording, scale: int) -> MemoryMap:
+    """The memory map of a Recording, with cells as tall as the group's tallest map allows."""
+    rows = window(recording)
+    ranges = address_ranges(recording.lives, rows)
+    begin = recording.rows.start if recording.timeline.measured is not None else rows.start
+    return memory_map(recording.lives, Canvas(ranges, rows, begin, scale / MAP_ROWS, MAP_COLUMNS))
+
+
+def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
+    """A memory map: addresses upwards without the gaps between segments, events to the right.
+
+    Args:
+        recording: what it shows.
+        drawn: from ``raster``.
+        scale: bytes that the vertical axis covers.
+    """
+    unit, unit_name = _unit(scale)
+    height, canvas = 320, drawn.canvas
+    rows, columns = drawn.cells.shape
+    plot = _plot(
+        height,
+        x_range=Range1d(start=canvas.rows.start, end=max(canvas.rows.stop, canvas.rows.start + 1)),
+        y_range=Range1d(start=0, end=scale / unit),
+    )
+    plot.ygrid.grid_line_color = None
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
+    plot.xaxis.axis_label = "event"
+    plot.yaxis.axis_label = f"address, gaps left out ({unit_name})"
+    image = plot.image(
+        image=[drawn.cells],
+        x=canvas.rows.start,
+        y=0,
+        dw=columns * canvas.events_per_cell,
+        dh=rows * canvas.bytes_per_cell / unit,
+        color_mapper=LinearColorMapper(
+            palette=[placeholder(f"cell-{s.value}") for s in CellState], low=-0.5, high=len(CellState) - 0.5
+        ),
+    )
+    if recording.timeline.measured is not None:
+        plot.add_layout(
+            Span(location=recording.rows.start, dimension="height", line_color=placeholder("ink"), line_dash=[2, 3])
+        )
+    _add_map_hover(plot, image, canvas.ranges, unit)
+    return _pack(plot, height)
+
+
+def _add_map_hover(plot: Any, image: Any, ranges: AddressRanges, unit: int) -> None:
+    # Addresses stay below 2**53, so a double holds them.
+    address = CustomJSHover(
+        args={
+            "start": ranges.start.astype(np.float64),
+            "offset": ranges.offset.astype(np.float64),
+            "extent": ranges.extent,
+            "unit": unit,
+        },
+        code="""
+            const at = Math.floor(special_vars.y * unit)
+            if (at < 0 || at >= extent) return "outside"
+            let i = offset.length - 1
+            while (offset[i] > at) i--
+            return "0x" + (start[i] + at - offset[i]).toString(16)
+        """,
+    )
+    words = [STATE_WORDS[s] for s in CellState]
+    state = CustomJSHover(args={"words": words}, code="return words[value] ?? ''")
+    event = CustomJSHover(code="return Math.floor(special_vars.x).toLocaleString('en')")
+    plot.add_tools(
+        HoverTool(
+            renderers=[image],
+            visible=False,
+            tooltips=[("state", "@image{custom}"), ("address", "$y{custom}"), ("event", "$x{custom}")],
+            formatters={"@image": state, "$y": address, "$x": event},
+        )
+    )

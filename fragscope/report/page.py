@@ -1,0 +1,214 @@
+"""The HTML page: what it says about each group and case, and how the figures get into it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import ascii_uppercase
+
+from bokeh.resources import Resources
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fragscope.errors import printable
+from fragscope.report.colors import NAMES, SCHEMES, line_name
+from fragscope.report.figures import (
+    LINE_POINTS,
+    STATE_WORDS,
+    Drawing,
+    map_figure,
+    map_scale,
+    progress_figure,
+    raster,
+)
+from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
+from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, summarize
+from fragscope.report.table import figures as table_figures
+from fragscope.report.traces import Recording, Unavailable, open_recording
+from fragscope.results import Results
+from fragscope.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One case on the page.
+
+    Attributes:
+        letter: what the figures call it.
+        color: name of its line's colour.
+        row: names and figures.
+        events: requests of the measured phase, None without a Trace.
+        facts: ``(word, value)`` beside its memory map.
+        notes: what a reader must know about its figures, ``(kind, text)``.
+        missing: why there is no memory map, ``""`` if there is one.
+        drawing: the memory map.
+        alternative: the memory map in words.
+        resolution: what one cell of it stands for.
+    """
+
+    letter: str
+    color: str
+    row: Row
+    events: int | None
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
+    missing: str
+    drawing: Drawing | None
+    alternative: str
+    resolution: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One group on the page: its variants on one axis, then their memory maps."""
+
+    anchor: str
+    group: Group
+    variants: tuple[Variant, ...]
+    drawing: Drawing | None
+    alternative: str
+
+
+def render(results: Results, folder: Path) -> str:
+    """The whole page as one string."""
+    summary = summarize(results)
+    sections = tuple(_section(number, group, folder) for number, group in enumerate(summary.groups))
+    environment = Environment(
+        loader=PackageLoader("fragscope.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["figures"] = table_figures
+    bokeh = _bokeh_script()
+    script = environment.get_template("report.js").render().strip()
+    return environment.get_template("report.html").render(
+        summary=summary,
+        sections=sections,
+        style=Markup(environment.get_template("report.css").render(schemes=SCHEMES)),  # noqa: S704 our own file
+        bokeh=Markup(bokeh),  # noqa: S704 the library's own script
+        script=Markup(script),  # noqa: S704 our own file
+        script_hashes=" ".join(_hash(text) for text in (bokeh, script)),
+        color_names=" ".join(NAMES),
+        legend=tuple((f"cell-{s.value}", STATE_WORDS[s]) for s in CellState),
+        hole_share=f"1/{round(1 / HOLE_SHARE)}",
+        line_points=LINE_POINTS,
+        estimated_means=ESTIMATED_MEANS,
+        draws=any(s.drawing for s in sections),
+    )
+
+
+@cache
+def _bokeh_script() -> str:
+    """Bokeh's core without its widgets, tables, WebGL and MathJax, which no figure here uses."""
+    text = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+    assert "</script" not in text.lower()
+    return text
+
+
+def _hash(script: str) -> str:
+    """The script's source expression for the page's Content-Security-Policy: nothing else may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _letter(number: int) -> str:
+    """A to Z, then AA, AB and so on."""
+    text = ascii_uppercase[number % 26]
+    return text if number < 26 else _letter(number // 26 - 1) + text
+
+
+def _section(number: int, group: Group, folder: Path) -> Section:
+    opened = [open_recording(row.case, folder) if row.case.measured else None for row in group.rows]
+    read = [(_letter(i), i, r) for i, r in enumerate(opened) if isinstance(r, Recording)]
+    scale = map_scale([r for _, _, r in read])
+    variants = tuple(
+        _variant(i, row, recording, scale) for i, (row, recording) in enumerate(zip(group.rows, opened, strict=True))
+    )
+    spoken = []
+    for letter, i, recording in read:
+        level = recording.timeline.peak(recording.rows)
+        base = int(recording.timeline.allocated[recording.rows.start])
+        spoken.append(
+            f"{letter}, {group.rows[i].variant}: from {format_bytes(base)} allocated to a peak of "
+            f"{format_bytes(level.allocated)}; peak reserved {format_bytes(level.reserved)}"
+        )
+    alternative = f"Allocated and reserved bytes over the measured phase. {'; '.join(spoken)}."
+    return Section(f"g{number + 1}", group, variants, progress_figure(read) if read else None, alternative)
+
+
+def _variant(number: int, row: Row, recording: Recording | Unavailable | None, scale: int) -> Variant:
+    letter, color = _letter(number), line_name(number)
+    if not isinstance(recording, Recording):
+        missing = recording.reason if recording is not None else "Nothing was measured."
+        return Variant(letter, color, row, None, _facts(row, None), _notes(row, None), missing, None, "", "")
+    drawn = raster(recording, scale)
+    facts = _facts(row, recording)
+    alternative = f"Memory map of variant {letter}, {row.variant}. " + ", ".join(f"{w} {v}" for w, v in facts) + "."
+    return Variant(
+        letter=letter,
+        color=color,
+        row=row,
+        events=recording.events,
+        facts=facts,
+        notes=_notes(row, recording),
+        missing="",
+        drawing=map_figure(recording, drawn, scale),
+        alternative=alternative,
+        resolution=_resolution(drawn),
+    )
+
+
+def _facts(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]:
+    case = row.case
+    if not case.measured:
+        return ()
+
+    def size(count: int) -> str:
+        return f"{row.mark}{format_bytes(count)}"
+
+    facts = [
+        ("base", size(case.base)),
+        ("peak allocated", size(case.peak.allocated)),
+        ("transient", size(case.transient)),
+        ("end", size(case.end_live)),
+        ("peak reserved", size(case.peak.reserved)),
+        ("stranded at most", size(case.peak.stranded)),
+        ("stranded at end", size(case.end.stranded)),
+    ]
+    if recording is not None:
+        facts.append(("events", f"{recording.events:,}"))
+    return tuple(facts)
+
+
+def _notes(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]:
+    case = row.case
+    out = []
+    if not case.as_expected:
+        out.append(("outcome", f"{row.outcome_text}. {row.message}".strip()))
+    elif row.message:
+        out.append(("outcome", row.message))
+    out += [("failed", f"a request for {format_bytes(o.requested)} at event {o.event:,}") for o in case.ooms[:3]]
+    if len(case.ooms) > 3:
+        out.append(("failed", f"and {len(case.ooms) - 3} more requests"))
+    if case.verify is not None and case.verify.mismatches:
+        first = f": {printable(case.verify.first)}" if case.verify.first else ""
+        out.append(("model", f"{case.verify.mismatches} of {case.verify.compared} decisions differ{first}"))
+    out += [("estimated", f"{printable(e.op, 80)} called {e.calls:,} times {printable(e.where, 120)}".strip())
+            for e in case.estimated_ops]  # fmt: skip
+    out += [
+        (f"assumed, effect {a.effect}", printable(a.detail or a.code)) for a in case.assumptions if a.effect != "none"
+    ]
+    out += [("lost", printable(x.detail or x.code)) for x in case.lost]
+    if recording is not None:
+        seen = recording.timeline.peak(recording.rows).allocated
+        if seen != case.peak.allocated:
+            stated = format_bytes(case.peak.allocated)
+            out.append(("trace", f"it shows a peak allocated of {format_bytes(seen)}, the results say {stated}"))
+    return tuple(out)
+
+
+def _resolution(drawn: MemoryMap) -> str:
+    events = drawn.canvas.events_per_cell
+    width = "1 event" if events == 1 else f"{events:,.1f} events"
+    return f"One cell is {format_bytes(round(drawn.canvas.bytes_per_cell))} by {width}."

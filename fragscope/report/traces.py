@@ -1,0 +1,79 @@
+"""Opening the Trace of a case: never outside the folder, and never an error that costs the rest of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fragscope.errors import FragscopeError, printable
+from fragscope.measure import Lifetimes, Timeline, lifetimes, timeline
+from fragscope.results import Case
+from fragscope.trace import RequestKind, Trace, load_trace
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A case's Trace, measured.
+
+    Attributes:
+        trace: as read.
+        lives: when segments and blocks lived.
+        timeline: counters after every request.
+        rows: those of the measured phase, or of the whole Trace where none is marked.
+    """
+
+    trace: Trace
+    lives: Lifetimes
+    timeline: Timeline
+    rows: slice
+
+    @property
+    def events(self) -> int:
+        """Requests of the phase, without its marks."""
+        kinds = self.trace.requests.kind[self.rows]
+        return len(kinds) - int(((kinds == RequestKind.PHASE_BEGIN) | (kinds == RequestKind.PHASE_END)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Why a case has no figures of its course.
+
+    Attributes:
+        reason: one printable sentence without the case's name.
+    """
+
+    reason: str
+
+
+def open_recording(case: Case, folder: Path) -> Recording | Unavailable:
+    """Read and measure the Trace of a case.
+
+    Args:
+        case: names the file, relative to ``folder``.
+        folder: where the results file lies; nothing outside it is read, whatever the name or a link says.
+    """
+    if case.trace is None:
+        return Unavailable("No trace was kept for this case.")
+    shown = printable(case.trace, 160)
+    try:
+        root = folder.resolve(strict=True)
+        file = (root / case.trace).resolve()
+        if not file.is_relative_to(root):
+            return Unavailable(f"The trace {shown} lies outside the folder of the results and was not read.")
+        if not file.is_file():
+            return Unavailable(f"The trace {shown} is missing.")
+        trace = load_trace(file)
+        lives = lifetimes(trace)
+        line = timeline(trace, lives)
+    except FragscopeError as e:
+        return Unavailable(f"The trace {shown} cannot be used: {_without_path(e)}.")
+    except (OSError, ValueError, RuntimeError) as e:  # a name no file system takes, a link that leads to itself
+        return Unavailable(f"The trace {shown} cannot be read ({printable(type(e).__name__)}).")
+    if len(trace.requests) == 0:
+        return Unavailable(f"The trace {shown} holds no events.")
+    return Recording(trace, lives, line, line.measured or slice(0, len(trace.requests)))
+
+
+def _without_path(error: FragscopeError) -> str:
+    """The reason alone: a page should not carry the paths of the machine it was made on."""
+    return printable(str(getattr(error, "reason", error)), 200)

@@ -1,0 +1,121 @@
+"""Cases: what is run under what, with readable ids and digests."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import fragscope
+from fragscope.allocator import ReplaySettings
+from fragscope.results import DeviceKind
+from fragscope.suite.discover import Selection
+from fragscope.suite.scenario import Value
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCase:
+    """One measurement to make.
+
+    Attributes:
+        id: readable, unique within a run.
+        digest: of everything that decides the result except the source code, as 24 hexadecimal digits.
+    """
+
+    selection: Selection
+    values: tuple[tuple[str, Value], ...]
+    changed: tuple[tuple[str, Value], ...]
+    settings: ReplaySettings
+    device: DeviceKind
+    id: str
+    digest: str
+
+    @property
+    def recording(self) -> tuple[str, tuple[tuple[str, Value], ...], str]:
+        """Cases with equal values here can share one recording."""
+        return (self.selection.name, self.values, self.device)
+
+
+def plan(
+    selections: Sequence[Selection],
+    overrides: Mapping[str, str],
+    settings: Sequence[ReplaySettings],
+    device: DeviceKind,
+) -> list[PlannedCase]:
+    """Every selection under every combination of settings."""
+    out = []
+    for selection, setting in itertools.product(selections, settings):
+        scenario = selection.scenario
+        parsed = {k: scenario.parse_override(k, v) for k, v in overrides.items()}
+        changes = {k: v for k, v in parsed.items() if v is not None}
+        defaults = scenario.values_for(selection.preset, {})
+        values = scenario.values_for(selection.preset, changes)
+        changed = tuple(sorted((k, v) for k, v in values.items() if defaults[k] != v))
+        items = tuple(sorted(values.items()))
+        out.append(
+            PlannedCase(
+                selection=selection,
+                values=items,
+                changed=changed,
+                settings=setting,
+                device=device,
+                id=_case_id(selection.name, changed, setting, device),
+                digest=_digest(selection.name, items, setting, device),
+            )
+        )
+    return out
+
+
+def _case_id(
+    name: str, changed: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind
+) -> str:
+    """``scenario/preset/variant[name=value]@conf,torch,card,device``."""
+    params = "[" + ",".join(f"{k}={v}" for k, v in changed) + "]" if changed else ""
+    card = settings.card
+    under = [settings.conf or "default", f"torch-{settings.rules.torch}", card, device]
+    return f"{name}{params}@{','.join(under)}"
+
+
+def _digest(
+    name: str, values: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind
+) -> str:
+    facts = {
+        "name": name,
+        "values": list(values),
+        "conf": settings.conf,
+        "torch": settings.rules.torch,
+        "card": [settings.card, settings.total, settings.capacity],
+        "memory_fraction": settings.memory_fraction,
+        "device": device,
+        "versions": versions(),
+        "fragscope": own_fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides a result; a package that is not installed is left out."""
+    out = {"python": platform.python_version()}
+    for package in ("fragscope", "torch", "flashinfer-python", "numpy"):
+        try:
+            out[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+@functools.cache
+def own_fingerprint() -> str:
+    """SHA-256 over fragscope's own modules, so that results of an edited model are not taken for its own."""
+    digest = hashlib.sha256()
+    folder = Path(fragscope.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

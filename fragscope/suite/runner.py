@@ -1,0 +1,292 @@
+"""Running a plan: recordings in worker processes, results to the journal, and results.json at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from fragscope.allocator import card_named
+from fragscope.errors import printable
+from fragscope.results import Case, Outcome, Results, Run, save_results
+from fragscope.suite.journal import Journal, finished_cases
+from fragscope.suite.plan import PlannedCase, versions
+from fragscope.suite.server import Job, WorkerServer
+from fragscope.suite.worker import (
+    CaseTask,
+    NumericReport,
+    Report,
+    Task,
+    log_path,
+    report_path,
+    run_numeric,
+    run_task,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a plan is run.
+
+    Attributes:
+        out: folder for results, traces and logs.
+        root: folder whose modules scenarios may import and that file names are shown relative to.
+        jobs: worker processes at once.
+        timeout: seconds a recording may take.
+        resume: take valid results of an earlier run in the same folder.
+        command: the command line, for provenance.
+    """
+
+    out: Path
+    root: Path
+    jobs: int
+    timeout: float
+    resume: bool
+    command: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Who is told how a run goes."""
+
+    def planned(self, cases: int, resumed: int) -> None:
+        """How many cases there are, and how many of them an earlier run already finished."""
+
+    def started(self, what: str) -> None:
+        """A recording began."""
+
+    def finished(self, case: Case) -> None:
+        """A case has a result."""
+
+
+def run_plan(planned: Sequence[PlannedCase], options: RunOptions, progress: Progress) -> Results:
+    """Run every planned case and write results.json; an interrupt keeps what is finished and is raised again."""
+    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    known = finished_cases(options.out) if options.resume else {}
+    results = {p.digest: known[p.digest] for p in planned if p.digest in known}
+    todo = [p for p in planned if p.digest not in results]
+    progress.planned(len(planned), len(results))
+    run = _PlanRun(options, progress, results)
+
+    def write() -> Results:
+        cases = [results[p.digest] for p in planned if p.digest in results]
+        made = Results(
+            run=Run(
+                started=started,
+                seconds=round(time.monotonic() - began, 3),
+                complete=len(cases) == len(planned),
+                planned=len(planned),
+                versions=versions(),
+                command=list(options.command),
+                cards={p.settings.card: _card_facts(p) for p in planned},
+            ),
+            cases=cases,
+        )
+        save_results(made, options.out / "results.json")
+        return made
+
+    with run.journal_open():
+        try:
+            run.play(todo)
+        except BaseException:
+            write()
+            raise
+    made = write()
+    _remove_stray_traces(options.out, made)
+    return made
+
+
+def _card_facts(planned: PlannedCase) -> dict[str, Any]:
+    card = card_named(planned.settings.card)
+    return {
+        "product": card.product,
+        "total": planned.settings.total,
+        "capacity": planned.settings.capacity,
+        "capability": list(card.capability),
+        "source": card.source,
+    }
+
+
+def _remove_stray_traces(out: Path, results: Results) -> None:
+    """Traces and logs of runs that this one replaced."""
+    kept = {c.trace for c in results.cases}
+    for file in (out / "traces").glob("*.fscope"):
+        if f"traces/{file.name}" not in kept:
+            file.unlink(missing_ok=True)
+    digests = {c.digest for c in results.cases}
+    for file in (out / "logs").glob("*.log"):
+        if file.stem not in digests or file.stat().st_size == 0:
+            file.unlink(missing_ok=True)
+    shutil.rmtree(out / "work", ignore_errors=True)
+
+
+class _PlanRun:
+    """The state of one run."""
+
+    def __init__(self, options: RunOptions, progress: Progress, results: dict[str, Case]) -> None:
+        self._options = options
+        self._progress = progress
+        self._results = results
+        self._numerics: dict[str, NumericReport] = {}
+        self._tasks: dict[str, Task] = {}
+        self._planned: dict[str, PlannedCase] = {}
+        self._journal: Journal | None = None
+
+    @contextlib.contextmanager
+    def journal_open(self) -> Iterator[None]:
+        self._journal = Journal(self._options.out, keep=self._options.resume)
+        try:
+            yield
+        finally:
+            self._journal.close()
+
+    def play(self, todo: Sequence[PlannedCase]) -> None:
+        if not todo:
+            return
+        shutil.rmtree(self._options.out / "work", ignore_errors=True)
+        self._planned = {p.id: p for p in todo}
+        files = dict.fromkeys(p.selection.scenario.file for p in todo)
+        server = WorkerServer(files, self._options.jobs, self._options.timeout)
+        numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
+        server.run(numeric, self._numeric_ended, lambda job: self._progress.started(job.key.replace("numeric-", "numerics of ")))
+        groups: dict[Any, list[PlannedCase]] = {}
+        for planned in todo:
+            groups.setdefault(planned.recording, []).append(planned)
+        jobs = [self._recording_job(group) for group in groups.values()]
+        server.run(jobs, self._recording_ended, lambda job: self._progress.started(self._tasks[job.key].cases[0].id))
+
+    # --- numeric steps --------------------------------------------------------------------------------------------
+
+    def _numeric_job(self, planned: PlannedCase) -> Job:
+        key = f"numeric-{planned.selection.scenario.name}"
+        task = self._task([planned])
+        self._tasks[key] = task
+        device = "cpu" if planned.device == "virtual" else "cuda"
+        return Job(key, run_numeric, (task, device, key))
+
+    def _numeric_ended(self, job: Job) -> Iterable[Job]:
+        task = self._tasks[job.key]
+        report = _read(report_path(task.out, job.key), NumericReport)
+        if report is None:
+            why = f"the numeric step {_how_it_ended(job, self._options.timeout)}{_last_line(log_path(task.out, job.key))}"
+            facts = {"agree": False, "message": why}
+            report = NumericReport(facts, {"*": why})
+        self._numerics[task.scenario] = report
+        return ()
+
+    # --- recordings -----------------------------------------------------------------------------------------------
+
+    def _task(self, group: Sequence[PlannedCase]) -> Task:
+        first = group[0]
+        variant = first.selection.scenario.variants[first.selection.variant]
+        return Task(
+            file=first.selection.scenario.file,
+            root=self._options.root,
+            scenario=first.selection.scenario.name,
+            preset=first.selection.preset,
+            variant=variant.name,
+            role=variant.role,
+            expect=variant.expect,
+            values=first.values,
+            changed=first.changed,
+            device=first.device,
+            cases=tuple(CaseTask(p.id, p.digest, p.settings) for p in group),
+            out=self._options.out,
+        )
+
+    def _recording_job(self, group: Sequence[PlannedCase]) -> Job:
+        task = self._task(group)
+        key = task.cases[0].digest
+        self._tasks[key] = task
+        return Job(key, run_task, (task,))
+
+    def _recording_ended(self, job: Job) -> Iterable[Job]:
+        task = self._tasks[job.key]
+        report = _read(report_path(task.out, job.key), Report)
+        if report is None:
+            outcome: Outcome = "timeout" if job.timed_out else "crash"
+            message = f"the process {_how_it_ended(job, self._options.timeout)}{_last_line(log_path(task.out, job.key))}"
+            self._finish(self._without_figures(task, task.cases[0], outcome, message))
+            rest = task.cases[1:]
+            return [self._recording_job([self._planned[c.id] for c in rest])] if rest else ()
+        for case in report.cases:
+            self._finish(case)
+        return [self._recording_job([self._planned[i]]) for i in report.again]
+
+    def _without_figures(self, task: Task, wanted: CaseTask, outcome: Outcome, message: str) -> Case:
+        settings = wanted.settings
+        return Case(
+            id=wanted.id,
+            digest=wanted.digest,
+            scenario=task.scenario,
+            preset=task.preset,
+            variant=task.variant,
+            role=task.role,
+            params=dict(task.values),
+            conf=settings.conf,
+            torch=settings.rules.torch,
+            torch_installed=versions().get("torch", ""),
+            card=settings.card,
+            device=task.device,
+            capacity=settings.capacity,
+            outcome=outcome,
+            expected_outcome=task.expect,
+            message=message,
+        )
+
+    def _finish(self, case: Case) -> None:
+        report = self._numerics.get(case.scenario)
+        if report is not None:
+            case = msgspec.structs.replace(case, numeric=report.numeric)
+            problem = report.wrong.get(case.variant, report.wrong.get("*"))
+            if problem is not None and case.outcome == "ok":
+                case = msgspec.structs.replace(case, outcome="wrong", message=f"numerics: {problem}")
+        self._results[case.digest] = case
+        assert self._journal is not None
+        self._journal.add(case)
+        self._progress.finished(case)
+
+
+def _one_per_scenario(todo: Sequence[PlannedCase]) -> list[PlannedCase]:
+    out: dict[str, PlannedCase] = {}
+    for planned in todo:
+        if planned.selection.scenario.outputs is not None:
+            out.setdefault(planned.selection.scenario.name, planned)
+    return list(out.values())
+
+
+def _read(path: Path, kind: Callable[..., Any]) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _how_it_ended(job: Job, timeout: float) -> str:
+    if job.timed_out:
+        return f"took longer than {timeout:g} s and was stopped"
+    if job.code is not None and job.code < 0:
+        import signal
+
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-job.code).name}"
+    return f"ended with code {job.code}"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f": {printable(lines[-1], 200)}" if lines else ""
+
+
+def usable_cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,285 @@
+"""How scenarios are written: a function that makes its state, then measures one phase.
+
+    @fragscope.scenario(presets={"small": {"experts": 8}}, variant="list-and-stack")
+    def load_experts(case):
+        layers = make_layers(case.experts)      # base: not measured
+        with case.measure():
+            for w in layers:
+                w.rebind(shuffle(w))
+
+    @load_experts.variant("in-place", role="proposed")
+    def _(case): ...
+
+The code says ``device="cuda"`` as it would on a GPU. Nothing that the function makes outlives it, so lifetimes are the
+program's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+from fragscope.errors import UsageError
+from fragscope.results import Outcome, Role
+
+if TYPE_CHECKING:
+    import torch
+
+Value = int | float | str | bool
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+
+
+class Recorder(Protocol):
+    """What ``case.measure()`` marks its phase on."""
+
+    def begin_phase(self, name: str) -> None:
+        """The measured phase begins."""
+
+    def end_phase(self) -> None:
+        """The measured phase is over."""
+
+
+class SkipCase(Exception):
+    """Raised by ``case.skip``: the case cannot run here, for the reason given."""
+
+
+class Case:
+    """One scenario × preset × variant, as its function sees it.
+
+    Preset values and parameters are attributes: ``case.experts``, ``case.layers``.
+
+    Attributes:
+        scenario, preset, variant: names.
+        values: all preset values and parameters by name.
+        device: the device to name in code, ``"cuda"`` on the virtual device too.
+    """
+
+    def __init__(
+        self, scenario: str, preset: str, variant: str, values: Mapping[str, Value], recorder: Recorder
+    ) -> None:
+        self.scenario = scenario
+        self.preset = preset
+        self.variant = variant
+        self.values = dict(values)
+        self.device = "cuda"
+        self.measured = False
+        self._recorder = recorder
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            known = ", ".join(sorted(self.__dict__.get("values", ()))) or "none"
+            raise AttributeError(f"case has no value {name!r}; preset and parameters give: {known}") from None
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Mark the measured phase; exactly one per case.
+
+        Garbage is collected before it and left alone during it, so that cyclic garbage made inside stays allocated, the
+        same on every device.
+        """
+        if self.measured:
+            raise UsageError(f"{self.scenario}/{self.variant}: case.measure() is entered twice; a case has one phase")
+        self.measured = True
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()
+        self._recorder.begin_phase("measure")
+        try:
+            yield
+        finally:
+            self._recorder.end_phase()
+            if was_enabled:
+                gc.enable()
+
+    def skip(self, reason: str) -> None:
+        """End the case as skipped."""
+        raise SkipCase(reason)
+
+
+Body = Callable[[Case], None]
+Outputs = Callable[[str, str], "Sequence[torch.Tensor]"]
+Reference = Callable[[str], "Sequence[torch.Tensor]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One implementation in a scenario.
+
+    Attributes:
+        expect: declared outcome, ``"ok"`` unless said otherwise.
+    """
+
+    name: str
+    role: Role
+    body: Body
+    expect: Outcome = "ok"
+    doc: str = ""
+
+
+@dataclass(slots=True)
+class Scenario:
+    """A named set of variants that do the same work on the same presets.
+
+    Attributes:
+        presets: values by name, for each real model or size.
+        params: parameter defaults; a tuple lists the choices, its first is the default.
+        source: where the replayed code comes from.
+        file: the file that defines it.
+    """
+
+    name: str
+    presets: dict[str, dict[str, Value]]
+    params: dict[str, Value | tuple[Value, ...]]
+    source: str
+    doc: str
+    file: Path
+    variants: dict[str, Variant] = field(default_factory=dict)
+    outputs: Outputs | None = None
+    expected: Reference | None = None
+
+    def variant(self, name: str, *, role: Role, expect: Outcome = "ok") -> Callable[[Body], Body]:
+        """Add an implementation; the decorated function is its body."""
+
+        def add(body: Body) -> Body:
+            self.add(name, role, body, expect)
+            return body
+
+        return add
+
+    def add(self, name: str, role: Role, body: Body, expect: Outcome = "ok") -> None:
+        """Add an implementation."""
+        _check_name("variant", name)
+        if name in self.variants:
+            raise UsageError(f"scenario {self.name!r}: variant {name!r} is defined twice")
+        if role not in get_args(Role):
+            raise UsageError(f"scenario {self.name!r}: role {role!r} is none of {', '.join(get_args(Role))}")
+        if expect not in get_args(Outcome):
+            raise UsageError(f"scenario {self.name!r}: outcome {expect!r} is none of {', '.join(get_args(Outcome))}")
+        self.variants[name] = Variant(name, role, body, expect, inspect.getdoc(body) or "")
+
+    def numeric(self, outputs: Outputs) -> Outputs:
+        """Decorator: ``outputs(variant, device)`` computes a variant's results on real data at a small size.
+
+        Every variant's results must equal those of ``reference``, or else of the first variant, bit for bit.
+        """
+        self.outputs = outputs
+        return outputs
+
+    def reference(self, expected: Reference) -> Reference:
+        """Decorator: ``expected(device)`` computes the right results independently of all variants."""
+        self.expected = expected
+        return expected
+
+    def values_for(self, preset: str, overrides: Mapping[str, Value]) -> dict[str, Value]:
+        """Parameters and preset values of one case, after ``--set``."""
+        values: dict[str, Value] = {k: v[0] if isinstance(v, tuple) else v for k, v in self.params.items()}
+        values.update(self.presets[preset])
+        values.update({k: v for k, v in overrides.items() if k in values})
+        return values
+
+    def parse_override(self, name: str, text: str) -> Value | None:
+        """The value of ``--set name=text`` for this scenario; None if it has no such parameter.
+
+        Raises:
+            UsageError: the text does not fit the parameter.
+        """
+        choices = self.params.get(name)
+        if isinstance(choices, tuple):
+            for choice in choices:
+                if text == str(choice):
+                    return choice
+            raise UsageError(f"--set {name}={text}: {self.name} takes one of {', '.join(map(str, choices))}")
+        samples = [p[name] for p in self.presets.values() if name in p]
+        if choices is not None:
+            samples.append(choices)
+        if not samples:
+            return None
+        sample = samples[0]
+        try:
+            if isinstance(sample, bool):
+                return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            return type(sample)(text)
+        except (KeyError, ValueError):
+            raise UsageError(f"--set {name}={text}: {self.name} takes a {type(sample).__name__} here") from None
+
+
+class Registry:
+    """Scenarios defined by the file being loaded."""
+
+    def __init__(self) -> None:
+        self.found: list[Scenario] = []
+
+
+_registries: list[Registry] = []
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[Registry]:
+    """Collect the scenarios that are defined meanwhile."""
+    registry = Registry()
+    _registries.append(registry)
+    try:
+        yield registry
+    finally:
+        _registries.pop()
+
+
+def scenario(
+    name: str | None = None,
+    *,
+    presets: Mapping[str, Mapping[str, Value]],
+    variant: str = "original",
+    role: Role = "original",
+    params: Mapping[str, Value | tuple[Value, ...]] | None = None,
+    source: str = "",
+    expect: Outcome = "ok",
+) -> Callable[[Body], Scenario]:
+    """Decorator: a scenario whose first variant is the decorated function.
+
+    Args:
+        name: defaults to the function's name with dashes.
+        presets: values by name, for each real model or size; they become attributes of ``case``.
+        variant, role, expect: name, role and declared outcome of the first variant.
+        params: parameters with defaults that ``--set`` changes; a tuple lists choices, the first is the default.
+        source: where the replayed code comes from.
+
+    Raises:
+        UsageError: a name is malformed, or there is no preset.
+    """
+
+    def define(body: Body) -> Scenario:
+        title = name or body.__name__.strip("_").replace("_", "-")
+        _check_name("scenario", title)
+        if not presets:
+            raise UsageError(f"scenario {title!r}: it has no preset")
+        for preset in presets:
+            _check_name("preset", preset)
+        made = Scenario(
+            name=title,
+            presets={k: dict(v) for k, v in presets.items()},
+            params=dict(params or {}),
+            source=source,
+            doc=inspect.getdoc(body) or "",
+            file=Path(inspect.getfile(body)).resolve(),
+        )
+        made.add(variant, role, body, expect)
+        if _registries:
+            _registries[-1].found.append(made)
+        return made
+
+    return define
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} name {name!r}: use lower-case letters, digits, '.', '_' and '-', at most 80, a letter or digit first"
+        )

@@ -1,0 +1,296 @@
+"""The HTML page, its figures and the traces behind them, decoded here as the page's script decodes them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from bokeh.document import Document
+from builders import FP8, bare_case, case_of, fp8_results, replayed, replayed_phase, results_of
+
+from fragscope.errors import UsageError
+from fragscope.measure import lifetimes, timeline
+from fragscope.report import write_html
+from fragscope.report.figures import LINE_POINTS, map_scale, raster, unpack
+from fragscope.report.memory_map import Canvas, CellState, address_ranges, cell_shares
+from fragscope.report.traces import Recording, Unavailable, open_recording
+from fragscope.results import Results
+from fragscope.trace import write_trace
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
+
+
+class _Page(HTMLParser):
+    """Elements and text of a page, as a browser would see them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "script":
+            kind, text = self.scripts[-1]
+            self.scripts[-1] = (kind, text + data)
+        elif self._open and self._open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def page(results: Results, folder: Path) -> _Page:
+    out = folder / "page.html"
+    write_html(results, folder, out)
+    return _Page(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    folder = tmp_path_factory.mktemp("fp8")
+    return fp8_results(folder), folder
+
+
+def models(item: Any, kind: str) -> list[dict[str, Any]]:
+    """All models of a kind in Bokeh's JSON."""
+    found = []
+    if isinstance(item, dict):
+        if item.get("type") == "object" and item.get("name") == kind:
+            found.append(item)
+        found += [m for value in item.values() for m in models(value, kind)]
+    elif isinstance(item, list):
+        found += [m for value in item for m in models(value, kind)]
+    return found
+
+
+def test_a_page_has_the_figures_of_every_variant_and_loads_nothing(fp8: tuple[Results, Path]) -> None:
+    seen = page(*fp8)
+    for figure in ("~5,376.00", "~3,507.75", "~9,038.00", "gather has the smallest transient", "2.11", "h100-80gb"):
+        assert figure in seen.words
+    for tag, attributes in seen.tags:
+        assert tag not in {"iframe", "object", "embed", "base", "form"}
+        address = attributes.get("src") or attributes.get("href") or "#"
+        assert address.startswith(("#", "data:")), (tag, address)
+    policy = next(a["content"] for t, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert sum(kind is None for kind, _ in seen.scripts) == 2  # Bokeh once, and our own
+
+
+def test_every_figure_has_words_for_those_who_do_not_see_it(fp8: tuple[Results, Path]) -> None:
+    seen = page(*fp8)
+    plots = [a for t, a in seen.tags if a.get("class") == "plot"]
+    assert len(plots) == 4
+    for plot in plots:
+        assert plot["role"] == "img"
+        assert re.search(r"peak.* [\d,.]+ MiB", plot["aria-label"] or "")
+
+
+def test_the_figures_are_bokeh_documents_whose_lines_keep_their_peaks(fp8: tuple[Results, Path]) -> None:
+    payloads = [text for kind, text in page(*fp8).scripts if kind == "text/plain"]
+    assert all(re.fullmatch(r"[A-Za-z0-9+/=]+", p) for p in payloads)
+    document = Document.from_json(unpack(payloads[0])["doc"])
+    (plot,) = document.roots
+    lines = {(r.tags[0], r.glyph.y): r.data_source.data for r in plot.renderers if r.glyph.__class__.__name__ == "Line"}
+    assert len(lines) == 6
+    for letter, (_, name) in zip("ABC", FP8.values(), strict=True):
+        measured = replayed_phase(name).measured
+        assert measured is not None
+        for counter in ("allocated", "reserved"):
+            values = lines[letter, counter][counter]
+            assert len(values) <= 4 * LINE_POINTS
+            assert values.max() == np.float32(getattr(measured.peak, counter) / 1024**3)
+            assert values[-1] == np.float32(getattr(measured.end, counter) / 1024**3)
+        assert lines[letter, "allocated"]["allocated"][0] == np.float32(measured.base.allocated / 1024**3)
+
+
+def test_the_memory_maps_carry_the_raster_as_computed(fp8: tuple[Results, Path]) -> None:
+    results, folder = fp8
+    recordings = [open_recording(case, folder) for case in results.cases]
+    assert all(isinstance(r, Recording) for r in recordings)
+    scale = map_scale(recordings)  # type: ignore[arg-type]
+    payloads = [text for kind, text in page(results, folder).scripts if kind == "text/plain"]
+    for recording, payload in zip(recordings, payloads[1:], strict=True):
+        (plot,) = Document.from_json(unpack(payload)["doc"]).roots
+        (image,) = plot.renderers
+        (cells,) = image.data_source.data["image"]
+        assert np.array_equal(cells, raster(recording, scale).cells)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["fp8-dsv3-tp8.fixed.default", "streams-default", "oom-default"])
+@pytest.mark.parametrize("shape", [(40, 70), (7, 333)])
+def test_the_areas_of_a_memory_map_add_up_to_the_counters(name: str, shape: tuple[int, int]) -> None:
+    trace = replayed(name).trace
+    lives, line = lifetimes(trace), timeline(trace)
+    rows = slice(len(trace.requests) // 5, len(trace.requests) - 3)
+    begin = len(trace.requests) // 2
+    ranges = address_ranges(lives, rows)
+    canvas = Canvas(ranges, rows, begin, ranges.extent / shape[0], shape[1])
+    reserved, in_use, base, phase = (s.sum() for s in cell_shares(lives, canvas))
+    cell = canvas.bytes_per_cell * canvas.events_per_cell
+    assert canvas.shape[1] == shape[1]
+    assert reserved * cell == pytest.approx(line.reserved[rows].sum(), rel=1e-9)
+    assert (base + phase) * cell == pytest.approx(line.active[rows].sum(), rel=1e-9)
+    assert (in_use - base - phase) * cell == pytest.approx(line.stranded[rows].sum(), rel=1e-6)
+    assert phase > 0
+    assert base > 0
+
+
+def test_holes_and_spikes_survive_a_coarse_memory_map() -> None:
+    trace = replayed_phase("fp8-dsv3-tp8.orig.default").trace
+    lives, line = lifetimes(trace), timeline(trace)
+    assert line.measured is not None
+    recording = Recording(trace, lives, line, line.measured)
+    cells = raster(recording, map_scale([recording])).cells
+    assert (cells == CellState.STRANDED).sum() > 500
+    assert set(np.unique(cells)) >= {
+        CellState.NOT_RESERVED, CellState.RELEASABLE, CellState.BASE, CellState.PHASE, CellState.STRANDED
+    }  # fmt: skip
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    names = {"scenario": HOSTILE, "preset": HOSTILE, "params": {HOSTILE: HOSTILE}, "conf": HOSTILE, "message": HOSTILE}
+    result = replayed_phase("fp8-dsv3-tp8.newest.default")
+    write_trace(result.trace, tmp_path / "t.fscope")
+    cases = [
+        case_of(result, variant=HOSTILE, trace="t.fscope", card=HOSTILE, **names),
+        bare_case(variant="b", role="fixed", outcome="oom", trace=HOSTILE, **names),
+        bare_case(**(names | {"conf": "", "variant": HOSTILE})),
+    ]
+    results = results_of(cases, command=[HOSTILE], versions={HOSTILE: HOSTILE}, started=HOSTILE)
+    seen = page(results, tmp_path)
+    assert HOSTILE in seen.words
+    assert not [t for t, _ in seen.tags if t == "img"]
+    assert not [a for _, attributes in seen.tags for a in attributes if a.startswith("on")]
+    assert all("alert" not in text for kind, text in seen.scripts if kind == "text/plain" or len(text) < 100_000)
+    for _, text in [s for s in seen.scripts if s[0] == "text/plain"]:
+        assert "alert" not in str(unpack(text))
+
+
+def test_a_trace_that_cannot_be_used_is_said_at_its_case_and_costs_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    results = fp8_results(folder)
+    outside = tmp_path / "outside.fscope"
+    outside.write_bytes((folder / "traces" / "gather.fscope").read_bytes())
+    whole = outside.read_bytes()
+    (folder / "cut.fscope").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.fscope").write_text("not a trace")
+    (folder / "empty.fscope").touch()
+    (folder / "link.fscope").symlink_to(outside)
+    (folder / "loop.fscope").symlink_to(folder / "loop.fscope")
+    os.mkfifo(folder / "pipe.fscope")
+    replace = msgspec.structs.replace
+    reasons = {
+        "../outside.fscope": "lies outside the folder",
+        str(outside): "lies outside the folder",
+        "link.fscope": "lies outside the folder",
+        "cut.fscope": "cannot be used",
+        "text.fscope": "cannot be used",
+        "empty.fscope": "cannot be used: is empty",
+        "loop.fscope": "cannot be read",
+        "pipe.fscope": "is missing",
+        "traces": "is missing",
+        "nope.fscope": "is missing",
+        "a\0b": "cannot be read",
+    }
+    for name, reason in reasons.items():
+        found = open_recording(replace(results.cases[0], trace=name), folder)
+        assert isinstance(found, Unavailable), name
+        assert reason in found.reason, name
+        assert str(tmp_path) not in found.reason.replace(str(outside), ""), name
+    cases = [results.cases[0], *(replace(results.cases[1], variant=n, trace=n) for n in reasons)]
+    seen = page(results_of(cases), folder)
+    assert len([a for _, a in seen.tags if a.get("class") == "plot"]) == 2
+    assert len([a for _, a in seen.tags if a.get("class") == "missing"]) == len(reasons) + 1  # and the noscript text
+
+
+def test_a_trace_that_contradicts_its_case_is_named(tmp_path: Path) -> None:
+    result = replayed_phase("fp8-dsv3-tp8.newest.default")
+    write_trace(result.trace, tmp_path / "t.fscope")
+    case = case_of(result, trace="t.fscope", base=1, peak=msgspec.structs.replace(case_of(result).peak, allocated=7))
+    seen = page(results_of([case]), tmp_path)
+    assert "it shows a peak allocated of 7,616.05 MiB, the results say 7 B" in seen.words
+
+
+def test_a_page_without_figures_needs_no_script(tmp_path: Path) -> None:
+    seen = page(results_of([bare_case()]), tmp_path)
+    assert "No trace was kept for this case." in seen.words
+    assert not seen.scripts
+    assert "Nothing was measured." in page(results_of([]), tmp_path).words
+
+
+def test_equal_results_give_pages_of_equal_size_and_the_size_stays_small(fp8: tuple[Results, Path]) -> None:
+    results, folder = fp8
+    four = [*results.cases, msgspec.structs.replace(results.cases[0], variant="again", role="proposed")]
+    many = [msgspec.structs.replace(c, preset=f"p{i}") for i in range(9) for c in four]
+    out = folder / "many.html"
+    write_html(results_of(many), folder, out)
+    assert out.stat().st_size < 3_000_000
+    assert len(_Page(out.read_text()).scripts) == 9 * 5 + 2
+
+
+def test_without_the_extra_the_page_says_what_to_install_and_the_rest_works(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("bokeh", "jinja2", "torch"):
+    sys.modules[name] = None
+from pathlib import Path
+from builders import bare_case, results_of
+from fragscope.errors import UsageError
+from fragscope.report import markdown, results_table, write_html
+results = results_of([bare_case()])
+assert "dsv3-tp8" in markdown(results)
+results_table(results)
+try:
+    write_html(results, Path(), Path("x.html"))
+except UsageError as e:
+    print(e)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r'an HTML report needs (bokeh|jinja2)[\w.]*: pip install "fragscope\[report\]"\n', done.stdout)
+    assert UsageError.exit_code == 2
+
+
+def test_nothing_in_the_report_imports_torch(tmp_path: Path) -> None:
+    code = "import sys, fragscope.report.page; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_html(results_of([bare_case()]), tmp_path, out)
+    assert out.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
