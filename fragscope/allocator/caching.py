@@ -305,6 +305,15 @@ class CachingAllocator:
         """Bytes that ``empty_cache()`` would return now, not counting deferred frees it would wait for."""
         return self.meter.reserved - self.meter.active - self.meter.stranded
 
+    def must_release(self, size: int, stream: int) -> bool:
+        """Whether a request can be served neither from what is cached nor by a new segment as things stand."""
+        rounded = round_size(size)
+        pool = self._small if rounded <= SMALL_SIZE else self._large
+        if pool.smallest(stream, rounded)[0] is not None:
+            return False
+        needed = segment_size(rounded)
+        return needed > self.device.free or (self.limit is not None and self.meter.reserved + needed > self.limit)
+
     def blocks(self, segment: Segment) -> list[Block]:
         """The segment's blocks in address order."""
         out = []

@@ -15,7 +15,6 @@ from fragscope.allocator.conf import Conf, parse_conf
 from fragscope.allocator.counters import Counters
 from fragscope.allocator.driver import Device, RecordedPlacement, TopDownPlacement
 from fragscope.allocator.rules import ChosenRules
-from fragscope.allocator.sizes import round_size, segment_size
 from fragscope.allocator.verify import Verification, compare
 from fragscope.errors import UnmodelledError, UsageError
 from fragscope.trace import DEFAULT_POOL, DecisionKind, DecisionLog, RequestKind, Requests, Trace
@@ -279,7 +278,8 @@ class _Run:
             elif kind == RequestKind.EMPTY_CACHE:
                 allocator.empty_cache()
             elif kind == RequestKind.RELEASE_SEEN:
-                if self._fits_without_release(requests, row):
+                if not self._retry_releases(requests, row):
+                    log.request = row + 1  # recorded with the allocation, since a snapshot does not tell
                     allocator.empty_cache()
             elif kind == RequestKind.MEMORY_FRACTION:
                 allocator.set_memory_fraction(size / FRACTION_UNIT)
@@ -318,17 +318,14 @@ class _Run:
         self._whole_peak = Counters(*(max(getattr(peak, n), getattr(whole, n)) for n in Counters.__dataclass_fields__))
         self._whole_segments = max(self._whole_segments, meter.peak_segments)
 
-    def _fits_without_release(self, requests: Requests, row: int) -> bool:
-        """Whether the allocation after this row would get its segment without releasing anything first.
+    def _retry_releases(self, requests: Requests, row: int) -> bool:
+        """Whether the allocation after this row will itself release everything cached, for want of memory.
 
-        If so, only an ``empty_cache()`` explains that segments were released; else the allocator's retry does.
+        If not, only an ``empty_cache()`` explains that segments were released.
         """
-        if row + 1 >= len(requests):
-            return True
-        needed = segment_size(round_size(int(requests.size[row + 1])))
-        a = self.allocator
-        within_limit = a.limit is None or a.meter.reserved + needed <= a.limit
-        return within_limit and needed <= a.device.free
+        return row + 1 < len(requests) and self.allocator.must_release(
+            int(requests.size[row + 1]), int(requests.stream[row + 1])
+        )
 
 
 def _assumptions(trace: Trace, settings: ReplaySettings, run: _Run, placed_by_model: bool) -> list[Assumption]:

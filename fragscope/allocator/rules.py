@@ -87,7 +87,7 @@ def rules_for(torch: str) -> ChosenRules:
     Raises:
         UsageError: the release is malformed or older than the oldest rules.
     """
-    match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d+)?(?:[a-z]\w*)?(?:\.dev\d+)?(?:\+[\w.]+)?", torch)
+    match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d+)?(?:[a-z]\w*)?(?:\.dev\d+)?(?:\+[\w.]+)?", torch, re.ASCII)
     if match is None:
         raise UsageError(f"--torch: {torch!r} is not a torch release; write one such as 2.11.0")
     version = (int(match[1]), int(match[2]))

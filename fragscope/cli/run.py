@@ -85,7 +85,7 @@ def command(
     scenarios = [s for file in files for s in load_scenarios(file)]
     selections = select(scenarios, names, preset, variant)
     kind = _device(device)
-    settings = _settings(config, conf, releases, cards, capacity)
+    settings = _settings(config, conf, releases, cards or _cards_here(kind), capacity)
     parsed = _overrides(overrides, selections)
     planned = plan(selections, parsed, settings, kind)
     if list_only:
@@ -134,6 +134,32 @@ def _device(choice: str) -> DeviceKind:
     if choice == "virtual" or not available:
         return "virtual"
     return "cuda"
+
+
+def _cards_here(kind: DeviceKind) -> tuple[str, ...]:
+    """On a GPU, the profile of that GPU; one without a profile gets one for this run."""
+    if kind == "virtual":
+        return ()
+    import torch
+
+    from fragscope.allocator import CARDS, Card
+
+    properties = torch.cuda.get_device_properties(0)
+    for card in CARDS.values():
+        if card.product == properties.name and card.total == properties.total_memory:
+            return (card.name,)
+    name = properties.name.lower().replace(" ", "-")
+    CARDS[name] = Card(
+        name=name,
+        product=properties.name,
+        total=properties.total_memory,
+        free=torch.cuda.mem_get_info(0)[0],
+        capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
+        l2=properties.L2_cache_size,
+        source="this machine",
+    )
+    return (name,)
 
 
 def _settings(

@@ -70,6 +70,7 @@ class CudaRecorder:
             trace,
             torch=str(torch.__version__),
             device_total=self.total,
+            lost=tuple(x for x in trace.lost if x.code != "torch_release"),
             source="cuda",
             provenance={**provenance, "gpu": torch.cuda.get_device_name(0)},
         )

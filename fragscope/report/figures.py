@@ -131,7 +131,8 @@ def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
         _add_lines(plot, (letter, number), recording, (unit, unit_name))
     for (letter, number, share, value), right in zip(peaks, _label_places(peaks, largest), strict=True):
         color = placeholder(line_name(number))
-        plot.scatter([share], [value / unit], size=7, color=color, line_color=placeholder("paper"), tags=[letter])
+        dot = plot.scatter([share], [value / unit], size=7, color=color, line_color=placeholder("paper"))
+        dot.tags = [letter]  # what the page's buttons find a variant's parts by
         label = _label(share, value / unit, letter, "ink")
         label.update(tags=[letter], x_offset=right, y_offset=6, text_color=color, text_font_style="bold")
         label.update(text_align="left" if share < 0.02 else "right" if share > 0.98 else "center")
@@ -185,8 +186,9 @@ def _add_lines(plot: Any, variant: tuple[str, int], recording: Recording, units:
         }
     )
     color = placeholder(line_name(number))
-    plot.line("x", "reserved", source=source, color=color, line_dash=[5, 4], alpha=0.75, tags=[letter])
-    solid = plot.line("x", "allocated", source=source, color=color, line_width=2, line_join="round", tags=[letter])
+    dashed = plot.line("x", "reserved", source=source, color=color, line_dash=[5, 4], alpha=0.75)
+    solid = plot.line("x", "allocated", source=source, color=color, line_width=2, line_join="round")
+    dashed.tags = solid.tags = [letter]
     plot.add_tools(
         HoverTool(
             renderers=[solid],

@@ -6,13 +6,9 @@ import re
 
 from fragscope.errors import printable
 from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, summarize
-from fragscope.report.table import figures
+from fragscope.report.table import HEADINGS, figures
 from fragscope.results import Results
 
-_HEADINGS = (
-    "variant", "role", "outcome", "base", "transient", "against original", "peak allocated", "peak reserved",
-    "stranded at end",
-)  # fmt: skip
 _TEXT_COLUMNS = 3
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _BREAK = "&#8203;"  # zero width: GitHub links @names, #numbers and addresses after decoding entities, but not across it
@@ -43,8 +39,8 @@ def escaped(text: str) -> str:
 
 
 def _table(group: Group) -> list[str]:
-    rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_HEADINGS) - _TEXT_COLUMNS)
-    lines = [_line(_HEADINGS), _line(rule)]
+    rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(HEADINGS) - _TEXT_COLUMNS)
+    lines = [_line(HEADINGS), _line(rule)]
     lines += [_line(_cells(row)) for row in group.rows]
     messages = [
         f"- {escaped(row.variant)}: {escaped(row.message)}"

@@ -26,6 +26,7 @@ from fragscope.report.figures import (
 )
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
 from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, summarize
+from fragscope.report.table import HEADINGS
 from fragscope.report.table import figures as table_figures
 from fragscope.report.traces import Recording, Unavailable, open_recording
 from fragscope.results import Results
@@ -91,6 +92,7 @@ def render(results: Results, folder: Path) -> str:
         script=Markup(script),  # noqa: S704 our own file
         script_hashes=" ".join(_hash(text) for text in (bokeh, script)),
         color_names=" ".join(NAMES),
+        headings=HEADINGS,
         legend=tuple((f"cell-{s.value}", STATE_WORDS[s]) for s in CellState),
         hole_share=f"1/{round(1 / HOLE_SHARE)}",
         line_points=LINE_POINTS,

@@ -13,6 +13,11 @@ from fragscope.units import mib
 
 _WIDE = 112  # from here on every column has its own place
 UNKNOWN = "-"
+HEADINGS = (
+    "variant", "role", "outcome", "base", "transient", "against original", "peak allocated", "peak reserved",
+    "stranded at end",
+)  # fmt: skip
+"""The columns of every comparison; those with figures begin after the outcome."""
 
 
 def results_table(results: Results) -> RenderableType:
@@ -68,8 +73,8 @@ def _table(group: Group, wide: bool) -> Table:
     if wide:
         table.add_column("role")
         table.add_column("outcome")
-    for name in ("base", "transient", "against\noriginal", "peak\nallocated", "peak\nreserved", "stranded\nat end"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in HEADINGS[3:]:
+        table.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for row in group.rows:
         base, transient, *rest = figures(row)
         numbers = (Text(base), Text(transient), _difference(row), *map(Text, rest))

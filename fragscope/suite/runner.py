@@ -151,7 +151,8 @@ class _PlanRun:
             return
         shutil.rmtree(self._options.out / "work", ignore_errors=True)
         self._planned = {p.id: p for p in todo}
-        files = dict.fromkeys(p.selection.scenario.file for p in todo)
+        # A module that touches CUDA while it is imported would make CUDA unusable in every fork.
+        files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual")
         server = WorkerServer(files, self._options.jobs, self._options.timeout)
         numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
         server.run(numeric, self._numeric_ended, lambda job: self._progress.started(job.key.replace("numeric-", "numerics of ")))

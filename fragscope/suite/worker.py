@@ -10,11 +10,11 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fragscope.allocator import Counters, Replay, ReplaySettings, Span, card_named, replay
+from fragscope.allocator import Counters, Replay, ReplaySettings, Span, Verification, card_named, replay
 from fragscope.errors import FragscopeError, UnsupportedError, UsageError, printable
 from fragscope.results import (
     AfterEmptyCache,
@@ -28,12 +28,16 @@ from fragscope.results import (
     Outcome,
     Peak,
     Role,
+    VerifyRecord,
 )
 from fragscope.suite.discover import load_scenarios
 from fragscope.suite.scenario import Case as ScenarioCase
-from fragscope.suite.scenario import Scenario, SkipCase, Value
+from fragscope.suite.scenario import Recorder, Scenario, SkipCase, Value
 from fragscope.trace import RequestKind, Trace, write_trace
 from fragscope.trace.containers import write_atomically
+
+if TYPE_CHECKING:
+    from fragscope.record.cuda import PhaseStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,71 +119,107 @@ def record(task: Task) -> Report:
     """Run the variant on its device and decide the recording under every setting."""
     import torch
 
-    from fragscope.record.virtual import VirtualDevice
-
     torch.set_num_threads(1)
     began = time.perf_counter()
-    scenario = _scenario(task)
-    first = task.cases[0]
-    device = VirtualDevice(card_named(first.settings.card), first.settings, task.root)
-    recorder = _PhaseRecorder(device)
-    case = ScenarioCase(task.scenario, task.preset, task.variant, dict(task.values), recorder)
-    outcome, message = "ok", ""
-    with device:
-        try:
-            scenario.variants[task.variant].body(case)
-        except BaseException as e:
-            outcome, message = _outcome_of(e, torch.OutOfMemoryError, task)
-            # The frames of the error hold the program's tensors; their end is not part of what was measured.
-            recorder.end_phase()
-            traceback.clear_frames(e.__traceback__)
-            del e
-        if outcome == "ok" and not case.measured:
-            outcome, message = "crash", "the scenario never entered case.measure()"
-        trace = device.trace(_provenance(task))
-    estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
+    recording = _on_cuda(task) if task.device == "cuda" else _on_virtual(task)
     sources = _sources(task)
+    trace = recording.trace
+    observed = trace is not None and trace.count(RequestKind.OBSERVATION) > 0
     cases: list[Case] = []
     again: list[str] = []
-    observed = trace.count(RequestKind.OBSERVATION) > 0
-    trace_file = task.out / "traces" / f"{first.digest}.fscope"
-    if case.measured:
-        write_trace(trace, trace_file)
     for position, wanted in enumerate(task.cases):
-        if position and not case.measured:
-            again.append(wanted.id)
-            continue
-        decided = replay(trace, wanted.settings) if case.measured else None
-        if position and decided is not None and (observed or outcome != "ok" or decided.ooms):
+        decided = None
+        if trace is not None:
+            first = position == 0
+            decided = replay(trace, wanted.settings, verify=first and task.device == "cuda")
+        if position and (decided is None or observed or recording.outcome != "ok" or decided.ooms):
             again.append(wanted.id)
             continue
         elapsed = time.perf_counter() - began
-        result = _result(task, wanted, decided, outcome, message, estimated, sources, elapsed)
+        result = _result(task, wanted, recording, decided, sources, elapsed)
         if decided is not None:
-            file = trace_file
-            if position:
-                file = task.out / "traces" / f"{wanted.digest}.fscope"
-                write_trace(decided.trace, file)
+            file = task.out / "traces" / f"{wanted.digest}.fscope"
+            write_trace(decided.trace, file)
             result = msgspec.structs.replace(result, trace=str(file.relative_to(task.out)))
         cases.append(result)
         began = time.perf_counter()
     return Report(cases, again)
 
 
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """What running a variant gave.
+
+    Attributes:
+        trace: None where the measured phase was never entered.
+        statistics: PyTorch's own peaks and ends of the phase, from a GPU only.
+    """
+
+    trace: Trace | None
+    outcome: Outcome
+    message: str
+    estimated: list[EstimatedOp]
+    statistics: PhaseStatistics | None = None
+
+
+def _on_virtual(task: Task) -> _Recording:
+    from fragscope.record.virtual import VirtualDevice
+
+    settings = task.cases[0].settings
+    device = VirtualDevice(card_named(settings.card), settings, task.root)
+    recorder = _PhaseRecorder(device.memory)
+    with device:
+        outcome, message, measured = _run_body(task, recorder)
+        trace = device.trace(_provenance(task)) if measured else None
+    estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
+    return _Recording(trace, outcome, message, estimated)
+
+
+def _on_cuda(task: Task) -> _Recording:
+    from fragscope.record.cuda import CudaRecorder
+
+    cuda = CudaRecorder()
+    recorder = _PhaseRecorder(cuda)
+    outcome, message, measured = _run_body(task, recorder)
+    trace = cuda.finish(_provenance(task)) if measured else None
+    return _Recording(trace, outcome, message, [], cuda.statistics)
+
+
+def _run_body(task: Task, recorder: _PhaseRecorder) -> tuple[Outcome, str, bool]:
+    """Run the variant; outcome, message and whether the measured phase was entered."""
+    import torch
+
+    variant = _scenario(task).variants[task.variant]
+    case = ScenarioCase(task.scenario, task.preset, task.variant, dict(task.values), recorder)
+    outcome: Outcome = "ok"
+    message = ""
+    try:
+        variant.body(case)
+    except BaseException as e:
+        outcome, message = _outcome_of(e, torch.OutOfMemoryError, task)
+        # The frames of the error hold the program's tensors; their end is not part of what was measured.
+        recorder.end_phase()
+        traceback.clear_frames(e.__traceback__)
+        del e
+    if outcome == "ok" and not case.measured:
+        outcome, message = "crash", "the scenario never entered case.measure()"
+    return outcome, message, case.measured
+
+
 class _PhaseRecorder:
     """Marks the phase once at each end, whatever happens inside."""
 
-    def __init__(self, device: Any) -> None:
-        self._device = device
+    def __init__(self, target: Recorder) -> None:
+        self._target = target
         self._open = False
 
     def begin_phase(self, name: str) -> None:
-        self._device.memory.begin_phase(name)
+        self._target.begin_phase(name)
         self._open = True
 
     def end_phase(self) -> None:
         if self._open:
-            self._device.memory.end_phase()
+            self._target.end_phase()
             self._open = False
 
 
@@ -243,10 +283,8 @@ def _sources(task: Task) -> dict[str, str]:
 def _result(
     task: Task,
     wanted: CaseTask,
+    recording: _Recording,
     decided: Replay | None,
-    outcome: Outcome | str,
-    message: str,
-    estimated: list[EstimatedOp],
     sources: dict[str, str],
     seconds: float,
 ) -> Case:
@@ -256,7 +294,9 @@ def _result(
     facts: dict[str, Any] = {}
     if decided is not None and decided.measured is not None:
         facts = _figures(decided, decided.measured, decided.trace)
-        facts["exact"] = decided.exact and not estimated and outcome == "ok"
+        facts["exact"] = decided.exact and not recording.estimated and recording.outcome == "ok"
+        if decided.verify is not None:
+            facts["verify"] = _verified(decided.verify, decided.measured, recording.statistics)
     return Case(
         id=wanted.id,
         digest=wanted.digest,
@@ -271,14 +311,31 @@ def _result(
         card=settings.card,
         device=task.device,
         capacity=settings.capacity,
-        outcome=outcome,  # type: ignore[arg-type]
+        outcome=recording.outcome,
         expected_outcome=task.expect,
-        estimated_ops=estimated,
+        estimated_ops=recording.estimated,
         seconds=round(seconds, 3),
-        message=message,
+        message=recording.message,
         sources=sources,
         **facts,
     )
+
+
+def _verified(decisions: Verification, span: Span, statistics: PhaseStatistics | None) -> VerifyRecord:
+    """The model against what the GPU's allocator did, and against PyTorch's own statistics of the phase."""
+    compared, wrong = decisions.compared, decisions.mismatches
+    first = None
+    if decisions.first is not None:
+        d = decisions.first
+        first = f"event {d.event}: recorded {d.recorded}, modelled {d.modelled}"
+    if statistics is not None:
+        for what, theirs, ours in (("peak", statistics.peak, span.peak), ("end", statistics.end, span.end)):
+            for name, value in theirs.items():
+                compared += 1
+                if getattr(ours, name) != value:
+                    wrong += 1
+                    first = first or f"{what} {name}: PyTorch says {value}, the model {getattr(ours, name)}"
+    return VerifyRecord(compared, wrong, first)
 
 
 def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ _SIZED = {
 _IS_TEXT = frozenset(b"X\x8c\x8dTU")
 _IS_LONG = frozenset(b"\x8a\x8b")
 _TUPLES = {ord(")"): 0, ord("\x85"): 1, ord("\x86"): 2, ord("\x87"): 3, ord("t"): 0}  # opcode -> items, "t" by mark
+_ONE_BYTE_SLOTS = 256  # memo slots that BINGET reaches
+_PLAIN_VALUE = (
+    rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x09.{9})"  # integers
+    rb"|N|\x88|\x89|G.{8}|h.|j....)"  # None, booleans, float, anything from the memo
+)
 _LONGEST_INTEGER = 16  # bytes; addresses, sizes and times need 8 and a sign
 # CPython's bytes for a container with one item; what it holds beyond that stands in proportion to the file anyway.
 _DICT_BYTES, _LIST_BYTES, _TUPLE_BYTES = 232, 88, 48
@@ -113,6 +119,8 @@ def _walk(data: bytes, path: Path) -> int:
     memo: dict[int, int] = {}
     cost, budget = 0, _CONTAINER_FREE + _CONTAINER_SHARE * end
     pushes, sized, push = _PUSHES, _SIZED, stack.append
+    flat: re.Pattern[bytes] | None = None  # made once, when the one-byte memo slots are full; dropped if one changes
+    tried = False
     while True:
         opcode = data[at]
         if opcode == 0x68:  # BINGET, half of all opcodes
@@ -145,12 +153,23 @@ def _walk(data: bytes, path: Path) -> int:
             at += 1
         elif opcode == 0x7D:  # EMPTY_DICT
             push(_DICT)
-            at += 1
+            if not tried and len(memo) >= _ONE_BYTE_SLOTS:
+                flat, tried = _flat_dict(memo), True
+            if flat is not None and (whole := flat.match(data, at)):
+                memo[len(memo)] = _DICT
+                if whole[1]:
+                    memo[len(memo)] = _TEXT
+                at = whole.end()
+            else:
+                at += 1
             cost += _DICT_BYTES
             if cost > budget:
                 raise _too_many(path)
         elif opcode == 0x71:  # BINPUT
-            memo[data[at + 1]] = stack[-1]
+            index = data[at + 1]
+            if index in memo:
+                flat = None
+            memo[index] = stack[-1]
             at += 2
         elif opcode == 0x6A:  # LONG_BINGET
             push(memo[int.from_bytes(data[at + 1 : at + 5], "little")])
@@ -159,6 +178,8 @@ def _walk(data: bytes, path: Path) -> int:
             index = int.from_bytes(data[at + 1 : at + 5], "little")
             if index > end:  # the unpickler allocates that many slots
                 raise InputFileError(path, f"wants a memo of {index} slots, more than the file has bytes; refused")
+            if index in memo:
+                flat = None
             memo[index] = stack[-1]
             at += 5
         elif opcode == 0x5D:  # EMPTY_LIST
@@ -213,6 +234,20 @@ def _walk(data: bytes, path: Path) -> int:
                     path, f"tries to run code (pickle opcode {name} at byte {at}); refused, nothing was called"
                 )
             raise _not_a_snapshot(data, at, path)
+
+
+def _flat_dict(memo: dict[int, int]) -> re.Pattern[bytes] | None:
+    """A pattern for a whole dict of known keys and plain values, as nearly every event of a snapshot is.
+
+    It matches what the walk would accept opcode by opcode, and saves most of its time. One value may be an empty string,
+    which takes a memo slot of its own (group 1).
+    """
+    known = b"".join(b"\\x%02x" % i for i in range(_ONE_BYTE_SLOTS) if memo.get(i) == _TEXT)
+    if not known:
+        return None
+    key = b"h[" + known + b"]"
+    pairs = b"(?:" + key + _PLAIN_VALUE + b")*+"
+    return re.compile(rb"\}\x94\(" + pairs + b"(" + key + rb"\x8c\x00\x94)?" + pairs + b"u", re.DOTALL)
 
 
 def _too_many(path: Path) -> InputFileError:

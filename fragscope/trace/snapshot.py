@@ -40,6 +40,8 @@ _KNOWN_KEYS = frozenset(
     {"segments", "device_traces", "allocator_settings", "external_annotations", "host_segments", "host_traces"}
 )
 _MAX_INT = 2**63 - 1
+_SMALL_BLOCKS = 2048  # 1 MiB (kSmallSize): larger requests are served from other segments
+_WITHIN_MALLOC = frozenset({"free_completed", "segment_free", "segment_alloc", "alloc", "oom"})
 _MAX_SIZE = 2**62 - 1  # no device has that much, and sums of a few stay within 64 bits
 _CONF_KEY = "PYTORCH_CUDA_ALLOC_CONF"  # the name in every release, whichever variable was set
 
@@ -74,9 +76,7 @@ class PhaseMark:
     name: str
 
 
-def snapshot_to_trace(
-    value: Any, path: Path, device: int | None = None, marks: Sequence[PhaseMark] = ()
-) -> Trace:
+def snapshot_to_trace(value: Any, path: Path, device: int | None = None, marks: Sequence[PhaseMark] = ()) -> Trace:
     """Turn a decoded snapshot into a Trace; arguments and errors as ``read_snapshot``.
 
     Args:
@@ -132,6 +132,11 @@ def snapshot_to_trace(
         source="snapshot",
         provenance={"file": path.name},
     )
+
+
+def _blocks(size: int) -> int:
+    """Units of 512 B that a request takes (kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp)."""
+    return max(1, -(-size // 512))
 
 
 class _Checker:
@@ -194,6 +199,7 @@ def _choose_device(
 class _OpenFree:
     id: int
     addr: int
+    size: int
     stream: int
     pool: int
     stack: int
@@ -214,7 +220,9 @@ class _EntryReader:
         self._stack_cache: dict[int, int] = {}
         self._live: dict[int, int] = {}  # address -> id
         self._pending: dict[int, int] = {}  # address -> id whose free was requested but has not completed
-        self._open_free: _OpenFree | None = None  # the previous entry, if it was a free request
+        # The free read last, until what follows tells whether it was deferred, and whether its completion followed.
+        self._open_free: _OpenFree | None = None
+        self._completes_open = False
         self._next_id = 0
         # Entries of the malloc (or empty_cache) being read: they precede the entry that ends it.
         self._completed: list[tuple[int, int, int, int, int]] = []
@@ -232,16 +240,21 @@ class _EntryReader:
         handler = self._HANDLERS.get(action)
         if handler is None:
             raise InputFileError(self.check.path, f"{where}: unknown action {action!r}")
-        if self._open_free is not None:
-            at_once = action == "free_completed" and entry.get("addr") == self._open_free.addr
-            self._close_free(deferred=not at_once)
-            if at_once:
+        free = self._open_free
+        if free is not None:
+            if self._completes_open:
+                if action not in _WITHIN_MALLOC:
+                    self._close_free(deferred=False)
+            elif action == "free_completed" and entry.get("addr") == free.addr:
+                self._completes_open = True
                 return
+            else:
+                self._close_free(deferred=True)
         handler(self, entry, where)
 
     def finish(self) -> None:
         if self._open_free is not None:
-            self._close_free(deferred=True)
+            self._close_free(deferred=not self._completes_open)
         self._explicit_release()
 
     def mark(self, boundary: PhaseMark) -> None:
@@ -299,18 +312,18 @@ class _EntryReader:
 
     def _free_requested(self, entry: Mapping[str, Any], where: str) -> None:
         self._explicit_release()
-        addr, _size, stream, pool = self._place(entry, where)
+        addr, size, stream, pool = self._place(entry, where)
         live = self._live.pop(addr, None)
         if live is None:
             self._unknown_frees += 1
             return
-        self._open_free = _OpenFree(live, addr, stream, pool, self._stack(entry, where))
+        self._open_free = _OpenFree(live, addr, size, stream, pool, self._stack(entry, where))
 
     def _close_free(self, deferred: bool) -> None:
-        """Write the free read last, now that the entry after it tells whether it was deferred."""
+        """Write the free read last, now that what follows tells whether it was deferred."""
         free = self._open_free
         assert free is not None
-        self._open_free = None
+        self._open_free, self._completes_open = None, False
         if deferred:
             self.requests.append(RequestKind.RECORD_STREAM, id=free.id, stream=UNKNOWN_STREAM, pool=free.pool)
             self._pending[free.addr] = free.id
@@ -323,7 +336,25 @@ class _EntryReader:
         if not deferred:
             decide(DecisionKind.FREE_COMPLETED, free.id, free.addr, UNKNOWN_SIZE, free.stream, free.pool)
 
+    def _close_completed_free(self, size: int, stream: int, *, waited: bool) -> None:
+        """Write a free whose completion followed at once, before a request of ``size`` bytes.
+
+        If the request waited for all streams although the freed block would have served it, the block was not there
+        when it searched: its free was deferred, and the wait completed it.
+        """
+        free = self._open_free
+        assert free is not None
+        served = free.stream == stream and _blocks(free.size) >= _blocks(size)
+        same_class = (_blocks(free.size) <= _SMALL_BLOCKS) == (_blocks(size) <= _SMALL_BLOCKS)
+        deferred = waited and served and same_class
+        self._close_free(deferred=deferred)
+        if deferred:
+            del self._pending[free.addr]
+            self._completed.insert(0, (free.id, free.addr, free.stream, free.pool, 0))
+
     def _free_completed(self, entry: Mapping[str, Any], where: str) -> None:
+        if self._released:  # nothing completes after a release in one call: that was an empty_cache(), this is another
+            self._explicit_release()
         addr, _size, stream, pool = self._place(entry, where)
         id_ = self._pending.pop(addr, None)
         if id_ is None:
@@ -410,34 +441,41 @@ class _EntryReader:
     def _begin_malloc(self, id_: int, size: int, stream: int, pool: int, entry: Mapping[str, Any], where: str) -> None:
         """Write the request whose entries have been gathered, and what led to it."""
         took, failed = self._took, entry.get("action") == "oom"
+        if self._open_free is not None:
+            self._close_completed_free(size, stream, waited=failed or (self._released and took))
         if self._released and not took and not failed:
             self._explicit_release()
-        # Completions before the first released segment were polled before the search, or belong to the retry's
-        # synchronisation; the latter completes everything anyway, so they are only announced in advance otherwise.
-        retried = self._released
-        if retried and took and not failed:
+        # Where everything cached was released or the request failed, all deferred frees were waited for. Which of them
+        # had been noticed before the search cannot be told and does not matter: it failed even so. Announced before
+        # the request they would come too early; announced after it they serve replays that have no need to wait.
+        waited = self._released or failed
+        announced = list(self._completed)
+        if not waited:
+            self._announce_uses(announced)
+        elif took and not failed:
             self._inferred_releases += 1
-            self._announce_uses()
             self.requests.append(RequestKind.RELEASE_SEEN)
-        elif not retried:
-            self._announce_uses()
         row = self.requests.append(
             RequestKind.ALLOC, id=id_, size=size, stream=stream, pool=pool, stack=self._stack(entry, where)
         )
         self.decisions.request = row
         self._write_gathered()
+        if waited:
+            self._announce_uses(announced)
 
     def _explicit_release(self) -> None:
         """Entries gathered so far belong to no allocation: the program called ``empty_cache()``."""
+        if self._open_free is not None and self._completes_open:
+            self._close_free(deferred=False)
         if not self._completed and not self._segments:
             return
-        self._announce_uses()
+        self._announce_uses(self._completed)
         self.decisions.request = self.requests.append(RequestKind.EMPTY_CACHE)
         self._inferred_releases += 1
         self._write_gathered()
 
-    def _announce_uses(self) -> None:
-        for id_, _addr, stream, pool, _ in self._completed:
+    def _announce_uses(self, completed: Sequence[tuple[int, int, int, int, int]]) -> None:
+        for id_, _addr, stream, pool, _ in completed:
             self.requests.append(RequestKind.USES_DONE, id=id_, stream=stream, pool=pool)
 
     def _write_gathered(self) -> None:

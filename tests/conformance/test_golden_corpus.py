@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import lzma
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from snapshots import entry, segment, snapshot
 
-from fragscope.allocator import CachingAllocator, Device, OutOfMemoryError, final_state, rules_for
+from fragscope.allocator import (
+    CachingAllocator,
+    Device,
+    OutOfMemoryError,
+    ReplaySettings,
+    final_state,
+    replay,
+    rules_for,
+)
 from fragscope.trace import DecisionKind, DecisionLog
+from fragscope.trace.snapshot import snapshot_to_trace
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 RELEASES = ("2.11.0", "2.12.0", "2.13.0", "2.14.1")
@@ -57,10 +68,8 @@ class Player:
 
     def _alloc(self, id_: int, size: int, stream: int) -> None:
         self.sizes[id_] = size
-        try:
+        with suppress(OutOfMemoryError):
             self.blocks[id_] = self.model.malloc(size, stream, id_)
-        except OutOfMemoryError:
-            pass
 
     def _free(self, id_: int) -> None:
         block = self.blocks.pop(id_, None)
@@ -178,3 +187,40 @@ def test_the_corpus_holds_what_it_claims(release: str) -> None:
 def test_the_corpus_tells_the_tie_break_rules_apart(release: str, wrong: str) -> None:
     data = corpus(release)
     assert any(differences(program, data["counters"], wrong) for program in data["programs"])
+
+
+def as_snapshot(program: dict[str, Any], release: str) -> dict[str, Any]:
+    """The binary's trace entries in the form in which torch writes them into a snapshot."""
+    short = release.rpartition(".")[0]
+    states = {"allocated": "active_allocated", "pending": "active_pending_free", "free": "inactive"}
+    return snapshot(
+        [entry(*e, release=short) for entries in program["entries"] for e in entries],
+        [
+            segment(addr, size, [(length, states[state]) for _, length, state in blocks], stream)
+            for addr, size, stream, blocks in program["end"]
+        ],
+        short,
+    )
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_snapshot_of_the_binarys_trace_replays_to_itself(release: str) -> None:
+    """The reader must infer from trace entries alone what the program did: deferred frees, empty_cache, retries."""
+    read = 0
+    for program in corpus(release)["programs"]:
+        fractions = [n for n, op in enumerate(program["ops"]) if op[0] == "fraction"]
+        if fractions not in ([], [0]):
+            continue  # a snapshot does not show that the limit changed on the way
+        trace = snapshot_to_trace(as_snapshot(program, release), Path("golden.pickle"))
+        settings = ReplaySettings(
+            rules=rules_for(release),
+            card="golden",
+            total=program["total"],
+            capacity=program["capacity"],
+            memory_fraction=program["ops"][0][1] if fractions else None,
+        )
+        outcome = replay(trace, settings, verify=True).verify
+        assert outcome is not None
+        assert outcome.first is None, program["name"]
+        read += 1
+    assert read >= 2

@@ -96,7 +96,9 @@ def one_line(capsys: pytest.CaptureFixture[str], path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_ends_with_code_5_and_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_file_ends_with_code_5_and_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bad.bin"
     BAD[name](path)
     assert run(["replay", str(path)]) == 5

@@ -231,7 +231,9 @@ def test_other_rules_that_free_a_segment_the_recording_reuses_are_replayed(capsy
 
 def test_one_device_of_several(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     e = [entry("segment_alloc", BASE, 20 * MIB), entry("alloc", BASE, 2 * MIB)]
-    value = snapshot(e, [{**segment(BASE, 20 * MIB, [(2 * MIB, "active_allocated"), (18 * MIB, "inactive")]), "device": 1}])
+    value = snapshot(
+        e, [{**segment(BASE, 20 * MIB, [(2 * MIB, "active_allocated"), (18 * MIB, "inactive")]), "device": 1}]
+    )
     value["device_traces"].insert(0, small_snapshot()["device_traces"][0])
     path = str(write(tmp_path / "two.pickle", value))
     assert "choose one with --device-index" in error(capsys, path)

@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,8 @@ def test_opcodes_hidden_behind_a_wrong_length_are_still_seen() -> None:
 @pytest.mark.parametrize("opcode", sorted(set(range(256)) - {0x2E}))
 def test_no_single_opcode_leads_to_anything_but_a_value_or_a_refusal(opcode: int) -> None:
     for tail in (b"", b"N", b"\0" * 9, text("os") * 2):
-        try:
+        with suppress(InputFileError):
             load(hostile_pickle(bytes([opcode]) + tail))
-        except InputFileError:
-            pass
 
 
 def test_every_truncation_is_refused() -> None:
@@ -158,10 +157,8 @@ def test_a_changed_byte_gives_a_value_or_a_refusal(at: int, value: int) -> None:
 @given(body=st.lists(st.sampled_from([*b"(]}).aesut\x85\x86\x87\x94NK0q\0h\0X2\x8c\x8a1"]), max_size=60))
 @settings(max_examples=600)
 def test_random_structure_gives_a_value_or_a_refusal(body: list[int]) -> None:
-    try:
+    with suppress(InputFileError):
         load(hostile_pickle(bytes(body)))
-    except InputFileError:
-        pass
 
 
 @pytest.mark.parametrize(

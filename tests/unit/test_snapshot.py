@@ -104,6 +104,50 @@ def test_segments_released_between_allocations_mean_empty_cache() -> None:
     assert losses(trace)["empty_cache"] == 2
 
 
+def used_elsewhere(size: int = 400) -> list[dict[str, Any]]:
+    """An allocation at BASE whose free is requested and waits, with another request in between."""
+    return [
+        entry("segment_alloc", BASE, 2 * MIB), entry("alloc", BASE, size), entry("free_requested", BASE, size),
+        entry("alloc", BASE + MIB, 400),
+    ]  # fmt: skip
+
+
+def test_frees_completed_by_a_retry_are_announced_only_after_the_request() -> None:
+    """Announced before it, they would be noticed before the search, and the request might be served from them."""
+    e = [
+        *used_elsewhere(), entry("free_completed", BASE, 400), entry("segment_free", BASE + 8 * MIB, 2 * MIB),
+        entry("segment_alloc", BASE + 16 * MIB, 20 * MIB), entry("alloc", BASE + 16 * MIB, 2 * MIB),
+    ]  # fmt: skip
+    assert kinds(read(snapshot(e)))[-3:] == [K.RELEASE_SEEN, K.ALLOC, K.USES_DONE]
+    e = [*used_elsewhere(), entry("free_completed", BASE, 400), entry("oom", 0, 2 * MIB)]
+    assert kinds(read(snapshot(e)))[-2:] == [K.ALLOC, K.USES_DONE]
+
+
+def test_a_free_completed_after_a_release_belongs_to_the_next_call() -> None:
+    e = [
+        *used_elsewhere(), entry("segment_free", BASE + 8 * MIB, 2 * MIB), entry("free_completed", BASE, 400),
+        entry("alloc", BASE, 400),
+    ]  # fmt: skip
+    assert kinds(read(snapshot(e)))[-3:] == [K.EMPTY_CACHE, K.USES_DONE, K.ALLOC]
+
+
+def test_a_free_completed_at_once_was_deferred_if_the_next_request_ran_out_beside_it() -> None:
+    """Without the wait for other streams, the freed block would have served the request."""
+    start = [
+        entry("segment_alloc", BASE, 20 * MIB), entry("alloc", BASE, 9 * MIB), entry("free_requested", BASE, 9 * MIB),
+        entry("free_completed", BASE, 9 * MIB),
+    ]  # fmt: skip
+    deferred = [K.ALLOC, K.RECORD_STREAM, K.FREE, K.ALLOC, K.USES_DONE]
+    assert kinds(read(snapshot([*start, entry("oom", 0, 9 * MIB)]))) == deferred
+    at_once = [K.ALLOC, K.FREE, K.ALLOC]
+    assert kinds(read(snapshot([*start, entry("oom", 0, 30 * MIB)]))) == at_once
+    assert kinds(read(snapshot([*start, entry("oom", 0, 9 * MIB, stream=5)]))) == at_once
+    assert kinds(read(snapshot([*start, entry("oom", 0, 4096)]))) == at_once, (
+        "small requests have segments of their own"
+    )
+    assert kinds(read(snapshot([*start, entry("alloc", BASE, 9 * MIB)]))) == at_once
+
+
 def test_an_oom_is_an_allocation_that_failed() -> None:
     trace = read(snapshot([entry("oom", 5 * MIB, 8 * MIB)]))
     assert trace.decisions is not None
