@@ -100,15 +100,29 @@ class BlockPool:
         del self._keys[at]
         del self._blocks[block.addr]
 
-    def smallest(self, stream: int, size: int) -> tuple[Block | None, bool]:
-        """The first block of ``stream`` with at least ``size`` bytes, and whether others of its size tied with it."""
+    def smallest(self, stream: int, size: int) -> Block | None:
+        """The first block of ``stream`` with at least ``size`` bytes."""
         keys = self._keys
         at = bisect_left(keys, (stream, size, -1, -1))
         if at == len(keys) or keys[at][0] != stream:
-            return None, False
-        found = keys[at]
-        tied = at + 1 < len(keys) and keys[at + 1][1] == found[1] and keys[at + 1][0] == stream
-        return self._blocks[found[3]], tied
+            return None
+        return self._blocks[keys[at][3]]
+
+    def depends_on_placement(self, block: Block) -> bool:
+        """Whether choosing this block over others of its size came down to where the driver put their segments.
+
+        Blocks of one segment are ordered by their offsets, and whole idle segments of one size are interchangeable;
+        anything else makes a different layout.
+        """
+        stream, size = block.segment.stream, block.size
+        low = bisect_left(self._keys, (stream, size, -1, -1))
+        high = bisect_left(self._keys, (stream, size + 1, -1, -1))
+        if high - low < 2:
+            return False
+        tied = [self._blocks[k[3]] for k in self._keys[low:high]]
+        if all(b.segment is block.segment for b in tied):
+            return False
+        return any(b.is_split for b in tied)
 
     def whole_segments(self) -> list[Block]:
         """Blocks that are a whole segment, in search order."""

@@ -66,7 +66,7 @@ class CachingAllocator:
         calls: driver calls; ``sync`` counts waits for all streams.
         retries: requests that released everything cached before they could be served or failed.
         ooms: requests that failed.
-        address_ties: choices between equal-size blocks that only their address decided.
+        address_ties: choices between equal-size blocks that came down to where the driver put their segments.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class CachingAllocator:
             self._free_block(block)
 
     def _get_free_block(self, pool: BlockPool, rounded: int, stream: int) -> Block | None:
-        block, tied = pool.smallest(stream, rounded)
+        block = pool.smallest(stream, rounded)
         if block is not None:
-            if tied and self._tie_is_address:
+            if self._tie_is_address and pool.depends_on_placement(block):
                 self.address_ties += 1
             pool.remove(block)
         return block
@@ -309,7 +309,7 @@ class CachingAllocator:
         """Whether a request can be served neither from what is cached nor by a new segment as things stand."""
         rounded = round_size(size)
         pool = self._small if rounded <= SMALL_SIZE else self._large
-        if pool.smallest(stream, rounded)[0] is not None:
+        if pool.smallest(stream, rounded) is not None:
             return False
         needed = segment_size(rounded)
         return needed > self.device.free or (self.limit is not None and self.meter.reserved + needed > self.limit)

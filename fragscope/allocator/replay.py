@@ -163,7 +163,7 @@ def replay(trace: Trace, settings: ReplaySettings, *, verify: bool = False) -> R
     verification = None
     if verify:
         verification = compare(trace, decided, run.allocator)
-    placed_by_model = isinstance(placement, TopDownPlacement) or placement.departed
+    recorded = trace.placement == "recorded" and isinstance(placement, RecordedPlacement) and not placement.departed
     return Replay(
         settings=settings,
         trace=replace(
@@ -172,14 +172,20 @@ def replay(trace: Trace, settings: ReplaySettings, *, verify: bool = False) -> R
             torch=settings.rules.torch,
             card=settings.card,
             device_total=settings.total,
-            settings=replace(trace.settings, conf=settings.conf, memory_fraction=settings.memory_fraction),
+            settings=replace(
+                trace.settings,
+                conf=settings.conf,
+                memory_fraction=settings.memory_fraction,
+                capacity=settings.capacity,
+            ),
+            placement="recorded" if recorded else "modelled",
             final=None,
         ),
         whole=run.whole(),
         measured=run.measured,
         ooms=tuple(run.ooms),
         verify=verification,
-        assumptions=tuple(_assumptions(trace, settings, run, placed_by_model)),
+        assumptions=tuple(_assumptions(trace, settings, run, recorded)),
     )
 
 
@@ -328,14 +334,14 @@ class _Run:
         )
 
 
-def _assumptions(trace: Trace, settings: ReplaySettings, run: _Run, placed_by_model: bool) -> list[Assumption]:
+def _assumptions(trace: Trace, settings: ReplaySettings, run: _Run, recorded: bool) -> list[Assumption]:
     out = []
     deferred = trace.count(RequestKind.RECORD_STREAM)
-    if deferred and not trace.count(RequestKind.USES_DONE) and trace.source == "virtual":
+    if deferred and trace.source == "virtual":
         detail = "deferred frees complete at the next synchronisation; on a GPU they may complete earlier"
         out.append(Assumption("deferred_frees", "bounded", deferred, detail))
     ties = run.allocator.address_ties
-    if ties and placed_by_model:
+    if ties and not recorded:
         detail = "equal-size blocks were told apart by addresses that a model of the driver gave"
         out.append(Assumption("tie_by_modelled_address", "unknown", ties, detail))
     if run.dropped_frees:
@@ -351,6 +357,7 @@ def _assumptions(trace: Trace, settings: ReplaySettings, run: _Run, placed_by_mo
         or trace.torch not in (None, settings.rules.torch)
         or trace.card not in (None, settings.card)
         or (trace.device_total is not None and trace.device_total != settings.total)
+        or (trace.settings.capacity is not None and trace.settings.capacity != settings.capacity)
     )
     if observed and changed:
         detail = "the program read memory state; under other settings it might have acted otherwise"

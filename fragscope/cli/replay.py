@@ -121,19 +121,18 @@ def _product(
         if trace.torch is None:
             notes.append(f"the file does not name its torch release; the rules of {NEWEST.release} decide (--torch)")
         chosen = [_rules(trace.torch or NEWEST.release, strict)]
-    if not cards:
-        if trace.card is None:
-            notes.append(f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)")
-        cards = (trace.card or DEFAULT_CARD,)
+    if not cards and trace.card is None:
+        notes.append(f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)")
     for rules in chosen:
         if rules.assumed:
             notes.append(f"torch {rules.torch} is newer than the rules known; those of {rules.rules.release} decide")
-    profiles = [card_named(name) for name in cards]
+    own_capacity = trace.settings.capacity if not cards else None  # another card has its own
+    profiles = [card_named(name) for name in cards or (trace.card or DEFAULT_CARD,)]
     for conf, rules, card, capacity, fraction in itertools.product(
         confs or (recorded_conf(trace.settings),),
         chosen,
         profiles,
-        capacities or (None,),
+        capacities or (own_capacity,),
         fractions or (trace.settings.memory_fraction,),
     ):
         yield ReplaySettings(

@@ -48,6 +48,7 @@ _PLAIN_VALUE = (
     rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x09.{9})"  # integers
     rb"|N|\x88|\x89|G.{8}|h.|j....)"  # None, booleans, float, anything from the memo
 )
+_SHORT_TEXT = rb"\x8c(?:\x00|\x01.|\x02.{2}|\x03.{3}|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})"
 _LONGEST_INTEGER = 16  # bytes; addresses, sizes and times need 8 and a sign
 # CPython's bytes for a container with one item; what it holds beyond that stands in proportion to the file anyway.
 _DICT_BYTES, _LIST_BYTES, _TUPLE_BYTES = 232, 88, 48
@@ -239,15 +240,15 @@ def _walk(data: bytes, path: Path) -> int:
 def _flat_dict(memo: dict[int, int]) -> re.Pattern[bytes] | None:
     """A pattern for a whole dict of known keys and plain values, as nearly every event of a snapshot is.
 
-    It matches what the walk would accept opcode by opcode, and saves most of its time. One value may be an empty string,
-    which takes a memo slot of its own (group 1).
+    It matches what the walk would accept opcode by opcode, and saves most of its time. One value may be a short string,
+    which takes a memo slot of its own (group 1): releases write ``compile_context`` anew for every event.
     """
     known = b"".join(b"\\x%02x" % i for i in range(_ONE_BYTE_SLOTS) if memo.get(i) == _TEXT)
     if not known:
         return None
     key = b"h[" + known + b"]"
     pairs = b"(?:" + key + _PLAIN_VALUE + b")*+"
-    return re.compile(rb"\}\x94\(" + pairs + b"(" + key + rb"\x8c\x00\x94)?" + pairs + b"u", re.DOTALL)
+    return re.compile(rb"\}\x94\(" + pairs + b"(" + key + _SHORT_TEXT + rb"\x94)?" + pairs + b"u", re.DOTALL)
 
 
 def _too_many(path: Path) -> InputFileError:

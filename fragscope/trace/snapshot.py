@@ -129,6 +129,7 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None, marks: 
         device=chosen,
         final=final,
         lost=tuple(lost),
+        placement="recorded",
         source="snapshot",
         provenance={"file": path.name},
     )

@@ -11,7 +11,7 @@ import struct
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -56,6 +56,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     device_total: int | None
     final: list[tuple[int, int, int, int, list[tuple[int, int, str]]]] | None
     lost: list[tuple[str, str, int]]
+    placement: Literal["recorded", "modelled"]
     source: str
     provenance: dict[str, str]
 
@@ -77,6 +78,7 @@ def write_trace(trace: Trace, path: Path) -> None:
         settings={
             "conf": trace.settings.conf,
             "memory_fraction": trace.settings.memory_fraction,
+            "capacity": trace.settings.capacity,
             "recorded": trace.settings.recorded,
         },
         torch=trace.torch,
@@ -87,6 +89,7 @@ def write_trace(trace: Trace, path: Path) -> None:
         if trace.final is None
         else [(s.addr, s.size, s.stream, s.pool, [tuple(b) for b in s.blocks]) for s in trace.final],  # type: ignore[misc]
         lost=[(x.code, x.detail, x.events) for x in trace.lost],
+        placement=trace.placement,
         source=trace.source,
         provenance=trace.provenance,
     )
@@ -277,6 +280,7 @@ def _assemble(path: Path, manifest: _Manifest, requests: Requests, decisions: De
             for a, n, s, p, b in manifest.final
         ),
         lost=tuple(Loss(*x) for x in manifest.lost),
+        placement=manifest.placement,
         source=manifest.source,
         provenance=manifest.provenance,
     )

@@ -21,11 +21,13 @@ class Settings:
     Attributes:
         conf: the ``PYTORCH_ALLOC_CONF`` string, ``""`` for defaults.
         memory_fraction: per-process memory fraction, None where unknown or never set.
+        capacity: bytes that segments could take together, None where unknown.
         recorded: settings a PyTorch snapshot reports, flattened to strings; empty for traces made by the model.
     """
 
     conf: str = ""
     memory_fraction: float | None = None
+    capacity: int | None = None
     recorded: dict[str, str] = field(default_factory=dict)
 
 
@@ -90,6 +92,7 @@ class Trace:
         device_total: bytes of device memory in all, None where unknown.
         final: segments at the end as the recording shows them, None for traces made by the model.
         lost: what the recording does not hold.
+        placement: whether the segments' addresses come from a driver (``recorded``) or a model of it (``modelled``).
         source: where the requests come from: ``snapshot``, ``virtual`` or ``cuda``.
         provenance: command, commit, time and the like; values are plain text.
     """
@@ -107,6 +110,7 @@ class Trace:
     device_total: int | None = None
     final: tuple[SegmentState, ...] | None = None
     lost: tuple[Loss, ...] = ()
+    placement: Literal["recorded", "modelled"] = "modelled"
     source: str = "virtual"
     provenance: dict[str, str] = field(default_factory=dict)
 

@@ -125,6 +125,17 @@ def test_what_the_file_names_is_used(capsys: pytest.CaptureFixture[str], tmp_pat
     assert json.loads(out)["replays"][0]["memory_fraction"] == 0.2
 
 
+def test_the_capacity_of_the_file_counts_unless_another_card_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = load_trace(NEWEST)
+    write_trace(replace(trace, settings=replace(trace.settings, capacity=10 * 2**30)), tmp_path / "t.fscope")
+    path = str(tmp_path / "t.fscope")
+    assert answer(capsys, path)["replays"][0]["capacity"] == 10 * 2**30
+    assert answer(capsys, path, "--card", "h100-80gb")["replays"][0]["capacity"] == 84_465_090_560
+    assert answer(capsys, path, "--capacity", "20 GiB")["replays"][0]["capacity"] == 20 * 2**30
+
+
 def test_a_difference_exits_with_1_and_shows_both_sides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     value = small_snapshot()
     value["device_traces"][0][2]["addr"] = BASE + 4096

@@ -306,7 +306,28 @@ def test_of_two_equal_segments_the_lower_is_taken_up_to_2_11_and_the_older_from_
     for block in [a.malloc(14 * MIB, id=n) for n in range(2)]:
         a.free(block)
     assert a.malloc(14 * MIB).addr == (low if low_first else high)
-    assert a.address_ties == (1 if low_first else 0)
+    assert a.address_ties == 0, "whole idle segments of one size are interchangeable"
+
+
+@pytest.mark.parametrize(("release", "ties"), [("2.11", 1), ("2.12", 0), ("2.13", 0)])
+def test_a_choice_between_parts_of_different_segments_is_counted_where_addresses_decide(
+    release: str, ties: int
+) -> None:
+    run = Run(release)
+    blocks = [run.malloc(9 * MIB) for _ in range(4)]  # two to a segment
+    run.a.free(blocks[0])
+    run.a.free(blocks[2])
+    run.malloc(9 * MIB)
+    assert run.a.address_ties == ties
+
+
+def test_ties_inside_one_segment_do_not_depend_on_the_driver() -> None:
+    run = Run("2.11")
+    blocks = [run.malloc(512) for _ in range(4)]
+    run.a.free(blocks[0])
+    run.a.free(blocks[2])
+    run.malloc(512)
+    assert run.a.address_ties == 0
 
 
 @pytest.mark.parametrize(("release", "taken"), [("2.11", "front"), ("2.12", "middle"), ("2.13", "front")])

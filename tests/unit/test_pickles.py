@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from snapshots import hostile_pickle, small_snapshot, text
 
 from fragscope.errors import InputFileError
+from fragscope.trace import pickles
 from fragscope.trace.pickles import load_plain_pickle
 
 FILE = Path("some.pickle")
@@ -237,3 +238,49 @@ def test_the_collector_is_switched_on_again() -> None:
     load(pickle.dumps([1]))
     refusal(b"\x80\x04N")
     assert gc.isenabled()
+
+
+def many_events() -> bytes:
+    """A snapshot with enough values that the walk takes whole events at once."""
+    value = small_snapshot()
+    frames = [{"filename": "model.py", "line": n, "name": f"function {n}"} for n in range(200)]
+    for n in range(100):
+        event = {"action": "alloc", "addr": 2**46 + n, "size": 2**33 + n, "stream": n, "time_us": 10**15, "x": "N/A"}
+        value["device_traces"][0].append(event | {"frames": [frames[2 * n], frames[2 * n + 1]]})
+        value["device_traces"][0].append(dict(event))
+    return pickle.dumps(value, protocol=4)
+
+
+def verdict(data: bytes) -> Any:
+    try:
+        return load(data)
+    except InputFileError as e:
+        return e.reason
+
+
+@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=3))
+@settings(max_examples=300)
+def test_taking_whole_events_at_once_changes_no_verdict(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(many_events())
+    for at, value in changes:
+        data[len(data) // 2 + at % (len(data) // 2)] = value
+    at_once = verdict(bytes(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickles, "_flat_dict", lambda _: None)
+        assert repr(verdict(bytes(data))) == repr(at_once)
+
+
+def test_an_overwritten_memo_slot_is_not_taken_for_the_text_it_held() -> None:
+    texts = b"".join(text(str(n)) + b"q" + bytes([n]) + b"0" for n in range(256))
+    event = b"}\x94(h\x05K\x01u0"
+    assert load(hostile_pickle(texts + event + b"N")) is None
+    assert "key that is not text" in refusal(hostile_pickle(texts + event + b"K\x01q\x050" + event + b"N"))
+    assert "key that is not text" in refusal(hostile_pickle(texts + event + b"K\x01r\x05\0\0\x000" + event + b"N"))
+
+
+def test_code_between_events_is_seen() -> None:
+    data = many_events()
+    for at in range(len(data) // 2, len(data) - 1, 997):
+        assert "Traceback" not in str(verdict(data[:at] + b"cos\nsystem\n" + data[at:]))
+    end = data.rindex(b"u")
+    assert "tries to run code" in refusal(data[: end + 1] + b"cos\nsystem\n(tR0" + data[end + 1 :])

@@ -57,13 +57,16 @@ def full_trace() -> Trace:
         phases=("", "load"),
         pools=((0, 0), (0, 3)),
         observations=(Observation("torch.cuda.mem_get_info", "/home/someone/loop.py:9"),),
-        settings=Settings(conf="backend:native", memory_fraction=0.25, recorded={"max_split_size": "-1"}),
+        settings=Settings(
+            conf="backend:native", memory_fraction=0.25, capacity=2**36, recorded={"max_split_size": "-1"}
+        ),
         torch="2.11.0",
         card="h100-80gb",
         device=3,
         device_total=85_017_493_504,
         final=(SegmentState(2**46, 2**21, 5, 0, ((2**46, 512, "free"), (2**46 + 512, 2**21 - 512, "pending"))),),
         lost=(Loss("late_start", "began late", 4),),
+        placement="recorded",
         source="cuda",
         provenance={"command": "python train.py", "commit": "abc"},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fragscope.allocator import (
     FRACTION_UNIT,
@@ -166,7 +166,7 @@ class CardMemory:
             stacks=self.stacks,
             phases=tuple(self.phases),
             observations=tuple(self.observations),
-            settings=replace(Settings(), conf=s.conf, memory_fraction=s.memory_fraction),
+            settings=Settings(conf=s.conf, memory_fraction=s.memory_fraction, capacity=s.capacity),
             torch=s.rules.torch,
             card=s.card,
             device_total=s.total,

@@ -8,7 +8,8 @@ follows them by weak reference until the last tensor that uses them is gone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.footprints import GEMM_WORKSPACE
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
 from fragscope.units import GIB, MIB
@@ -43,8 +45,7 @@ class VirtualDevice:
         self.estimated: dict[str, tuple[int, str]] = {}
         self.stream = 0
         self.explicit_meta = False
-        self.limitations: dict[str, str] = {}
-        self.gemm_workspaces: dict[int, int] = {}
+        self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> VirtualDevice:
@@ -113,6 +114,42 @@ class VirtualDevice:
         finally:
             for id_ in ids:
                 self.memory.free(id_)
+
+    @contextlib.contextmanager
+    def index_temporaries(self, indices: Sequence[torch.Tensor | None], on_host: Sequence[bool]) -> Iterator[None]:
+        """What indexing takes before its result: host indices come to the card, then int32 becomes int64.
+
+        Source: ``make_info`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+        """
+        given = [i for i in indices if i is not None]
+        elements = math.prod(torch.broadcast_shapes(*(i.shape for i in given)))
+        copies: list[int | None] = [
+            self.allocate(elements * i.itemsize) if i is not None and there else None
+            for i, there in zip(indices, on_host, strict=True)
+        ]
+        try:
+            for position, index in enumerate(indices):
+                if index is not None and index.dtype == torch.int32:
+                    old, copies[position] = copies[position], self.allocate(elements * 8)
+                    self._release(old)
+            yield
+        finally:
+            for id_ in copies:
+                self._release(id_)
+
+    def _release(self, id_: int | None) -> None:
+        if id_ is not None:
+            self.memory.free(id_)
+
+    def take_gemm_workspace(self) -> None:
+        """cuBLAS's workspace, allocated by the first matrix product on a stream and kept."""
+        if self.stream in self.gemm_workspaces:
+            return
+        size = GEMM_WORKSPACE.get(self.card.capability[0])
+        if size is None:
+            self.estimate("cuBLAS workspace")
+            return
+        self.gemm_workspaces[self.stream] = self.allocate(size) or 0
 
     # --- what cannot be known -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fragscope.record.virtual.inference import Inference
-from fragscope.record.virtual.footprints import copy_temporaries, index_temporaries, is_known
+from fragscope.record.virtual.footprints import GEMMS, OUTPUT_ORDER, copy_temporaries, is_known
 from fragscope.record.virtual.storages import Place
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DispatchMode(TorchDispatchMode):
         if name == "aten::copy_":
             return self._copy(func, args, kwargs)
         if name in ("aten::index", "aten::index_put_", "aten::index_put"):
-            return self._index(func, args, kwargs, real)
+            return self._index(func, args, kwargs)
         if not _DATA_DEPENDENT.isdisjoint(func.tags):
             raise device.unsupported(f"{name} needs the contents of a tensor on the card, which the virtual device does not have")
         if on_card and (on_host or any(t.dim() for t in real)):
@@ -82,9 +82,13 @@ class DispatchMode(TorchDispatchMode):
         device = self._device
         if not trait.is_known:
             device.estimate(func._schema.name)
-        for tensor in _tensors(out):
-            if tensor.device.type == "meta":
-                device.register(tensor)
+        outputs = [t for t in _tensors(out) if t.device.type == "meta"]
+        if trait.order is not None:
+            outputs = [outputs[i] for i in trait.order]
+        for tensor in outputs:
+            device.register(tensor)
+        if trait.is_gemm:
+            device.take_gemm_workspace()
         if trait.is_mutable:
             for tensor in _tensors((*args, *kwargs.values())):
                 entry = device.storages.find(tensor)
@@ -141,35 +145,39 @@ class DispatchMode(TorchDispatchMode):
             if not non_blocking:  # the host waits for the copy, and so for the stream it is on
                 self._device.memory.finished(self._device.stream)
 
-    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: list[torch.Tensor]) -> Any:
+    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
-        target, indices = args[0], list(args[1])
+        target: torch.Tensor = args[0]
         if storages.place(target) is not Place.CARD:
             raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents")
-        expanded: list[torch.Tensor | None] = []
-        for index in indices:
+        writes = func._schema.name != "aten::index"
+        accumulate = writes and bool(args[3] if len(args) > 3 else kwargs.get("accumulate", False))
+        indices: list[torch.Tensor | None] = []
+        for index in args[1]:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
-                expanded.append(index)
-            elif storages.place(index) is not None or index.device.type == "meta":
+                indices.append(index)
+            elif index.device.type == "meta":
+                if writes and not accumulate and _is_host_scalar(args[2]):
+                    return target  # becomes masked_fill_, which needs no shape
                 raise device.unsupported("indexing by a mask on the card makes a shape that depends on its contents")
             else:
-                expanded.extend(index.nonzero().unbind(1))  # a mask on the host is known
-        there = [i is not None and storages.place(i) is Place.CARD for i in expanded]
-        with device.temporaries(index_temporaries(expanded, there)):
-            moved = [i if i is None or i.device.type == "meta" else i.to(_META) for i in expanded]
-            if any(i is not None and not at for i, at in zip(expanded, there, strict=True)):
-                device.memory.finished(device.stream)  # pageable copies of the indices wait for the stream
-            rest = tuple(
-                a.to(_META) if isinstance(a, torch.Tensor) and a.device.type == "cpu" else a for a in args[2:]
-            )
-            out = self._inference.run(func, (target, moved, *rest), kwargs)
-            if func._schema.name != "aten::index":
-                accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
-                if accumulate:
-                    device.estimate("aten::index_put_ with accumulate")
+                indices.extend(index.nonzero().unbind(1))  # a mask on the host is known
+        moved = [i if i is None or i.device.type == "meta" else i.to(_META) for i in indices]
+        on_host = [i is not None and i.device.type != "meta" for i in indices]
+        if any(on_host):
+            device.memory.finished(device.stream)  # pageable copies of the indices wait for the stream
+        with device.index_temporaries(indices, on_host):
+            values = tuple(_to_meta(a) for a in args[2:])
+            out = self._inference.run(func, (target, moved, *values), kwargs)
+            if accumulate:
+                device.estimate("aten::index_put_ with accumulate")
             for tensor in _tensors(out):
                 device.register(tensor)
         return out
+
+
+def _is_host_scalar(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu" and value.numel() == 1
 
 
 def _sort(
@@ -222,9 +230,11 @@ class _Trait:
         is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's tensors.
         is_known: its allocations on a card are known.
         is_mutable: it writes to an argument.
+        is_gemm: it runs in cuBLAS.
+        order: the order its outputs are allocated in, where it is not that of the results.
     """
 
-    __slots__ = ("is_known", "is_mutable", "is_view")
+    __slots__ = ("is_gemm", "is_known", "is_mutable", "is_view", "order")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
@@ -233,6 +243,8 @@ class _Trait:
         self.is_view = views or torch.Tag.inplace_view in func.tags
         self.is_known = self.is_view or is_known(func)
         self.is_mutable = schema.is_mutable
+        self.is_gemm = schema.name in GEMMS
+        self.order = OUTPUT_ORDER.get(schema.name)
 
 
 def _check_index(device: torch.device) -> None:

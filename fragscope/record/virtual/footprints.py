@@ -7,10 +7,11 @@ card (tests/data/footprints); ``VERIFIED`` names the releases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from fragscope.units import MIB
 
 VERIFIED = ("2.11",)
 """Releases of torch whose operators were recorded on a card and compared."""
@@ -27,10 +28,24 @@ OUTPUTS_ONLY = frozenset(
         # copies and rearrangements
         "clone", "contiguous", "lift_fresh", "cat", "stack", "flip", "roll", "index_select", "gather", "embedding",
         "repeat", "constant_pad_nd", "tril", "triu", "_unsafe_view", "_reshape_copy", "masked_fill", "masked_fill_",
-        "where", "unfold", "as_strided", "index_copy_", "index_fill_", "scatter_", "scatter",
+        "index_copy_", "index_fill_", "index_add_", "scatter_",
+        # kernels that keep what they need on chip
+        "_softmax", "_log_softmax", "native_layer_norm", "native_dropout", "_fused_rms_norm",
+        "_foreach_add_", "_foreach_mul_", "_foreach_lerp_", "_foreach_addcmul_", "_foreach_addcdiv_", "_foreach_sqrt",
+        "_foreach_div_", "_foreach_copy_",
     )
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
+
+GEMMS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
+"""Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
+
+GEMM_WORKSPACE = {9: 32 * MIB}
+"""Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp,
+recorded on an H100; other cards make matrix products ``estimated``."""
+
+OUTPUT_ORDER = {"aten::native_dropout": (1, 0)}
+"""Outputs that are allocated in another order than they are returned: the mask comes first."""
 
 # Handled by the dispatch mode itself, with their temporaries.
 MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::resize_"})
@@ -39,15 +54,7 @@ MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::ind
 def is_known(func: Any) -> bool:
     """Whether an operator's allocations are its outputs and nothing else, or are modelled."""
     name = func._schema.name
-    return name in OUTPUTS_ONLY or name in MODELLED or torch.Tag.pointwise in func.tags
-
-
-def index_temporaries(indices: Sequence[torch.Tensor | None], on_card: Sequence[bool]) -> list[int]:
-    """Bytes that indexing a CUDA tensor takes first: index tensors of the host are copied to the card.
-
-    Source: ``make_info`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
-    """
-    return [i.numel() * i.itemsize for i, there in zip(indices, on_card, strict=True) if i is not None and not there]
+    return name in OUTPUTS_ONLY or name in MODELLED or name in GEMMS or torch.Tag.pointwise in func.tags
 
 
 def copy_temporaries(

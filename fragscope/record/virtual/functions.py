@@ -44,6 +44,11 @@ class FunctionMode(TorchFunctionMode):
             tensor.__repr__: self._repr,
             tensor.__deepcopy__: self._deepcopy,
             tensor.type: self._type,
+            tensor.__setitem__: self._setitem,
+            torch.dropout: self._dropout,
+            torch.nn.functional.dropout: self._functional_dropout,
+            torch.rms_norm: self._rms_norm,
+            torch.nn.functional.rms_norm: self._rms_norm,
             torch._has_compatible_shallow_copy_type: self._compatible,
         }
         for refused in (tensor.numpy, tensor.tolist, tensor.__reduce_ex__, tensor.__array__, tensor.__dlpack__):
@@ -238,6 +243,46 @@ class FunctionMode(TorchFunctionMode):
         else:
             out.requires_grad_(tensor.requires_grad)
         memo[id(tensor)] = out
+        return out
+
+    # --- what torch decides by device ----------------------------------------------------------------------------
+
+    def _setitem(self, func: Any, tensor: torch.Tensor, index: Any, value: Any) -> None:
+        """A number that is written into a CUDA tensor stays on the host; for metadata torch would put it on the card."""
+        if isinstance(value, int | float | complex) and self._place(tensor) is Place.CARD:
+            value = torch.tensor(value, dtype=tensor.dtype)
+        func(tensor, index, value)
+
+    def _dropout(self, func: Any, tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        """One kernel on a card, several operators elsewhere."""
+        if self._place(tensor) is Place.CARD and train and 0 < p < 1 and tensor.numel():
+            return torch.native_dropout(tensor, p, True)[0]
+        return func(tensor, p, train)  # type: ignore[no-any-return]
+
+    def _functional_dropout(
+        self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        if inplace:
+            return func(input, p, training, inplace)  # type: ignore[no-any-return]
+        return self._dropout(lambda *a: func(*a), input, p, training)
+
+    def _rms_norm(
+        self,
+        func: Any,
+        input: torch.Tensor,
+        normalized_shape: Any,
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        """One kernel on a card, which also writes a value a row for the backward pass; several operators elsewhere."""
+        if self._place(input) is not Place.CARD:
+            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
+            self._device.estimate("aten::rms_norm with gradients")
+            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        out = torch.empty_like(input, memory_format=torch.contiguous_format)
+        rows = input.shape[: input.dim() - len(normalized_shape)]
+        torch.empty(rows, dtype=torch.float32, device=_META)
         return out
 
     # --- parameters that move in place ----------------------------------------------------------------------------
