@@ -15,14 +15,14 @@ _FACTORS = {
     "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
     "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_PATTERN = re.compile(r"\s*([0-9]{1,18})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*")
+_PATTERN = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str | int, where: str = "size") -> int:
     """Bytes from ``"2 GiB"``, ``"24 MB"``, ``"512"`` or an integer.
 
-    KiB, MiB, GiB, TiB are powers of 1024; kB, MB, GB, TB of 1000; a bare integer is bytes. A fraction is accepted
-    where the result is a whole number of bytes.
+    KiB, MiB, GiB, TiB are powers of 1024; kB, MB, GB, TB of 1000; a bare integer is bytes. What a fraction such as
+    "2.3 GiB" leaves of a byte is dropped: a byte count is above 2.3 GiB exactly when it is above the whole bytes in it.
 
     Args:
         text: what the user wrote.
@@ -38,17 +38,14 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
             raise UsageError(f"{where}: {text} is negative; a byte count is 0 or more")
         return text
     match = _PATTERN.fullmatch(text)
-    if match is None or match[3] not in _FACTORS:
+    if match is None or match[3] not in _FACTORS or (match[2] and match[3] in ("", "B")):
         raise UsageError(
             f"{where}: {text!r} is not a byte count; use an integer (bytes) or a number with one of "
             f"{', '.join(u for u in _FACTORS if u)}"
         )
     whole, fraction, unit = match[1], match[2] or "", match[3]
     scaled = int(whole + fraction) * _FACTORS[unit]
-    count, rest = divmod(scaled, 10 ** len(fraction))
-    if rest:
-        raise UsageError(f"{where}: {text!r} is not a whole number of bytes")
-    return count
+    return scaled // 10 ** len(fraction)
 
 
 def format_bytes(count: int) -> str:

@@ -47,7 +47,6 @@ NARROWING = ("conf", "torch", "card", "device")
 _FILE_LIMIT = MIB
 _LARGEST = 2**63 - 1  # what results.json and its readers in other languages can hold
 _WILDCARD = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads them; "[" without "]" stands for itself
-_DECIMAL = re.compile(r"\s*([0-9]+)\.([0-9]+)\s*([A-Za-z]+)\s*")
 _SYNTAX_LINE = re.compile(r" ?\(at (?:line (\d+), column \d+|end of document)\)")
 
 
@@ -274,7 +273,7 @@ class _Reader:
 
     def _limit(self, path: tuple[str | int, ...], key: str, value: object) -> int:
         try:
-            limit = _limit_bytes(value, key)
+            limit = _bytes_of(value, key)
         except UsageError as e:
             raise self._error(path, str(e)) from None
         if limit > _LARGEST:
@@ -294,17 +293,10 @@ class _Reader:
         return InputFileError(self._file, f"line {self._lines.of(*path)}: {reason}")
 
 
-def _limit_bytes(value: object, key: str) -> int:
+def _bytes_of(value: object, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UsageError(f"{key}: {_quoted(value)} is not a byte count; write an integer or a size such as '2 GiB'")
-    if isinstance(value, int) or (match := _DECIMAL.fullmatch(value)) is None or match[3] == "B":
-        return parse_bytes(value, key)
-    whole, fraction, unit = match[1], match[2], match[3]
-    try:
-        scaled = parse_bytes(f"{whole}{fraction} {unit}", key)
-    except UsageError:
-        return parse_bytes(value, key)  # complains about what the user wrote
-    return scaled // int("1" + "0" * len(fraction))
+    return parse_bytes(value, key)
 
 
 def _same_conf(a: str, b: str) -> bool:

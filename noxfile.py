@@ -1,0 +1,78 @@
+"""Everything a contributor or CI runs: ``nox -s suite tests lint typing bench browser gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["tests", "lint", "typing"]
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = ("-c", "constraints.txt")
+
+
+def group(name: str) -> list[str]:
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+@nox.session
+def suite(session: nox.Session) -> None:
+    """The main job: run every scenario on the virtual device, write the report, hold the results against budgets.toml."""
+    session.install(*CONSTRAINTS, ".[torch,flashinfer,report]")
+    session.run("fragscope", "run", "--device", "virtual", *session.posargs)
+    session.run("fragscope", "gate")
+    print(f"report: {Path('.fragscope/report.html').resolve()}")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need neither a GPU nor a browser, with branch coverage, which may only rise."""
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("test"))
+    session.run("coverage", "run", "-m", "pytest", "--ignore=tests/browser", "--ignore=tests/benchmarks", *session.posargs)
+    if not session.posargs:
+        session.run("coverage", "report", "--skip-covered", "--skip-empty")
+
+
+@nox.session
+def no_torch(session: nox.Session) -> None:
+    """What a laptop or a gate job without torch can do: read, replay, gate, report."""
+    session.install("-e", ".[report]", *group("test"))
+    session.run("pytest", "-m", "not torch", "--ignore=tests/browser", "--ignore=tests/benchmarks", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting and likely mistakes."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy in strict mode over the package and the scenarios."""
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("typing"))
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Speed, as ratios measured side by side in one run."""
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("bench"))
+    session.run("pytest", "tests/benchmarks", "--benchmark-columns=min,median,stddev,rounds", *session.posargs)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Report pages in the distribution's headless Chromium."""
+    session.install(*CONSTRAINTS, "-e", ".[report]", *group("browser"))
+    session.run("pytest", "tests/browser", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """On a machine with an NVIDIA GPU, in the environment at hand: record operators' footprints and compare."""
+    session.run("python", "-m", "pytest", "tests/gpu", "-m", "gpu", *session.posargs)

@@ -1,0 +1,129 @@
+"""The shipped scenarios on the virtual device against the same scenarios on a real card.
+
+Expected values: tests/data/scenarios, from ``fragscope run --device cuda`` on an H100 (torch 2.11.0+cu130), where every
+decision of the model was compared with the card's allocator. Requests must be equal one by one; so must every figure,
+except where the run itself says that the driver's choice of addresses decided a tie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fragscope.results import Case, Results, load_results
+from fragscope.trace import RequestKind, load_trace
+
+pytest.importorskip("torch")
+pytest.importorskip("flashinfer")
+
+ROOT = Path(__file__).parents[2]
+MEASURED = json.loads((ROOT / "tests" / "data" / "scenarios" / "h100-torch-2.11.0.json").read_text())["cases"]
+MIB = 1024**2
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    out = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "fragscope", "run", "--device", "virtual", "--torch", "2.11.0", "--torch", "2.13.0"]
+    command += ["--card", "h100-80gb", "--out", str(out), "--no-report"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=540)
+    return load_results(out), out
+
+
+def cases(results: Results, torch: str) -> dict[str, Case]:
+    return {f"{c.scenario}/{c.preset}/{c.variant}": c for c in results.cases if c.torch == torch}
+
+
+def test_every_case_that_ran_on_the_card_runs_here(run: tuple[Results, Path]) -> None:
+    assert set(cases(run[0], "2.11.0")) == set(MEASURED)
+    assert len(MEASURED) == 36
+    assert all(m["verify"]["mismatches"] == 0 for m in MEASURED.values())
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_requests_equal_those_of_the_card_one_by_one(run: tuple[Results, Path], name: str) -> None:
+    results, out = run
+    trace = cases(results, "2.11.0")[name].trace
+    assert trace is not None
+    rows = load_trace(out / trace).requests
+    wanted = (rows.kind == RequestKind.ALLOC) | (rows.kind == RequestKind.FREE)
+    columns = np.stack([np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size, rows.stream)], axis=1)
+    assert len(columns) == MEASURED[name]["requests"]
+    assert hashlib.sha256(np.ascontiguousarray(columns).tobytes()).hexdigest() == MEASURED[name]["requests_sha256"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_figures_equal_those_of_the_card_to_the_byte(run: tuple[Results, Path], name: str) -> None:
+    case, measured = cases(run[0], "2.11.0")[name], MEASURED[name]
+    assert case.outcome == "ok"
+    for key in ("base", "end_live", "transient", "retained", "segments_peak", "allocs"):
+        assert getattr(case, key) == measured[key], key
+    assert case.peak.allocated == measured["peak"]["allocated"]
+    assert case.peak.requested == measured["peak"]["requested"]
+    assert case.peak.reserved == measured["peak"]["reserved"]
+    assert case.after_empty_cache.reserved == measured["after_empty_cache"]["reserved"]
+    if case.exact:
+        assert case.peak.stranded == measured["peak"]["stranded"]
+        assert case.end.stranded == measured["end"]["stranded"]
+
+
+def test_a_tie_that_the_driver_decides_is_said(run: tuple[Results, Path]) -> None:
+    """Up to torch 2.11 some choices fall by address; from 2.13 on none does."""
+    inexact = {n for n, c in cases(run[0], "2.11.0").items() if not c.exact}
+    assert "moe-nvfp4-shuffle/kimi-k2-tp8/list-stack" in inexact  # its stranded peak did differ on the card, by 2 MiB
+    for name in inexact:
+        assert [a.code for a in cases(run[0], "2.11.0")[name].assumptions] == ["tie_by_modelled_address"]
+    assert all(c.exact for c in cases(run[0], "2.13.0").values())
+
+
+def test_table_measured_for_the_published_recordings(run: tuple[Results, Path]) -> None:
+    """Peak allocated and reserved in MiB, rounded, as measured with vLLM's own code on an H100."""
+    table = {"list-stack": (39424, 39454), "preallocated": (28742, 28758), "batched": (28672, 28674)}
+    for variant, (allocated, reserved) in table.items():
+        case = cases(run[0], "2.11.0")[f"moe-fp8-shuffle/deepseek-v3-tp1/{variant}"]
+        assert (round(case.peak.allocated / MIB), round(case.peak.reserved / MIB)) == (allocated, reserved)
+
+
+@pytest.mark.parametrize(
+    ("variant", "recording"), [("list-stack", "orig"), ("preallocated", "fixed"), ("batched", "newest")]
+)
+def test_figures_equal_those_recorded_with_vllms_own_code(run: tuple[Results, Path], variant: str, recording: str) -> None:
+    row = json.loads((ROOT / "tests" / "data" / "traces" / f"fp8-dsv3-tp8.{recording}.default.json").read_text())["row"]
+    case = cases(run[0], "2.11.0")[f"moe-fp8-shuffle/deepseek-v3-tp8/{variant}"]
+    assert case.base == row["base"]
+    assert case.peak.allocated == row["peak_alloc"]
+    assert case.peak.reserved == row["peak_res"]
+    assert case.peak.requested == row["peak_requested"]
+    assert case.end.inactive_split == row["inactive_split"]
+    assert case.after_empty_cache.reserved == row["res_after_empty_cache"]
+
+
+def test_in_place_needs_one_expert_of_scratch(run: tuple[Results, Path]) -> None:
+    for name, case in cases(run[0], "2.13.0").items():
+        if case.variant == "in-place":
+            assert case.transient < 64 * MIB, name
+            assert case.peak.allocated - case.end_live < 64 * MIB, name
+
+
+def test_second_release_was_replayed_from_the_same_recording(run: tuple[Results, Path]) -> None:
+    results, out = run
+    for name, case in cases(results, "2.13.0").items():
+        other = cases(results, "2.11.0")[name]
+        assert case.trace and other.trace
+        assert load_trace(out / case.trace).provenance == load_trace(out / other.trace).provenance
+
+
+def test_numerics_agree_with_the_references(run: tuple[Results, Path]) -> None:
+    for case in run[0].cases:
+        assert case.numeric is not None
+        assert case.numeric["agree"] is True
+        assert case.numeric["compared_with"] == "reference"

@@ -1,0 +1,68 @@
+"""The shapes in scenarios/models.toml against bytes published for the same models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scenarios"))
+
+from moe_models import models, preset
+
+MIB, GIB = 1024**2, 1024**3
+
+# One whole layer: FP8 w13 and w2, then NVFP4 w13, w2, w13 scales and w2 scales (one scale a 16 values); rounded as published.
+PUBLISHED = {
+    "deepseek-v3": (7.0 * GIB, 3.5 * GIB, 3.5 * GIB, 1.75 * GIB, 448 * MIB, 224 * MIB),
+    "kimi-k2": (10.5 * GIB, 5.25 * GIB, 5.25 * GIB, 2.625 * GIB, 672 * MIB, 336 * MIB),
+    "kimi-k3": (18.4 * GIB, 9.2 * GIB, 9.2 * GIB, 4.6 * GIB, 1176 * MIB, 588 * MIB),
+    "glm-5": (6.0 * GIB, 3.0 * GIB, 3.0 * GIB, 1.5 * GIB, 384 * MIB, 192 * MIB),
+    "glm-4.5": (2.34 * GIB, 1.17 * GIB, 1.17 * GIB, 0.59 * GIB, 150 * MIB, 75 * MIB),
+    "glm-4.5-air": (1.375 * GIB, 0.69 * GIB, 0.69 * GIB, 0.34 * GIB, 88 * MIB, 44 * MIB),
+    "qwen3-235b-a22b": (1.5 * GIB, 0.75 * GIB, 0.75 * GIB, 0.375 * GIB, 96 * MIB, 48 * MIB),
+    "qwen3-30b-a3b": (384 * MIB, 192 * MIB, 192 * MIB, 96 * MIB, 24 * MIB, 12 * MIB),
+    "qwen3-next-80b": (1.0 * GIB, 0.5 * GIB, 512 * MIB, 256 * MIB, 64 * MIB, 32 * MIB),
+    "minimax-m2": (2.25 * GIB, 1.125 * GIB, 1.125 * GIB, 0.56 * GIB, 144 * MIB, 72 * MIB),
+    "nemotron-3-super": (1.31 * GIB, 1.31 * GIB, 672 * MIB, 672 * MIB, 84 * MIB, 84 * MIB),
+    "nemotron-3-nano": (609 * MIB, 609 * MIB, 304 * MIB, 304 * MIB, 38 * MIB, 38 * MIB),
+    "llama-4-scout": (1.25 * GIB, 0.625 * GIB, 640 * MIB, 320 * MIB, 80 * MIB, 40 * MIB),
+}
+# gpt-oss is published in MXFP4: 4-bit matrices and one byte of scale for 32 values.
+PUBLISHED_MXFP4 = {
+    "gpt-oss-120b": (1012 * MIB, 506 * MIB, 63 * MIB, 32 * MIB),
+    "gpt-oss-20b": (253 * MIB, 127 * MIB, 16 * MIB, 8 * MIB),
+}
+
+
+def elements(name: str) -> tuple[int, int]:
+    model = models()[name]
+    return model.experts * model.w13_rows * model.hidden, model.experts * model.hidden * model.intermediate
+
+
+def test_every_model_has_published_bytes_and_a_source():
+    assert set(models()) == set(PUBLISHED) | set(PUBLISHED_MXFP4)
+    assert all(m.source for m in models().values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bytes_of_one_layer(name):
+    w13, w2 = elements(name)
+    ours = (w13, w2, w13 // 2, w2 // 2, w13 // 16, w2 // 16)
+    assert ours == pytest.approx(PUBLISHED[name], rel=0.012)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MXFP4)
+def test_bytes_of_one_layer_in_mxfp4(name):
+    w13, w2 = elements(name)
+    assert (w13 // 2, w2 // 2, w13 // 32, w2 // 32) == pytest.approx(PUBLISHED_MXFP4[name], rel=0.02)
+
+
+def test_a_shard_divides_the_width_of_each_expert():
+    assert preset("deepseek-v3", tp=8, layers=4) == {"experts": 256, "hidden": 7168, "intermediate": 256, "layers": 4}
+
+
+def test_a_width_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="not divisible"):
+        preset("deepseek-v3", tp=7, layers=1)
