@@ -151,7 +151,7 @@ def _groups(cases: list[Case]) -> tuple[Group, ...]:
 
 
 def _key(case: Case) -> _Key:
-    params = ", ".join(f"{k}={v!r}" for k, v in sorted(case.params.items()))
+    params = ", ".join(f"{k}={v!r}" for k, v in sorted(case.changed.items()))
     named = {
         "scenario": case.scenario,
         "preset": case.preset,

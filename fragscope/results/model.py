@@ -94,7 +94,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         id: readable and unique within a run.
         digest: of everything that decides the result except the code measured.
         scenario, preset, variant, role: what was run.
-        params: scenario parameters by name.
+        params: the scenario's parameters and the preset's values by name.
+        changed: of these, the ones that were set away from their defaults.
         conf, torch, card, device: what it was decided under; ``torch`` is the release whose rules apply.
         torch_installed: the release that ran the code.
         capacity: bytes that segments could take together.
@@ -118,6 +119,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     variant: str
     role: Role
     params: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     conf: str = ""
     torch: str
     torch_installed: str

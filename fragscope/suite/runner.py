@@ -230,6 +230,7 @@ class _PlanRun:
             variant=task.variant,
             role=task.role,
             params=dict(task.values),
+            changed=dict(task.changed),
             conf=settings.conf,
             torch=settings.rules.torch,
             torch_installed=versions().get("torch", ""),

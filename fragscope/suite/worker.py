@@ -305,6 +305,7 @@ def _result(
         variant=task.variant,
         role=task.role,
         params=dict(task.values),
+        changed=dict(task.changed),
         conf=settings.conf,
         torch=settings.rules.torch,
         torch_installed=str(torch.__version__),

@@ -73,7 +73,7 @@ def test_only_cases_under_the_same_settings_are_compared() -> None:
     cases = [
         bare_case(transient=MIB),
         bare_case(variant="b", role="fixed", conf="max_split_size_mb:20", transient=2 * MIB),
-        bare_case(variant="c", role="fixed", params={"layers": 4}, transient=2 * MIB),
+        bare_case(variant="c", role="fixed", changed={"layers": 4}, transient=2 * MIB),
     ]
     groups = summarize(results_of(cases)).groups
     assert [g.settings for g in groups] == [
