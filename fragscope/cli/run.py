@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import os
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, UsageError
+from fragscope.errors import (
+    EXIT_NOT_MEASURED,
+    EXIT_OVER_BUDGET,
+    EXIT_PASS,
+    FragscopeError,
+    NotMeasuredError,
+    UsageError,
+    printable,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fragscope.allocator import ReplaySettings
     from fragscope.config import Config
     from fragscope.results import Case, DeviceKind, Results
     from fragscope.suite.discover import Selection
 
 _TIMEOUT = 600.0
+_LONGEST = 7 * 24 * 3600.0  # what any system call that waits takes
 
 
 @click.command("run")
@@ -32,7 +48,7 @@ _TIMEOUT = 600.0
 @click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile; repeatable.")
 @click.option("--capacity", metavar="SIZE", help="Bytes the card has left for segments, such as '22 GiB'.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Set a scenario's parameter.")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=_TIMEOUT, show_default=True,
+@click.option("--timeout", type=click.FloatRange(min=0.1, max=_LONGEST), default=_TIMEOUT, show_default=True,
               help="Seconds one recording may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Recordings at once; one a core by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results; .fragscope by default.")
@@ -40,7 +56,7 @@ _TIMEOUT = 600.0
 @click.option("--list", "list_only", is_flag=True, help="Only list what would run.")
 @click.option("--no-report", is_flag=True, help="Do not write report.html.")
 @click.option("--format", "style", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
-def command(
+def command(  # noqa: PLR0917
     what: tuple[str, ...],
     device: str,
     preset: tuple[str, ...],
@@ -61,30 +77,27 @@ def command(
     """Run scenarios and write results, traces and a report.
 
     A PATH is a scenario file, or a folder with files named scenario_*.py; without one, the paths configured in
-    [tool.fragscope] are searched. NAME, NAME/PRESET and NAME/PRESET/VARIANT choose from what is found; each part may be a
-    glob.
+    [tool.fragscope] are searched. NAME, NAME/PRESET and NAME/PRESET/VARIANT choose from what is found; each part may
+    be a glob.
 
-    Exit codes: 0 every outcome is the declared one, 3 one is not, 4 something was skipped or nothing was measured.
+    Exit codes: 0 every outcome is the declared one, 3 one is not, 4 something was skipped or nothing was measured,
+    130 interrupted; what is finished then is kept, and --resume goes on from there.
     """
     from fragscope.config import load_config
-    from fragscope.suite.discover import load_scenarios, scenario_files, select
-    from fragscope.suite.plan import plan
-    from fragscope.suite.runner import RunOptions, run_plan, usable_cores
 
+    if math.isnan(timeout):
+        raise UsageError("--timeout: nan is not a time")
     config = load_config()
     root = config.root or Path.cwd()
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    paths, names = _split(what)
-    if not paths and not config.scenarios:
-        raise UsageError("no scenarios: name a file or folder, or set scenarios = [...] in [tool.fragscope] of pyproject.toml")
-    files = scenario_files(paths or config.scenarios)
-    if not files:
-        searched = ", ".join(str(p) for p in paths or config.scenarios)
-        raise UsageError(f"no scenario files found in {searched} (files are named scenario_*.py)")
-    scenarios = [s for file in files for s in load_scenarios(file)]
-    selections = select(scenarios, names, preset, variant)
-    kind = _device(device)
+    with _stdout_kept_clean():
+        kind = _device(device)
+        selections = _selections(config, what, preset, variant)
+
+    from fragscope.suite.plan import plan
+    from fragscope.suite.runner import RunOptions, run_plan, usable_cores
+
     settings = _settings(config, conf, releases, cards or _cards_here(kind), capacity)
     parsed = _overrides(overrides, selections)
     planned = plan(selections, parsed, settings, kind)
@@ -101,10 +114,36 @@ def command(
         resume=resume,
         command=("fragscope", *(shlex.quote(a) for a in sys.argv[1:])),
     )
-    with _RichProgress() as progress:
-        results = run_plan(planned, options, progress)
+    try:
+        with _stopped_by_signals(), _RichProgress() as progress:
+            results = run_plan(planned, options, progress)
+    except KeyboardInterrupt:
+        click.echo(f"fragscope: what is finished is in {folder}; the same command with --resume goes on", err=True)
+        raise click.Abort from None
+    except OSError as e:
+        raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
     _show(results, folder, style, report=not no_report)
     return _exit_code(results)
+
+
+def _selections(
+    config: Config, what: tuple[str, ...], presets: tuple[str, ...], variants: tuple[str, ...]
+) -> list[Selection]:
+    from fragscope.suite.discover import load_scenarios, scenario_files, select
+
+    paths, names = _split(what)
+    searched = paths or list(config.scenarios)
+    if not searched:
+        unknown = f"{printable(names[0], 100)} is no file or folder here, and " if names else ""
+        raise UsageError(
+            f"{unknown}no scenarios are configured: name a file or folder, "
+            "or set scenarios = [...] in [tool.fragscope] of pyproject.toml"
+        )
+    files = scenario_files(searched)
+    if not files:
+        where = ", ".join(str(p) for p in searched)
+        raise NotMeasuredError(f"no scenario files in {where} (in a folder, they are named scenario_*.py)")
+    return select([s for file in files for s in load_scenarios(file)], names, presets, variants)
 
 
 def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
@@ -112,13 +151,62 @@ def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     paths, names = [], []
     for item in what:
         path = Path(item)
-        if item.endswith(".py") or path.is_dir():
-            if not path.exists():
-                raise UsageError(f"{item}: no such file")
+        try:
+            is_folder, is_file = path.is_dir(), path.is_file()
+        except OSError:  # such as a name too long for any file
+            is_folder = is_file = False
+        if is_folder or (is_file and item.endswith(".py")):
             paths.append(path)
+        elif item.endswith(".py"):
+            raise UsageError(f"{printable(item, 200)}: no such file")
+        elif is_file:
+            raise UsageError(f"{item}: is not a Python file")
         else:
             names.append(item)
     return paths, names
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """What scenario files print while they are imported goes to stderr: stdout holds data only."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of the two is closed
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does; after the first, none interrupts the saving of what is finished."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A signal that the caller chose to ignore (nohup, a shell's background job) stays ignored.
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {s: handler for s in wanted if (handler := signal.getsignal(s)) is not signal.SIG_IGN}
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _device(choice: str) -> DeviceKind:
@@ -126,7 +214,8 @@ def _device(choice: str) -> DeviceKind:
         import torch
     except ImportError:
         raise UsageError(
-            "running scenarios needs torch, which is not installed: pip install 'fragscope[torch]' (a CPU build is enough)"
+            "running scenarios needs torch, which is not installed: pip install 'fragscope[torch]' "
+            "(a CPU build is enough)"
         ) from None
     available = torch.cuda.is_available()
     if choice == "cuda" and not available:
@@ -165,10 +254,10 @@ def _cards_here(kind: DeviceKind) -> tuple[str, ...]:
 def _settings(
     config: Config, confs: tuple[str, ...], releases: tuple[str, ...], cards: tuple[str, ...], capacity: str | None
 ) -> list[ReplaySettings]:
+    import torch
+
     from fragscope.allocator import DEFAULT_CARD, ReplaySettings, card_named, parse_conf, rules_for
     from fragscope.units import format_bytes, parse_bytes
-
-    import torch  # noqa: I001 - after the check that it is there
 
     limit = None if capacity is None else parse_bytes(capacity, "--capacity")
     out = []
@@ -212,7 +301,7 @@ def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
             click.echo(f"fragscope: no report.html: {e}", err=True)
             report = False
     if style == "json":
-        click.echo((folder / "results.json").read_text(), nl=False)
+        click.echo((folder / "results.json").read_bytes(), nl=False)
     elif style == "markdown":
         click.echo(markdown(results), nl=False)
     else:
@@ -221,9 +310,12 @@ def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
         Console().print(results_table(results))
     for case in results.cases:
         if not case.as_expected:
-            click.echo(f"fragscope: {case.outcome}: {case.id}: {case.message or 'no message'}", err=True)
+            log = folder / "logs" / f"{case.digest}.log"
+            more = f" (log: {log})" if log.is_file() else ""
+            click.echo(f"fragscope: {case.outcome}: {case.id}: {case.message or 'no message'}{more}", err=True)
     written = "results.json, traces" + (", report.html" if report else "")
-    click.echo(f"fragscope: {len(results.cases)} cases in {results.run.seconds:.1f} s; wrote {written} to {folder}", err=True)
+    took = f"{len(results.cases)} cases in {results.run.seconds:.1f} s"
+    click.echo(f"fragscope: {took}; wrote {written} to {folder}", err=True)
 
 
 def _exit_code(results: Results) -> int:

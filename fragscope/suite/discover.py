@@ -1,6 +1,7 @@
 """Finding scenario files and choosing cases from them.
 
-Like pytest: at the paths given or configured, in folders the files named ``scenario_*.py``, a file given by name always.
+Like pytest: at the paths given or configured, in folders the files named ``scenario_*.py``; a file given by name
+always.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from fragscope.errors import FragscopeError, UsageError, printable
 from fragscope.suite.scenario import Scenario, collecting
 
 PATTERN = "scenario_*.py"
+MODULE_PREFIX = "fragscope_scenarios."
+"""Scenario files are modules below this name, so that none hides another or an installed package."""
+
+_folders: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ def scenario_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             for file in sorted(path.rglob(PATTERN)):
-                if not any(part.startswith(".") for part in file.relative_to(path).parts):
+                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
                     files[file.resolve()] = None
         elif path.is_file():
             files[path.resolve()] = None
@@ -59,34 +65,68 @@ def load_scenarios(file: Path) -> list[Scenario]:
     Raises:
         UsageError: the file cannot be imported, or defines nothing.
     """
-    folder = str(file.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    name = f"fragscope_scenarios.{hashlib.sha256(str(file).encode()).hexdigest()[:12]}.{file.stem}"
+    file = file.resolve()
+    _enter_folder(str(file.parent))
+    name = f"{MODULE_PREFIX}{hashlib.sha256(str(file).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}.{file.stem}"
     known = sys.modules.get(name)
     if known is not None:
         return list(known.__dict__["__fragscope_scenarios__"])
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{file}: is not a Python file")
+    spec = importlib.util.spec_from_file_location(name, file, loader=_SourceLoader(name, str(file)))
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     with collecting() as registry:
         try:
-            spec.loader.exec_module(module)
-        except FragscopeError as e:
+            _SourceLoader(name, str(file)).exec_module(module)
+        except BaseException as e:
             del sys.modules[name]
-            raise UsageError(f"{file}: {e}") from None
-        except Exception as e:
-            del sys.modules[name]
-            raise UsageError(f"{file}: cannot be imported: {_where(e, file)}{type(e).__name__}: {printable(str(e))}") from e
+            if isinstance(e, FragscopeError):
+                raise UsageError(f"{file}: {_where(e, file)}{e}") from None
+            if isinstance(e, Exception | SystemExit):
+                what = f"{type(e).__name__}: {printable(str(e))}"
+                raise UsageError(f"{file}: cannot be imported: {_where(e, file)}{what}") from e
+            raise
     # Scenarios that an import brought along belong to their own file.
-    found = [s for s in registry.found if s.file == file.resolve()]
+    found = [s for s in registry.found if s.file == file]
     if not found:
         del sys.modules[name]
         raise UsageError(f"{file}: defines no scenario (decorate a function with @fragscope.scenario)")
     module.__dict__["__fragscope_scenarios__"] = found
     return found
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compiles the file each time: bytecode is matched by whole seconds and size, and an edit can keep both."""
+
+    def path_stats(self, path: str) -> Mapping[str, int]:
+        raise OSError
+
+
+def _enter_folder(folder: str) -> None:
+    """Make a folder the first to import from, for a scenario file in it.
+
+    Two scenario files in different folders may each have a ``shapes.py`` beside them; each gets its own.
+    """
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    _folders.add(folder)
+    loaded = [(n, getattr(m, "__file__", None)) for n, m in list(sys.modules.items()) if "." not in n]
+    hidden = {name for name, file in loaded if _is_hidden(name, file, folder)}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in hidden:
+            del sys.modules[name]
+
+
+def _is_hidden(name: str, file: str | None, folder: str) -> bool:
+    """Whether a loaded module lies beside another scenario file, while this folder has one of its name."""
+    if file is None:
+        return False
+    path = Path(file)
+    home = str(path.parent.parent if path.name == "__init__.py" else path.parent)
+    if home == folder or home not in _folders:
+        return False
+    return (Path(folder) / f"{name}.py").is_file() or (Path(folder) / name / "__init__.py").is_file()
 
 
 def _where(error: BaseException, file: Path) -> str:
@@ -107,7 +147,8 @@ def select(
     Args:
         scenarios: everything found.
         names: ``NAME``, ``NAME/PRESET`` or ``NAME/PRESET/VARIANT``, each part a glob; none means all.
-        presets, variants: globs; none means all.
+        presets: globs; none means all.
+        variants: globs; none means all.
 
     Raises:
         UsageError: two scenarios share a name, or something asked for matches nothing; names the nearest.
@@ -134,9 +175,7 @@ def select(
                 known = sorted({s.name.split("/")[part] for s in chosen.values()})
                 raise UsageError(f"{option} {glob}: nothing matches; {_suggest(glob, known)}")
         if globs:
-            chosen = {
-                n: s for n, s in chosen.items() if any(fnmatchcase(n.split("/")[part], glob) for glob in globs)
-            }
+            chosen = {n: s for n, s in chosen.items() if any(fnmatchcase(n.split("/")[part], glob) for glob in globs)}
     if not chosen:
         raise UsageError("nothing matches all of the given names, --preset and --variant together")
     return [s for s in every if s.name in chosen]

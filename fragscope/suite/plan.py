@@ -17,6 +17,7 @@ from fragscope.allocator import ReplaySettings
 from fragscope.results import DeviceKind
 from fragscope.suite.discover import Selection
 from fragscope.suite.scenario import Value
+from fragscope.suite.sources import installed_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def plan(
     settings: Sequence[ReplaySettings],
     device: DeviceKind,
 ) -> list[PlannedCase]:
-    """Every selection under every combination of settings."""
-    out = []
+    """Every selection under every combination of settings, each once."""
+    out: dict[str, PlannedCase] = {}
     for selection, setting in itertools.product(selections, settings):
         scenario = selection.scenario
         parsed = {k: scenario.parse_override(k, v) for k, v in overrides.items()}
@@ -58,23 +59,20 @@ def plan(
         values = scenario.values_for(selection.preset, changes)
         changed = tuple(sorted((k, v) for k, v in values.items() if defaults[k] != v))
         items = tuple(sorted(values.items()))
-        out.append(
-            PlannedCase(
-                selection=selection,
-                values=items,
-                changed=changed,
-                settings=setting,
-                device=device,
-                id=_case_id(selection.name, changed, setting, device),
-                digest=_digest(selection.name, items, setting, device),
-            )
+        case = PlannedCase(
+            selection=selection,
+            values=items,
+            changed=changed,
+            settings=setting,
+            device=device,
+            id=_case_id(selection.name, changed, setting, device),
+            digest=_digest(selection.name, items, setting, device),
         )
-    return out
+        out.setdefault(case.digest, case)
+    return list(out.values())
 
 
-def _case_id(
-    name: str, changed: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind
-) -> str:
+def _case_id(name: str, changed: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind) -> str:
     """``scenario/preset/variant[name=value]@conf,torch,card,device``."""
     params = "[" + ",".join(f"{k}={v}" for k, v in changed) + "]" if changed else ""
     card = settings.card
@@ -82,9 +80,7 @@ def _case_id(
     return f"{name}{params}@{','.join(under)}"
 
 
-def _digest(
-    name: str, values: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind
-) -> str:
+def _digest(name: str, values: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind) -> str:
     facts = {
         "name": name,
         "values": list(values),
@@ -94,6 +90,7 @@ def _digest(
         "memory_fraction": settings.memory_fraction,
         "device": device,
         "versions": versions(),
+        "installed": _installed(),
         "fragscope": own_fingerprint(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -109,6 +106,9 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return out
+
+
+_installed = functools.cache(installed_fingerprint)
 
 
 @functools.cache

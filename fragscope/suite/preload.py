@@ -5,7 +5,6 @@ A scenario file that cannot be imported is left to the worker, which reports why
 
 import contextlib
 import gc
-import io
 import os
 from pathlib import Path
 
@@ -14,16 +13,28 @@ import torch
 import fragscope.record.virtual.cuda_api
 import fragscope.record.virtual.dispatch
 import fragscope.record.virtual.functions
-import fragscope.suite.worker
+import fragscope.suite.numerics
 from fragscope.suite.discover import load_scenarios
 from fragscope.suite.server import PRELOAD_VARIABLE
+from fragscope.suite.sources import remember_sources
+
+# What scenario files print while they are imported was printed once already, by the command that looked for them.
+_stderr = os.dup(2)
+_nothing = os.open(os.devnull, os.O_RDWR)
+os.dup2(_nothing, 1)
+os.dup2(_nothing, 2)
 
 # Some operators on metadata import a large part of torch at their first call; let that happen once, here.
 torch.stack([torch.zeros(1, device="meta")])
 
 for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(os.pathsep)):
-    with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(BaseException):
         load_scenarios(Path(_name))
+remember_sources()
+
+os.dup2(_stderr, 2)
+os.close(_stderr)
+os.close(_nothing)
 
 # Collecting garbage before a measured phase then looks only at what the worker made.
 gc.collect()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,19 +18,12 @@ import msgspec
 from fragscope.allocator import card_named
 from fragscope.errors import printable
 from fragscope.results import Case, Outcome, Results, Run, save_results
-from fragscope.suite.journal import Journal, finished_cases
+from fragscope.suite.journal import Journal, finished_cases, locked
+from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
+from fragscope.suite.process import log_path, place_in_log, report_path
 from fragscope.suite.server import Job, WorkerServer
-from fragscope.suite.worker import (
-    CaseTask,
-    NumericReport,
-    Report,
-    Task,
-    log_path,
-    report_path,
-    run_numeric,
-    run_task,
-)
+from fragscope.suite.worker import CaseTask, Report, Task, run_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +61,22 @@ class Progress(Protocol):
 
 
 def run_plan(planned: Sequence[PlannedCase], options: RunOptions, progress: Progress) -> Results:
-    """Run every planned case and write results.json; an interrupt keeps what is finished and is raised again."""
+    """Run every planned case and write results.json; an interrupt keeps what is finished and is raised again.
+
+    Raises:
+        UsageError: the folder for results cannot be written, or another run writes there.
+    """
+    # The program may change the working directory.
+    options = replace(options, out=options.out.absolute(), root=options.root.absolute())
+    with locked(options.out):
+        return _run_locked(planned, options, progress)
+
+
+def _run_locked(planned: Sequence[PlannedCase], options: RunOptions, progress: Progress) -> Results:
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     known = finished_cases(options.out) if options.resume else {}
     results = {p.digest: known[p.digest] for p in planned if p.digest in known}
     todo = [p for p in planned if p.digest not in results]
-    progress.planned(len(planned), len(results))
     run = _PlanRun(options, progress, results)
 
     def write() -> Results:
@@ -91,14 +96,17 @@ def run_plan(planned: Sequence[PlannedCase], options: RunOptions, progress: Prog
         save_results(made, options.out / "results.json")
         return made
 
-    with run.journal_open():
+    with run.journal_open(known.values()):
+        write()  # an earlier run's results must not pass for this one's, however this one ends
+        (options.out / "report.html").unlink(missing_ok=True)
+        progress.planned(len(planned), len(results))
         try:
             run.play(todo)
         except BaseException:
             write()
             raise
     made = write()
-    _remove_stray_traces(options.out, made)
+    _remove_stray_files(options.out, made)
     return made
 
 
@@ -113,17 +121,22 @@ def _card_facts(planned: PlannedCase) -> dict[str, Any]:
     }
 
 
-def _remove_stray_traces(out: Path, results: Results) -> None:
+def _remove_stray_files(out: Path, results: Results) -> None:
     """Traces and logs of runs that this one replaced."""
     kept = {c.trace for c in results.cases}
     for file in (out / "traces").glob("*.fscope"):
         if f"traces/{file.name}" not in kept:
             file.unlink(missing_ok=True)
-    digests = {c.digest for c in results.cases}
+    keys = {c.digest for c in results.cases} | {numeric_key(c.scenario) for c in results.cases}
     for file in (out / "logs").glob("*.log"):
-        if file.stem not in digests or file.stat().st_size == 0:
+        if file.stem not in keys or file.stat().st_size == 0:
             file.unlink(missing_ok=True)
     shutil.rmtree(out / "work", ignore_errors=True)
+
+
+def numeric_key(scenario: str) -> str:
+    """What the numeric step of a scenario is known by; its log has this name."""
+    return f"numeric-{scenario}"
 
 
 class _PlanRun:
@@ -134,13 +147,14 @@ class _PlanRun:
         self._progress = progress
         self._results = results
         self._numerics: dict[str, NumericReport] = {}
+        self._held: dict[str, list[Case]] = {}  # cases by scenario whose numeric step is not over
         self._tasks: dict[str, Task] = {}
         self._planned: dict[str, PlannedCase] = {}
         self._journal: Journal | None = None
 
     @contextlib.contextmanager
-    def journal_open(self) -> Iterator[None]:
-        self._journal = Journal(self._options.out, keep=self._options.resume)
+    def journal_open(self, kept: Iterable[Case]) -> Iterator[None]:
+        self._journal = Journal(self._options.out, kept)
         try:
             yield
         finally:
@@ -153,21 +167,29 @@ class _PlanRun:
         self._planned = {p.id: p for p in todo}
         # A module that touches CUDA while it is imported would make CUDA unusable in every fork.
         files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual")
-        server = WorkerServer(files, self._options.jobs, self._options.timeout)
         numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
-        server.run(numeric, self._numeric_ended, lambda job: self._progress.started(job.key.replace("numeric-", "numerics of ")))
         groups: dict[Any, list[PlannedCase]] = {}
         for planned in todo:
             groups.setdefault(planned.recording, []).append(planned)
-        jobs = [self._recording_job(group) for group in groups.values()]
-        server.run(jobs, self._recording_ended, lambda job: self._progress.started(self._tasks[job.key].cases[0].id))
+        recordings = [self._recording_job(group) for group in groups.values()]
+        with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
+            server.run([*numeric, *recordings], self._ended, self._started)
+
+    def _started(self, job: Job) -> None:
+        task = self._tasks[job.key]
+        self._progress.started(f"numerics of {task.scenario}" if job.target is run_numeric else task.cases[0].id)
+
+    def _ended(self, job: Job) -> Iterable[Job]:
+        return self._numeric_ended(job) if job.target is run_numeric else self._recording_ended(job)
 
     # --- numeric steps --------------------------------------------------------------------------------------------
 
     def _numeric_job(self, planned: PlannedCase) -> Job:
-        key = f"numeric-{planned.selection.scenario.name}"
+        scenario = planned.selection.scenario.name
+        key = numeric_key(scenario)
         task = self._task([planned])
         self._tasks[key] = task
+        self._held[scenario] = []
         device = "cpu" if planned.device == "virtual" else "cuda"
         return Job(key, run_numeric, (task, device, key))
 
@@ -175,10 +197,11 @@ class _PlanRun:
         task = self._tasks[job.key]
         report = _read(report_path(task.out, job.key), NumericReport)
         if report is None:
-            why = f"the numeric step {_how_it_ended(job, self._options.timeout)}{_last_line(log_path(task.out, job.key))}"
-            facts = {"agree": False, "message": why}
-            report = NumericReport(facts, {"*": why})
+            why = f"the numeric step {_how_it_ended(job, task)}"
+            report = NumericReport({"agree": False, "message": why}, {"*": why})
         self._numerics[task.scenario] = report
+        for case in self._held.pop(task.scenario):
+            self._finish(case)
         return ()
 
     # --- recordings -----------------------------------------------------------------------------------------------
@@ -199,6 +222,7 @@ class _PlanRun:
             device=first.device,
             cases=tuple(CaseTask(p.id, p.digest, p.settings) for p in group),
             out=self._options.out,
+            timeout=self._options.timeout,
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:
@@ -212,7 +236,7 @@ class _PlanRun:
         report = _read(report_path(task.out, job.key), Report)
         if report is None:
             outcome: Outcome = "timeout" if job.timed_out else "crash"
-            message = f"the process {_how_it_ended(job, self._options.timeout)}{_last_line(log_path(task.out, job.key))}"
+            message = f"the process {_how_it_ended(job, task)}"
             self._finish(self._without_figures(task, task.cases[0], outcome, message))
             rest = task.cases[1:]
             return [self._recording_job([self._planned[c.id] for c in rest])] if rest else ()
@@ -243,9 +267,13 @@ class _PlanRun:
         )
 
     def _finish(self, case: Case) -> None:
+        if case.scenario in self._held:
+            self._held[case.scenario].append(case)
+            return
         report = self._numerics.get(case.scenario)
         if report is not None:
-            case = msgspec.structs.replace(case, numeric=report.numeric)
+            sources = report.sources | case.sources if case.sources else {}
+            case = msgspec.structs.replace(case, numeric=report.numeric, sources=sources)
             problem = report.wrong.get(case.variant, report.wrong.get("*"))
             if problem is not None and case.outcome == "ok":
                 case = msgspec.structs.replace(case, outcome="wrong", message=f"numerics: {problem}")
@@ -270,23 +298,34 @@ def _read(path: Path, kind: Callable[..., Any]) -> Any:
         return None
 
 
-def _how_it_ended(job: Job, timeout: float) -> str:
+def _how_it_ended(job: Job, task: Task) -> str:
+    """How, where and with what last words a process ended that left no report."""
+    log = _end_of(log_path(task.out, job.key))
+    place = place_in_log(log, task.root)
     if job.timed_out:
-        return f"took longer than {timeout:g} s and was stopped"
+        return f"took longer than {task.timeout:g} s and was stopped{place}"
+    how = f"ended with code {job.code}"
     if job.code is not None and job.code < 0:
-        import signal
-
         with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-job.code).name}"
-    return f"ended with code {job.code}"
+            how = f"was ended by {signal.Signals(-job.code).name}"
+        if job.code == -signal.SIGKILL:
+            how += ", as Linux does when memory runs out"
+    said = [line for line in _FAULT.split(log)[0].splitlines() if line.strip()]
+    return f"{how}{place}" + (f": {printable(said[-1].strip(), 200)}" if said else "")
 
 
-def _last_line(log: Path) -> str:
+_FAULT = re.compile(r"^(?:Fatal Python error: |Timeout \(|Current thread |Thread 0x)", re.MULTILINE)
+_LOG_END = 64 * 1024
+
+
+def _end_of(log: Path) -> str:
+    """The last part of a log, which may be of any size."""
     try:
-        lines = log.read_text(errors="replace").strip().splitlines()
+        with log.open("rb") as f:
+            f.seek(max(0, log.stat().st_size - _LOG_END))
+            return f.read(_LOG_END).decode(errors="replace")
     except OSError:
         return ""
-    return f": {printable(lines[-1], 200)}" if lines else ""
 
 
 def usable_cores() -> int:

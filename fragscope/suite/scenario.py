@@ -19,13 +19,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args
 
-from fragscope.errors import UsageError
+from fragscope.errors import UsageError, printable
 from fragscope.results import Outcome, Role
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 Value = int | float | str | bool
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+_TEXT_LIMIT = 200
 
 
 class Recorder(Protocol):
@@ -45,7 +48,7 @@ class Recorder(Protocol):
         """The measured phase is over."""
 
 
-class SkipCase(Exception):
+class SkipCase(Exception):  # noqa: N818 - not an error
     """Raised by ``case.skip``: the case cannot run here, for the reason given."""
 
 
@@ -99,7 +102,7 @@ class Case:
             if was_enabled:
                 gc.enable()
 
-    def skip(self, reason: str) -> None:
+    def skip(self, reason: str) -> NoReturn:
         """End the case as skipped."""
         raise SkipCase(reason)
 
@@ -206,9 +209,11 @@ class Scenario:
         try:
             if isinstance(sample, bool):
                 return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-            return type(sample)(text)
+            value: Value = type(sample)(text)
         except (KeyError, ValueError):
             raise UsageError(f"--set {name}={text}: {self.name} takes a {type(sample).__name__} here") from None
+        _check_value(f"--set {name}", value)
+        return value
 
 
 class Registry:
@@ -247,7 +252,9 @@ def scenario(
     Args:
         name: defaults to the function's name with dashes.
         presets: values by name, for each real model or size; they become attributes of ``case``.
-        variant, role, expect: name, role and declared outcome of the first variant.
+        variant: name of the first variant.
+        role: role of the first variant.
+        expect: declared outcome of the first variant.
         params: parameters with defaults that ``--set`` changes; a tuple lists choices, the first is the default.
         source: where the replayed code comes from.
 
@@ -260,15 +267,17 @@ def scenario(
         _check_name("scenario", title)
         if not presets:
             raise UsageError(f"scenario {title!r}: it has no preset")
-        for preset in presets:
+        for preset, values in presets.items():
             _check_name("preset", preset)
+            _check_values(f"scenario {title!r}: preset {preset!r}", values)
+        _check_values(f"scenario {title!r}: params", params or {}, choices=True)
         made = Scenario(
             name=title,
             presets={k: dict(v) for k, v in presets.items()},
             params=dict(params or {}),
             source=source,
             doc=inspect.getdoc(body) or "",
-            file=Path(inspect.getfile(body)).resolve(),
+            file=_defining_file(body),
         )
         made.add(variant, role, body, expect)
         if _registries:
@@ -281,5 +290,50 @@ def scenario(
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{what} name {name!r}: use lower-case letters, digits, '.', '_' and '-', at most 80, a letter or digit first"
+            f"{what} name {name!r}: use lower-case letters, digits, '.', '_' and '-', at most 80, "
+            "a letter or digit first"
         )
+
+
+_TAKEN = frozenset({"scenario", "preset", "variant", "values", "device", "measured", "measure", "skip"})
+"""What ``case`` has besides its values."""
+
+
+def _check_values(where: str, values: Mapping[str, Value | tuple[Value, ...]], *, choices: bool = False) -> None:
+    for name, value in values.items():
+        if not name.isidentifier() or name.startswith("_") or name in _TAKEN:
+            taken = " (case has one of its own)" if name in _TAKEN else ""
+            raise UsageError(f"{where}: {name!r} cannot name a value{taken}; values become attributes of case")
+        if choices and isinstance(value, tuple):
+            if not value:
+                raise UsageError(f"{where}: {name} has no choices")
+            for choice in value:
+                _check_value(f"{where}: {name}", choice)
+        else:
+            _check_value(f"{where}: {name}", value)
+
+
+def _check_value(where: str, value: object) -> None:
+    """A value stands in ids, digests and results.json, so it must be one that they can hold."""
+    if not isinstance(value, int | float | str | bool):
+        raise UsageError(f"{where} is of type {type(value).__name__}; use int, float, str or bool")
+    if isinstance(value, str) and (not value.isprintable() or len(value) > _TEXT_LIMIT):
+        shown = printable(value, 40)
+        raise UsageError(f"{where}: {shown!r} is not one printable line of at most {_TEXT_LIMIT} characters")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where}: {value} is not a finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UsageError(f"{where}: an integer of {value.bit_length()} bits does not fit 64")
+
+
+def _defining_file(body: Body) -> Path:
+    """The file whose import defines a scenario.
+
+    Not the one that holds the body's code: a decorator such as ``torch.no_grad()`` wraps it in a function of its own.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            return Path(frame.f_code.co_filename).resolve()
+        frame = frame.f_back  # type: ignore[assignment]
+    return Path(inspect.getfile(body)).resolve()

@@ -1,19 +1,26 @@
 """Worker processes forked from a server that has torch loaded, so that each recording starts in milliseconds.
 
-A recording needs a process of its own: allocator state, imported modules and crashes stay with it. Importing torch takes
-longer than most recordings; the fork server imports it, and the scenario files, once.
+A recording needs a process of its own: allocator state, imported modules and crashes stay with it. Importing torch
+takes longer than most recordings; the fork server imports it, and the scenario files, once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from time import monotonic
+from types import ModuleType
 from typing import Any
+
+from fragscope.errors import FragscopeError
 
 PRELOAD_VARIABLE = "FRAGSCOPE_PRELOAD"
 
@@ -23,7 +30,8 @@ class Job:
 
     Attributes:
         key: what the runner knows it by.
-        code: exit code once it has ended, negative for a signal; None where it was stopped for taking too long.
+        timed_out: it was stopped for taking too long.
+        code: exit code once it has ended, negative for a signal.
     """
 
     def __init__(self, key: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -34,6 +42,13 @@ class Job:
         self.deadline = 0.0
         self.timed_out = False
         self.code: int | None = None
+
+    def stop(self) -> None:
+        """Kill the process and what it started, and wait for its end."""
+        assert self.process is not None
+        _kill_session(self.process.pid)
+        self.process.kill()
+        self.process.join()
 
 
 class WorkerServer:
@@ -47,12 +62,27 @@ class WorkerServer:
 
     def __init__(self, preload: Iterable[Path], jobs: int, timeout: float) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fragscope.suite.preload"])
-        os.environ[PRELOAD_VARIABLE] = os.pathsep.join(str(p) for p in preload)
+        self._preload = os.pathsep.join(str(p) for p in preload)
         self._jobs = jobs
         self._timeout = timeout
 
-    def run(self, jobs: Sequence[Job], finished: Callable[[Job], Iterable[Job]], started: Callable[[Job], None]) -> None:
+    @contextlib.contextmanager
+    def running(self) -> Iterator[WorkerServer]:
+        """Start from a fresh server, and leave none behind."""
+        # One that is left from an earlier run in this process holds that run's scenario files.
+        _end_server()
+        self._context.set_forkserver_preload(["fragscope.suite.preload"])
+        os.environ[PRELOAD_VARIABLE] = self._preload
+        try:
+            yield self
+        finally:
+            del os.environ[PRELOAD_VARIABLE]
+            self._context.set_forkserver_preload([])
+            _end_server()
+
+    def run(
+        self, jobs: Sequence[Job], finished: Callable[[Job], Iterable[Job]], started: Callable[[Job], None]
+    ) -> None:
         """Run all jobs, and those that ``finished`` adds, until none is left.
 
         On any exception (an interrupt above all) running processes are stopped before it goes on.
@@ -63,33 +93,54 @@ class WorkerServer:
             while waiting or running:
                 while waiting and len(running) < self._jobs:
                     job = waiting.pop(0)
-                    process = self._context.Process(target=job.target, args=job.args, daemon=True)
-                    process.start()
-                    job.process = process
-                    job.deadline = monotonic() + self._timeout
-                    running[process.sentinel] = job
+                    running[self._start(job)] = job
                     started(job)
                 soonest = min(job.deadline for job in running.values())
                 ended = wait(list(running), timeout=max(0.0, soonest - monotonic()))
                 for sentinel in ended:
                     assert isinstance(sentinel, int)
-                    waiting.extend(self._end(running.pop(sentinel), finished))
+                    waiting.extend(_end(running.pop(sentinel), finished))
                 for sentinel, job in list(running.items()):
                     if monotonic() >= job.deadline:
                         job.timed_out = True
-                        assert job.process is not None
-                        job.process.kill()
                         del running[sentinel]
-                        waiting.extend(self._end(job, finished))
+                        waiting.extend(_end(job, finished))
         finally:
             for job in running.values():
-                assert job.process is not None
-                job.process.kill()
-                job.process.join()
+                job.stop()
 
-    def _end(self, job: Job, finished: Callable[[Job], Iterable[Job]]) -> Iterable[Job]:
-        assert job.process is not None
-        job.process.join()
-        job.code = job.process.exitcode
-        job.process.close()
-        return finished(job)
+    def _start(self, job: Job) -> int:
+        process = self._context.Process(target=job.target, args=job.args, daemon=True)
+        # Every worker would import the program that started us, and run it again where it has no guard.
+        ours, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            process.start()
+        except (EOFError, OSError) as e:
+            why = str(e) or "it ended while it imported torch and the scenario files"
+            raise FragscopeError(f"cannot start a worker process: {why}") from e
+        finally:
+            sys.modules["__main__"] = ours
+        job.process = process
+        job.deadline = monotonic() + self._timeout
+        return process.sentinel
+
+
+def _end(job: Job, finished: Callable[[Job], Iterable[Job]]) -> Iterable[Job]:
+    assert job.process is not None
+    # Also where it ended by itself: a process it started may still run, and may hold what the next one needs.
+    job.stop()
+    job.code = job.process.exitcode
+    job.process.close()
+    return finished(job)
+
+
+def _kill_session(leader: int | None) -> None:
+    """Kill a worker's process group; every worker leads one of its own."""
+    if leader is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
+
+
+def _end_server() -> None:
+    # Python offers no public way to end a fork server before the interpreter ends.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-import signal
 import sys
+import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+import torch
 
 from fragscope.allocator import Counters, Replay, ReplaySettings, Span, Verification, card_named, replay
-from fragscope.errors import FragscopeError, UnsupportedError, UsageError, printable
+from fragscope.errors import FragscopeError, UnmodelledError, UnsupportedError, UsageError, printable
+from fragscope.record.cuda import CudaRecorder, PhaseStatistics
+from fragscope.record.virtual import VirtualDevice
 from fragscope.results import (
     AfterEmptyCache,
     AssumptionRecord,
@@ -31,13 +35,13 @@ from fragscope.results import (
     VerifyRecord,
 )
 from fragscope.suite.discover import load_scenarios
+from fragscope.suite.process import enter, innermost, leave, log_path, report_path
 from fragscope.suite.scenario import Case as ScenarioCase
 from fragscope.suite.scenario import Recorder, Scenario, SkipCase, Value
-from fragscope.trace import RequestKind, Trace, write_trace
+from fragscope.suite.sources import loaded_sources
+from fragscope.trace import DecisionKind, RequestKind, Trace, write_trace
 from fragscope.trace.containers import write_atomically
-
-if TYPE_CHECKING:
-    from fragscope.record.cuda import PhaseStatistics
+from fragscope.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Task:
     device: DeviceKind
     cases: tuple[CaseTask, ...]
     out: Path
+    timeout: float
 
 
 class Report(msgspec.Struct):
@@ -80,49 +85,21 @@ class Report(msgspec.Struct):
     again: list[str] = []
 
 
-class NumericReport(msgspec.Struct):
-    """Outcome of a numeric step: facts for results.json, and the variants that are wrong with the reason."""
-
-    numeric: dict[str, Any]
-    wrong: dict[str, str]
-
-
-def report_path(out: Path, key: str) -> Path:
-    """Where the worker of a task puts its report."""
-    return out / "work" / f"{key}.json"
-
-
-def log_path(out: Path, key: str) -> Path:
-    """Where what the program prints goes."""
-    return out / "logs" / f"{key}.log"
-
-
-def enter(log: Path) -> None:
-    """Make this process a worker: output to its log, Ctrl-C left to the parent, one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
-
-
 def run_task(task: Task) -> None:
     """Process entry: record and write the report."""
     key = task.cases[0].digest
-    enter(log_path(task.out, key))
+    enter(log_path(task.out, key), task.timeout)
     report = record(task)
     write_atomically(report_path(task.out, key), msgspec.json.encode(report))
+    leave()
 
 
 def record(task: Task) -> Report:
     """Run the variant on its device and decide the recording under every setting."""
-    import torch
-
     torch.set_num_threads(1)
     began = time.perf_counter()
     recording = _on_cuda(task) if task.device == "cuda" else _on_virtual(task)
-    sources = _sources(task)
+    sources = loaded_sources(task.file)
     trace = recording.trace
     observed = trace is not None and trace.count(RequestKind.OBSERVATION) > 0
     cases: list[Case] = []
@@ -131,7 +108,11 @@ def record(task: Task) -> Report:
         decided = None
         if trace is not None:
             first = position == 0
-            decided = replay(trace, wanted.settings, verify=first and task.device == "cuda")
+            try:
+                decided = replay(trace, wanted.settings, verify=first and task.device == "cuda")
+            except UnmodelledError as e:
+                recording = replace(recording, trace=None, outcome="unsupported", message=printable(str(e), 600))
+                trace = None
         if position and (decided is None or observed or recording.outcome != "ok" or decided.ooms):
             again.append(wanted.id)
             continue
@@ -163,8 +144,6 @@ class _Recording:
 
 
 def _on_virtual(task: Task) -> _Recording:
-    from fragscope.record.virtual import VirtualDevice
-
     settings = task.cases[0].settings
     device = VirtualDevice(card_named(settings.card), settings, task.root)
     recorder = _PhaseRecorder(device.memory)
@@ -176,8 +155,11 @@ def _on_virtual(task: Task) -> _Recording:
 
 
 def _on_cuda(task: Task) -> _Recording:
-    from fragscope.record.cuda import CudaRecorder
-
+    # The allocator reads its settings when CUDA is first used, which is now; the user's own must not mix in.
+    settings = task.cases[0].settings
+    for variable in settings.rules.rules.conf_variables:
+        os.environ.pop(variable, None)
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings.conf
     cuda = CudaRecorder()
     recorder = _PhaseRecorder(cuda)
     outcome, message, measured = _run_body(task, recorder)
@@ -187,23 +169,44 @@ def _on_cuda(task: Task) -> _Recording:
 
 def _run_body(task: Task, recorder: _PhaseRecorder) -> tuple[Outcome, str, bool]:
     """Run the variant; outcome, message and whether the measured phase was entered."""
-    import torch
-
-    variant = _scenario(task).variants[task.variant]
+    variant = scenario_of(task).variants[task.variant]
     case = ScenarioCase(task.scenario, task.preset, task.variant, dict(task.values), recorder)
     outcome: Outcome = "ok"
     message = ""
-    try:
-        variant.body(case)
-    except BaseException as e:
-        outcome, message = _outcome_of(e, torch.OutOfMemoryError, task)
-        # The frames of the error hold the program's tensors; their end is not part of what was measured.
-        recorder.end_phase()
-        traceback.clear_frames(e.__traceback__)
-        del e
+    with _thread_errors(task) as in_threads:
+        try:
+            variant.body(case)
+        except BaseException as e:
+            outcome, message = _outcome_of(e, torch.OutOfMemoryError, task)
+            # The frames of the error hold the program's tensors; their end is not part of what was measured.
+            recorder.end_phase()
+            traceback.clear_frames(e.__traceback__)
+            del e
+    if outcome == "ok" and in_threads:
+        outcome, message = in_threads[0]
+        message = f"in a thread: {message}"
     if outcome == "ok" and not case.measured:
         outcome, message = "crash", "the scenario never entered case.measure()"
+    elif outcome == "oom" and not case.measured:
+        message = f"before the measured phase: {message}"
     return outcome, message, case.measured
+
+
+@contextlib.contextmanager
+def _thread_errors(task: Task) -> Iterator[list[tuple[Outcome, str]]]:
+    """Collect what ends the program's threads; Python only prints it, and the recording would lack their part."""
+    found: list[tuple[Outcome, str]] = []
+    standard = threading.excepthook
+
+    def note(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            found.append(_outcome_of(args.exc_value, torch.OutOfMemoryError, task))
+
+    threading.excepthook = note
+    try:
+        yield found
+    finally:
+        threading.excepthook = standard
 
 
 class _PhaseRecorder:
@@ -223,7 +226,8 @@ class _PhaseRecorder:
             self._open = False
 
 
-def _scenario(task: Task) -> Scenario:
+def scenario_of(task: Task) -> Scenario:
+    """The scenario of a task, from its file."""
     if str(task.root) not in sys.path:
         sys.path.insert(0, str(task.root))
     for scenario in load_scenarios(task.file):
@@ -239,17 +243,16 @@ def _outcome_of(error: BaseException, oom: type[BaseException], task: Task) -> t
         return "unsupported", printable(str(error), 600)
     if isinstance(error, SkipCase):
         return "skipped", printable(str(error), 600)
-    where = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith(("<frozen", str(Path(__file__).parents[1]))) and "/torch/" not in frame.filename:
-            where = f" (at {_relative(frame.filename, task.root)}:{frame.lineno})"
     if not isinstance(error, FragscopeError):
         traceback.print_exception(error)
-    return "crash", printable(f"{type(error).__name__}: {error}{where}", 600)
-
-
-def _relative(file: str, root: Path) -> str:
-    return file[len(str(root)) + 1 :] if file.startswith(f"{root}/") else file
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    where = innermost(((f.filename, f.lineno or 0) for f in frames), task.root)
+    if isinstance(error, NotImplementedError) and "'CUDA' backend" in str(error):
+        what = "CUDA code ran past the virtual device, which serves the thread that runs the scenario and no other"
+        return "unsupported", printable(f"{what}{where}", 600)
+    # The place comes after the text, and must not be what is cut off.
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return "crash", printable(text, 500) + printable(where)
 
 
 def _provenance(task: Task) -> dict[str, str]:
@@ -261,26 +264,7 @@ def _provenance(task: Task) -> dict[str, str]:
     }
 
 
-def _sources(task: Task) -> dict[str, str]:
-    """SHA-256 of the user's own modules that are loaded: the code whose edit makes this result stale."""
-    installed = tuple(f"{os.path.realpath(p)}/" for p in {sys.prefix, sys.base_prefix, Path(__file__).parents[1]})
-    files = {str(task.file)}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and file.endswith(".py") and "-packages/" not in file:
-            files.add(os.path.realpath(file))
-    out: dict[str, str] = {}
-    for file in sorted(files):
-        if file.startswith(installed):
-            continue
-        try:
-            out[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        except OSError:
-            continue
-    return out
-
-
-def _result(
+def _result(  # noqa: PLR0917
     task: Task,
     wanted: CaseTask,
     recording: _Recording,
@@ -288,13 +272,16 @@ def _result(
     sources: dict[str, str],
     seconds: float,
 ) -> Case:
-    import torch
-
     settings = wanted.settings
+    outcome, message = recording.outcome, recording.message
     facts: dict[str, Any] = {}
     if decided is not None and decided.measured is not None:
         facts = _figures(decided, decided.measured, decided.trace)
         facts["exact"] = decided.exact and not recording.estimated and recording.outcome == "ok"
+        if outcome == "ok" and task.device == "cuda" and decided.measured.ooms and not _failed_when_recorded(recording):
+            # A card cannot be made smaller; that the program would have failed is known from the replay alone.
+            outcome, oom = "oom", decided.ooms[0]
+            message = f"replayed: {format_bytes(oom.requested)} do not fit within {format_bytes(settings.capacity)}"
         if decided.verify is not None:
             facts["verify"] = _verified(decided.verify, decided.measured, recording.statistics)
     return Case(
@@ -312,14 +299,19 @@ def _result(
         card=settings.card,
         device=task.device,
         capacity=settings.capacity,
-        outcome=recording.outcome,
+        outcome=outcome,
         expected_outcome=task.expect,
         estimated_ops=recording.estimated,
         seconds=round(seconds, 3),
-        message=recording.message,
+        message=message,
         sources=sources,
         **facts,
     )
+
+
+def _failed_when_recorded(recording: _Recording) -> bool:
+    decisions = recording.trace.decisions if recording.trace is not None else None
+    return decisions is not None and bool((decisions.kind == DecisionKind.OOM).any())
 
 
 def _verified(decisions: Verification, span: Span, statistics: PhaseStatistics | None) -> VerifyRecord:
@@ -360,58 +352,3 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
 
 def _peak(counters: Counters) -> Peak:
     return Peak(*(getattr(counters, name) for name in Counters.__dataclass_fields__))
-
-
-# --- the numeric step ---------------------------------------------------------------------------------------------
-
-
-def run_numeric(task: Task, device: str, key: str) -> None:
-    """Process entry: compare all variants on real data and write the report."""
-    enter(log_path(task.out, key))
-    write_atomically(report_path(task.out, key), msgspec.json.encode(compare_numerics(_scenario(task), device)))
-
-
-def compare_numerics(scenario: Scenario, device: str) -> NumericReport:
-    """Whether every variant computes what the reference, or else the first variant, computes, bit for bit."""
-    import torch
-
-    assert scenario.outputs is not None
-    torch.set_num_threads(1)
-    against = "reference" if scenario.expected is not None else next(iter(scenario.variants))
-    expected = scenario.expected(device) if scenario.expected is not None else scenario.outputs(against, device)
-    wrong: dict[str, str] = {}
-    for variant in scenario.variants:
-        torch.manual_seed(0)
-        try:
-            problem = _difference(scenario.outputs(variant, device), expected)
-        except Exception as e:
-            traceback.print_exception(e)
-            problem = f"{type(e).__name__}: {e}"
-        if problem:
-            wrong[variant] = printable(problem, 300)
-    facts = {
-        "device": device,
-        "compared_with": against,
-        "variants": len(scenario.variants),
-        "tensors": len(expected),
-        "bytes": sum(t.nbytes for t in expected),
-        "agree": not wrong,
-    }
-    return NumericReport(facts, wrong)
-
-
-def _difference(got: Any, expected: Any) -> str:
-    import torch
-
-    if len(got) != len(expected):
-        return f"makes {len(got)} tensors, not {len(expected)}"
-    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape:
-            return f"tensor {number} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
-        if a.dtype != b.dtype:
-            return f"tensor {number} is of type {a.dtype}, not {b.dtype}"
-        x, y = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
-        differing = int((x != y).sum())
-        if differing:
-            return f"tensor {number} differs in {differing} of {x.numel()} bytes"
-    return ""

@@ -64,7 +64,7 @@ def main(path: str) -> None:
     except ImportError as e:
         print("no flashinfer:", e)
     results = {}
-    for name, make in footprint_cases.CASES.items():
+    for name, make in {**footprint_cases.CASES, **footprint_cases.COMPOSITES}.items():
         try:
             results[name] = {"first": record(make), "second": record(make)}
         except Exception as e:

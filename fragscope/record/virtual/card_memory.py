@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fragscope.allocator import (
@@ -64,6 +67,7 @@ class CardMemory:
         self._uses: list[_Use] = []
         self._recorded_uses: dict[int, set[int]] = {}
         self._next_id = 0
+        self._lock = _Turn(self._free)
         self.clock = 0  # counts allocations, frees and event records: the order that events refer to
 
     def alloc(self, size: int, stream: int, stack: Stack) -> int:
@@ -72,21 +76,25 @@ class CardMemory:
         Raises:
             OutOfMemoryError: as on the card; the failed request stays in the log.
         """
-        id_ = self._next_id
-        self._next_id += 1
-        self.clock += 1
-        self.log.request = self.requests.append(
-            RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
-        )
-        try:
-            self._blocks[id_] = self.allocator.malloc(size, stream, id_)
-        except OutOfMemoryError:
-            self.observe("OutOfMemoryError", stack)
-            raise
-        return id_
+        with self._lock:
+            id_ = self._next_id
+            self._next_id += 1
+            self.clock += 1
+            self.log.request = self.requests.append(
+                RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
+            )
+            try:
+                self._blocks[id_] = self.allocator.malloc(size, stream, id_)
+            except OutOfMemoryError:
+                self._observe("OutOfMemoryError", stack)
+                raise
+            return id_
 
     def free(self, id_: int) -> None:
-        """The last reference to an allocation is gone."""
+        """The last reference to an allocation is gone. This may come at any point of the program."""
+        self._lock.later(id_)
+
+    def _free(self, id_: int) -> None:
         block = self._blocks.pop(id_)
         self.clock += 1
         self.log.request = self.requests.append(
@@ -96,18 +104,30 @@ class CardMemory:
             self._uses.append(_Use(id_, stream, self.clock))
         self.allocator.free(block)
 
+    @property
+    def live(self) -> int:
+        """Allocations that the program holds."""
+        return len(self._blocks)
+
     def address(self, id_: int) -> int:
         """Address of a live allocation."""
         return self._blocks[id_].addr
 
     def record_stream(self, id_: int, stream: int) -> None:
         """Another stream uses the allocation."""
-        block = self._blocks[id_]
-        if stream == block.segment.stream:
-            return
-        self.requests.append(RequestKind.RECORD_STREAM, id=id_, stream=stream, phase=self._phase)
-        self.allocator.record_stream(block, stream)
-        self._recorded_uses.setdefault(id_, set()).add(stream)
+        with self._lock:
+            block = self._blocks[id_]
+            if stream == block.segment.stream:
+                return
+            self.requests.append(RequestKind.RECORD_STREAM, id=id_, stream=stream, phase=self._phase)
+            self.allocator.record_stream(block, stream)
+            self._recorded_uses.setdefault(id_, set()).add(stream)
+
+    def mark(self) -> int:
+        """A moment that ``finished(until=...)`` can refer to."""
+        with self._lock:
+            self.clock += 1
+            return self.clock
 
     def finished(self, stream: int | None = None, until: int | None = None) -> None:
         """The host knows that work is done: on one stream or all, everything or only what came before ``until``.
@@ -117,9 +137,11 @@ class CardMemory:
         """
         if not self._uses:
             return
-        done = [
-            u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)
-        ]
+        with self._lock:
+            self._finished(stream, until)
+
+    def _finished(self, stream: int | None = None, until: int | None = None) -> None:
+        done = [u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)]
         self._uses = [u for u in self._uses if u not in done]
         waiting = {u.id for u in self._uses}
         for id_ in dict.fromkeys(u.id for u in done):
@@ -129,33 +151,41 @@ class CardMemory:
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``."""
-        self.finished()
-        self.log.request = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
-        self.allocator.empty_cache()
+        with self._lock:
+            self._finished()
+            self.log.request = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
+            self.allocator.empty_cache()
 
     def set_memory_fraction(self, fraction: float) -> None:
         """``torch.cuda.set_per_process_memory_fraction``."""
-        self.log.request = self.requests.append(
-            RequestKind.MEMORY_FRACTION, size=round(fraction * FRACTION_UNIT), phase=self._phase
-        )
-        self.allocator.set_memory_fraction(fraction)
+        with self._lock:
+            self.log.request = self.requests.append(
+                RequestKind.MEMORY_FRACTION, size=round(fraction * FRACTION_UNIT), phase=self._phase
+            )
+            self.allocator.set_memory_fraction(fraction)
 
     def observe(self, what: str, stack: Stack) -> None:
         """The program reads memory state."""
+        with self._lock:
+            self._observe(what, stack)
+
+    def _observe(self, what: str, stack: Stack) -> None:
         where = f"{stack[0].file}:{stack[0].line}" if stack else ""
         self.requests.append(RequestKind.OBSERVATION, size=len(self.observations), phase=self._phase)
         self.observations.append(Observation(what, where))
 
     def begin_phase(self, name: str) -> None:
         """The measured phase begins."""
-        self.phases.append(name)
-        self._phase = len(self.phases) - 1
-        self.requests.append(RequestKind.PHASE_BEGIN, phase=self._phase)
+        with self._lock:
+            self.phases.append(name)
+            self._phase = len(self.phases) - 1
+            self.requests.append(RequestKind.PHASE_BEGIN, phase=self._phase)
 
     def end_phase(self) -> None:
         """The measured phase is over."""
-        self.requests.append(RequestKind.PHASE_END, phase=self._phase)
-        self._phase = 0
+        with self._lock:
+            self.requests.append(RequestKind.PHASE_END, phase=self._phase)
+            self._phase = 0
 
     def trace(self, provenance: dict[str, str] | None = None) -> Trace:
         """Everything so far as a Trace with decisions."""
@@ -173,3 +203,44 @@ class CardMemory:
             source="virtual",
             provenance=provenance or {},
         )
+
+
+class _Turn:
+    """One operation on the books at a time, and frees between operations.
+
+    The end of a tensor is reported by a weak reference, at any point of any thread: while another thread is inside an
+    operation, or, when a garbage collection strikes, in the middle of one of this thread's own. Such frees wait until
+    the operation is over.
+
+    Args:
+        free: carries out one free.
+    """
+
+    def __init__(self, free: Callable[[int], None]) -> None:
+        self._free = free
+        self._lock = threading.Lock()
+        self._waiting: deque[int] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._release()
+        self._drain()
+
+    def later(self, id_: int) -> None:
+        """Free now, or when the operation under way is over."""
+        self._waiting.append(id_)
+        self._drain()
+
+    def _drain(self) -> None:
+        # Whoever fails to get the lock leaves its frees to the holder, who looks again after letting go.
+        while self._waiting and self._lock.acquire(blocking=False):
+            self._release()
+
+    def _release(self) -> None:
+        try:
+            while self._waiting:
+                self._free(self._waiting.popleft())
+        finally:
+            self._lock.release()

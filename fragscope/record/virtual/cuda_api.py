@@ -7,6 +7,10 @@ have to be recorded anew.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,11 @@ from unittest import mock
 import torch
 import torch.cuda
 import torch.cuda.memory
+import torch.testing
+import torch.utils.dlpack
+from torch.overrides import _get_current_function_mode_stack
+
+from fragscope.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from fragscope.record.virtual.device import VirtualDevice
@@ -24,32 +33,70 @@ if TYPE_CHECKING:
 def patched_cuda(device: VirtualDevice) -> Iterator[None]:
     """Replace the functions of ``torch.cuda`` and ``torch.accelerator`` that a program asks, until the end."""
     api = _Cuda(device)
+    module: Any
     with contextlib.ExitStack() as stack:
         for name in _Cuda.NAMES:
             for module in (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, getattr(api, name)))
         for name, target in _Cuda.ACCELERATOR.items():
-            for module in (torch.accelerator, getattr(torch.accelerator, "memory", None)):
-                if module is not None and hasattr(module, name):
+            for module in (torch.accelerator, getattr(torch.accelerator, "memory", torch.accelerator)):
+                if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, getattr(api, target)))
         # The method parses its argument as a real stream before any mode is asked.
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", api.record_stream))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(mock.patch.object(torch.autocast, "__enter__", api.refuse_autocast))
+        stack.enter_context(mock.patch.object(torch.autocast, "__enter__", api.refuse_autocast()))
         stack.enter_context(mock.patch.object(torch, "compile", api.refuse("torch.compile")))
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        stack.enter_context(mock.patch.object(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__)))
+        pickled = api.reduce(torch.Tensor.__reduce_ex__)
+        stack.enter_context(mock.patch.object(torch.Tensor, "__reduce_ex__", pickled))
+        for module in (torch.utils.dlpack, torch):
+            stack.enter_context(mock.patch.object(module, "to_dlpack", api.to_dlpack(torch._C._to_dlpack)))
+        for module in (torch.testing, torch.testing._comparison):
+            checked = api.assert_close(torch.testing.assert_close)
+            stack.enter_context(mock.patch.object(module, "assert_close", checked))
+        for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, lambda *args, **kwargs: 0))
+        rnn = torch.nn.RNNBase
+        flatten = api.flatten_parameters(rnn.flatten_parameters)
+        stack.enter_context(mock.patch.object(rnn, "flatten_parameters", flatten))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.object(torch, "Stream", api.Stream))
+        stack.enter_context(mock.patch.object(torch, "Event", api.Event))
         yield
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``copy.copy`` makes: another tensor on the same storage."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _Generator(torch.Generator):
+    """A generator that may say it is on the card; the numbers are nobody's business."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, device="cpu" if torch.device(device).type == "cuda" else device)  # type: ignore[call-arg]
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self._shown = torch.device("cuda", 0) if torch.device(device).type == "cuda" else torch.device(device)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device it was made for."""
+        return self._shown
 
 
 class _Stream:
     """A CUDA stream of the virtual card."""
 
-    _next_handle = 0x5500_0000_0000
+    _handles = itertools.count(0x5500_0000_1000, 0x1000)
 
     def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
+        self._api.check(device)
         if _handle is None:
-            type(self)._next_handle += 0x1000
-            _handle = self._next_handle
+            _handle = next(self._handles)
         self.cuda_stream = _handle
         self.stream_id = _handle
         self.priority = priority
@@ -91,6 +138,10 @@ class _Stream:
     def is_capturing(self) -> bool:
         return False
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, -5
+
 
 class _Event:
     """A CUDA event of the virtual card."""
@@ -102,8 +153,8 @@ class _Event:
 
     def record(self, stream: _Stream | None = None) -> None:
         memory = self._api.memory
-        memory.clock += 1
-        self._recorded = (stream.cuda_stream if stream is not None else self._api.device.stream, memory.clock)
+        handle = stream.cuda_stream if stream is not None else self._api.device.stream
+        self._recorded = (handle, memory.mark())
 
     def synchronize(self) -> None:
         if self._recorded is not None:
@@ -119,6 +170,37 @@ class _Event:
         raise self._api.device.unsupported("Event.elapsed_time: a virtual device has no time")
 
 
+class _Properties(SimpleNamespace):
+    """``torch.cuda.get_device_properties``; how much memory the card has is an observation."""
+
+    def __init__(self, device: VirtualDevice, **facts: Any) -> None:
+        super().__init__(**facts)
+        self._device = device
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes of device memory."""
+        self._device.observe("torch.cuda.get_device_properties().total_memory")
+        return self._device.memory.settings.total
+
+
+class _Statistics(dict[str, int]):
+    """``torch.cuda.memory_stats``; a statistic that is not kept is refused, never 0."""
+
+    def __init__(self, device: VirtualDevice) -> None:
+        super().__init__()
+        self._device = device
+
+    def __missing__(self, key: str) -> int:
+        raise self._device.unsupported(f"torch.cuda.memory_stats()[{key!r}] is not kept on the virtual device")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a statistic that is kept; the default for names that torch does not know either."""
+        if key not in self and key.count(".") == 2:
+            return self[key]
+        return super().get(key, default)
+
+
 class _Cuda:
     """The answers of one virtual device; each method replaces the function of its name."""
 
@@ -127,7 +209,12 @@ class _Cuda:
         "current_device", "set_device", "get_device_name", "get_device_capability", "get_device_properties",
         "_exchange_device", "_maybe_exchange_device", "is_bf16_supported", "get_arch_list", "can_device_access_peer",
         "synchronize", "current_stream", "default_stream", "set_stream", "stream", "Stream", "Event", "ipc_collect",
-        "is_current_stream_capturing",
+        "is_current_stream_capturing", "ExternalStream", "get_stream_from_external", "StreamContext",
+        "get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all", "initial_seed",
+        "get_allocator_backend", "host_memory_stats", "_record_memory_history", "_snapshot", "_dump_snapshot",
+        "utilization", "memory_usage", "device_memory_used", "list_gpu_processes", "temperature", "power_draw",
+        "clock_rate", "get_sync_debug_mode", "set_sync_debug_mode", "graph_pool_handle", "make_graphed_callables",
+        "change_current_allocator", "CUDAPluggableAllocator", "is_tf32_supported", "check_error",
         "empty_cache", "mem_get_info", "memory_allocated", "max_memory_allocated", "memory_reserved",
         "max_memory_reserved", "memory_stats", "memory_stats_as_nested_dict", "memory_summary", "memory_snapshot",
         "reset_peak_memory_stats", "reset_accumulated_memory_stats", "set_per_process_memory_fraction",
@@ -142,21 +229,30 @@ class _Cuda:
         "memory_allocated": "memory_allocated", "max_memory_allocated": "max_memory_allocated",
         "memory_reserved": "memory_reserved", "max_memory_reserved": "max_memory_reserved",
         "memory_stats": "memory_stats", "reset_peak_memory_stats": "reset_peak_memory_stats",
-        "get_memory_info": "mem_get_info",
+        "get_memory_info": "mem_get_info", "get_device_capability": "accelerator_capability",
+        "reset_accumulated_memory_stats": "reset_accumulated_memory_stats", "device_index": "device_index",
+        "empty_host_cache": "init",
     }  # fmt: skip
 
     def __init__(self, device: VirtualDevice) -> None:
         self.device = device
         self.memory = device.memory
         self._meter = device.memory.allocator.meter
-        self._peak_allocated = self._peak_reserved = 0
-        self.Stream = type("Stream", (_Stream,), {"_api": self})
-        self.Event = type("Event", (_Event,), {"_api": self})
+        self.Stream: type[_Stream] = type("Stream", (_Stream,), {"_api": self})
+        self.Event: type[_Event] = type("Event", (_Event,), {"_api": self})
         self._default = self.Stream(_handle=0)
-        self._streams = [self._default]
-        for name in ("MemPool", "use_mem_pool", "CUDAGraph", "graph", "caching_allocator_alloc", "cudart"):
+        self._local = threading.local()
+        self.StreamContext = self.stream
+        for name in self._REFUSED:
             setattr(self, name, self.refuse(f"torch.cuda.{name}"))
-        self.caching_allocator_delete = self.refuse("torch.cuda.caching_allocator_delete")
+
+    _REFUSED = (
+        "MemPool", "use_mem_pool", "CUDAGraph", "graph", "caching_allocator_alloc", "caching_allocator_delete",
+        "cudart", "graph_pool_handle", "make_graphed_callables", "change_current_allocator", "CUDAPluggableAllocator",
+        "_record_memory_history", "_snapshot", "_dump_snapshot", "memory_snapshot", "memory_stats_as_nested_dict",
+        "host_memory_stats", "utilization", "memory_usage", "device_memory_used", "list_gpu_processes", "temperature",
+        "power_draw", "clock_rate",
+    )  # fmt: skip
 
     def refuse(self, what: str) -> Callable[..., Any]:
         """A stand-in for something the virtual device does not do."""
@@ -166,13 +262,83 @@ class _Cuda:
 
         return refused
 
-    def refuse_autocast(self, context: Any) -> Any:
+    def refuse_autocast(self) -> Callable[[Any], Any]:
         """``torch.autocast("cuda")``: metadata tensors take no part in it, so its casts would go uncounted."""
-        if context.device == "cuda":
-            raise self.device.unsupported("torch.autocast is not supported on the virtual device")
-        return self._enter_autocast(context)
+        device, original = self.device, torch.autocast.__enter__
 
-    _enter_autocast = staticmethod(torch.autocast.__enter__)
+        def enter(context: Any) -> Any:
+            if context.device == "cuda" and context._enabled:
+                raise device.unsupported("torch.autocast is not supported on the virtual device")
+            return original(context)  # type: ignore[no-untyped-call]
+
+        return enter
+
+    def to_dlpack(self, original: Any) -> Callable[..., Any]:
+        """Hands out memory, which is not there."""
+
+        def to_dlpack(tensor: torch.Tensor) -> Any:
+            if self.device.storages.find(tensor) is not None:
+                raise self.device.unsupported("DLPack hands out memory, which a virtual card does not have")
+            return original(tensor)
+
+        return to_dlpack
+
+    def reduce(self, original: Any) -> Callable[..., Any]:
+        """Pickling, which ``torch.save`` and ``copy.copy`` do."""
+
+        def reduce(tensor: torch.Tensor, protocol: Any) -> Any:
+            if sys._getframe(1).f_code is copy.copy.__code__:
+                return _alias, (tensor,)
+            if self.device.storages.find(tensor) is not None:
+                raise self.device.unsupported(
+                    "pickling or saving a tensor that was on the card needs its contents, which nobody has"
+                )
+            return original(tensor, protocol)
+
+        return reduce
+
+    def saved_tensors_hooks(self, original: Any) -> Callable[..., None]:
+        """Torch calls these from inside operators, where it has switched the function mode off."""
+        device = self.device
+
+        def shown(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def call(value: Any) -> Any:
+                mode = device.function_mode
+                if mode is None or mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+                    return hook(value)
+                with mode:
+                    return hook(value)
+
+            return call
+
+        def init(hooks: Any, pack_hook: Any, unpack_hook: Any) -> None:
+            original(hooks, shown(pack_hook), shown(unpack_hook))
+
+        return init
+
+    def assert_close(self, original: Any) -> Callable[..., None]:
+        """Torch wraps what its comparison raises."""
+
+        def assert_close(*args: Any, **kwargs: Any) -> None:
+            try:
+                original(*args, **kwargs)
+            except RuntimeError as e:
+                if isinstance(e.__cause__, UnsupportedError):
+                    raise self.device.unsupported("assert_close needs the contents of tensors on the card") from None
+                raise
+
+        return assert_close
+
+    def flatten_parameters(self, original: Any) -> Callable[[Any], None]:
+        """Torch moves the weights into one piece for cuDNN; what that takes is unknown."""
+
+        def flatten_parameters(module: Any) -> None:
+            if any(w.is_cuda for w in module._flat_weights if isinstance(w, torch.Tensor)):
+                self.device.estimate("RNNBase.flatten_parameters")
+            else:
+                original(module)
+
+        return flatten_parameters
 
     # --- the card -------------------------------------------------------------------------------------------------
 
@@ -202,35 +368,57 @@ class _Cuda:
         return torch.device("cuda")
 
     def set_device(self, device: Any) -> None:
-        self._check(device)
+        self.check(device)
 
-    def _check(self, device: Any) -> None:
-        index = device if isinstance(device, int) else torch.device(device).index if device is not None else 0
-        if index not in (None, 0, -1):
-            raise RuntimeError(f"CUDA error: invalid device ordinal ({device}; the virtual device has one card, cuda:0)")
+    def check(self, device: Any) -> None:
+        """Refuse cards that are not there."""
+        self.device.check_index(torch.device(device) if isinstance(device, str) else device)
 
     def _exchange_device(self, device: int) -> int:
-        self._check(device)
+        self.check(device)
         return 0
 
     _maybe_exchange_device = _exchange_device
 
     def get_device_name(self, device: Any = None) -> str:
-        self._check(device)
+        self.check(device)
         return self.device.card.product
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
-        self._check(device)
+        self.check(device)
         return self.device.card.capability
 
+    def accelerator_capability(self, device: Any = None) -> dict[str, Any]:
+        raise self.device.unsupported("torch.accelerator.get_device_capability is not supported on the virtual device")
+
+    @contextlib.contextmanager
+    def device_index(self, device: int | None) -> Iterator[None]:
+        self.check(device)
+        yield
+
+    def get_allocator_backend(self) -> str:
+        return "native"
+
+    def is_tf32_supported(self) -> bool:
+        return self.device.card.capability[0] >= 8
+
+    def check_error(self, result: int) -> None:
+        """There are no driver calls to fail."""
+
+    def get_sync_debug_mode(self) -> int:
+        return 0
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        """Nothing waits."""
+
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
-        self._check(device)
+        self.check(device)
         card = self.device.card
-        return SimpleNamespace(
+        return _Properties(
+            self.device,
             name=card.product,
             major=card.capability[0],
             minor=card.capability[1],
-            total_memory=self.memory.settings.total,
             multi_processor_count=card.multiprocessors,
             L2_cache_size=card.l2,
             warp_size=32,
@@ -256,15 +444,28 @@ class _Cuda:
     # --- streams --------------------------------------------------------------------------------------------------
 
     def synchronize(self, device: Any = None) -> None:
-        self._check(device)
+        self.check(device)
         self.memory.finished()
 
     def current_stream(self, device: Any = None) -> _Stream:
-        self._check(device)
+        self.check(device)
         return self._streams[-1]
 
+    @property
+    def _streams(self) -> list[_Stream]:
+        """The running thread's nested current streams."""
+        if not hasattr(self._local, "streams"):
+            self._local.streams = [self._default]
+        return self._local.streams  # type: ignore[no-any-return]
+
+    def ExternalStream(self, stream_ptr: int, device: Any = None, **_: Any) -> _Stream:  # noqa: N802 - torch's name
+        return self.Stream(device, _handle=stream_ptr)
+
+    def get_stream_from_external(self, data_ptr: int, device: Any = None) -> _Stream:
+        return self.Stream(device, _handle=data_ptr)
+
     def default_stream(self, device: Any = None) -> _Stream:
-        self._check(device)
+        self.check(device)
         return self._default
 
     def set_stream(self, stream: _Stream | None) -> None:
@@ -301,6 +502,8 @@ class _Cuda:
 
         def record_stream(tensor: torch.Tensor, stream: _Stream) -> None:
             entry = device.storages.find(tensor)
+            if entry is None and tensor.device.type == "cpu":
+                raise NotImplementedError("record_stream is for tensors on a card; this one is on the host")
             if entry is not None and entry.id is not None:
                 device.memory.record_stream(entry.id, stream.cuda_stream)
 
@@ -315,61 +518,63 @@ class _Cuda:
         """No memory is shared between processes."""
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        self._check(device)
+        self.check(device)
         self.device.observe("torch.cuda.mem_get_info")
         return self.memory.allocator.device.free, self.memory.settings.total
 
     def memory_allocated(self, device: Any = None) -> int:
+        self.check(device)
         self.device.observe("torch.cuda.memory_allocated")
         return self._meter.allocated
 
     def memory_reserved(self, device: Any = None) -> int:
+        self.check(device)
         self.device.observe("torch.cuda.memory_reserved")
         return self._meter.reserved
 
     def max_memory_allocated(self, device: Any = None) -> int:
+        self.check(device)
         self.device.observe("torch.cuda.max_memory_allocated")
         return self._meter.program_peak_allocated
 
     def max_memory_reserved(self, device: Any = None) -> int:
+        self.check(device)
         self.device.observe("torch.cuda.max_memory_reserved")
         return self._meter.program_peak_reserved
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
+        self.check(device)
         self._meter.reset_program_peak()
+        self._meter.reset_peak()  # read here only; a case's peaks come from its replay
 
     def reset_accumulated_memory_stats(self, device: Any = None) -> None:
         """Accumulated statistics are not kept."""
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
+        self.check(device)
         self.device.observe("torch.cuda.memory_stats")
         m, a = self._meter, self.memory.allocator
-        out: dict[str, int] = {}
-        for key, value in (
-            ("allocated_bytes", m.allocated),
-            ("active_bytes", m.active),
-            ("reserved_bytes", m.reserved),
-            ("requested_bytes", m.requested),
-            ("inactive_split_bytes", m.inactive_split),
-            ("segment", m.segments),
+        out = _Statistics(self.device)
+        for key, now, peak in (
+            ("allocated_bytes", m.allocated, m.program_peak_allocated),
+            ("active_bytes", m.active, m.peak_active),
+            ("reserved_bytes", m.reserved, m.program_peak_reserved),
+            ("requested_bytes", m.requested, m.peak_requested),
+            ("inactive_split_bytes", m.inactive_split, m.peak_inactive_split),
+            ("segment", m.segments, m.peak_segments),
         ):
-            out[f"{key}.all.current"] = value
-        out["allocated_bytes.all.peak"] = m.program_peak_allocated
-        out["reserved_bytes.all.peak"] = m.program_peak_reserved
+            out[f"{key}.all.current"] = now
+            out[f"{key}.all.peak"] = peak
+        out["allocation.all.current"] = self.memory.live
         out.update(num_alloc_retries=a.retries, num_ooms=a.ooms)
         out.update(num_device_alloc=a.calls.alloc, num_device_free=a.calls.free, num_sync_all_streams=a.calls.sync)
         return out
 
-    def memory_stats_as_nested_dict(self, device: Any = None) -> Any:
-        raise self.device.unsupported("torch.cuda.memory_stats_as_nested_dict is not supported on the virtual device")
-
     def memory_summary(self, device: Any = None, abbreviated: bool = False) -> str:
+        self.check(device)
         self.device.observe("torch.cuda.memory_summary")
         m = self._meter
         return f"virtual {self.device.card.name}: allocated {m.allocated}, reserved {m.reserved} bytes"
-
-    def memory_snapshot(self, *args: Any, **kwargs: Any) -> Any:
-        raise self.device.unsupported("torch.cuda.memory_snapshot is not supported on the virtual device")
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         if not 0 <= fraction <= 1:
@@ -388,6 +593,21 @@ class _Cuda:
         """No numbers are drawn."""
 
     manual_seed_all = manual_seed
+
+    def get_rng_state(self, device: Any = "cuda") -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.uint8, device="cpu")
+
+    def get_rng_state_all(self) -> list[torch.Tensor]:
+        return [self.get_rng_state()]
+
+    def set_rng_state(self, new_state: torch.Tensor, device: Any = "cuda") -> None:
+        """No numbers are drawn."""
+
+    def set_rng_state_all(self, new_states: Any) -> None:
+        """No numbers are drawn."""
+
+    def initial_seed(self) -> int:
+        return 0
 
     def seed(self) -> None:
         """No numbers are drawn."""

@@ -1,7 +1,7 @@
 """CUDA-only operators of other packages: what they allocate, in place of running them.
 
-Each stand-in makes the operator's outputs by plain tensor code on the virtual device, and nothing else. Its footprint was
-compared with a recording on a card (tests/data/footprints).
+Each stand-in makes the operator's outputs by plain tensor code on the virtual device, and nothing else. Its footprint
+was compared with a recording on a card (tests/data/footprints).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def patched_custom_ops(device: VirtualDevice) -> Iterator[None]:
 
         def patch(module: ModuleType) -> None:
             name = module.__name__
-            if name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD) and name not in patched:
-                if hasattr(module, "get_fp4_quantization_module"):
-                    patched.add(name)
-                    stand_in = _Fp4Module(device)
-                    replaced = mock.patch.object(module, "get_fp4_quantization_module", lambda *a, **k: stand_in)
-                    stack.enter_context(replaced)
+            known = name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD) and hasattr(module, "get_fp4_quantization_module")
+            if known and name not in patched:
+                patched.add(name)
+                stand_in = _Fp4Module(device)
+                replaced = mock.patch.object(module, "get_fp4_quantization_module", lambda *a, **k: stand_in)
+                stack.enter_context(replaced)
 
         for name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD):
             if name in sys.modules:
@@ -107,5 +107,3 @@ class _PatchingLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-

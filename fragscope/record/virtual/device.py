@@ -1,31 +1,38 @@
 """The virtual device: runs tensor code that says ``cuda`` at full size without a GPU and without the memory.
 
-Tensors on the card are *meta* tensors, which have shapes, types and strides but no data. A function mode makes them look
-like CUDA tensors and a dispatch mode sees every operator, registers the storages it makes with an allocator model, and
-follows them by weak reference until the last tensor that uses them is gone.
+Tensors on the card are *meta* tensors, which have shapes, types and strides but no data. A function mode makes them
+look like CUDA tensors and a dispatch mode sees every operator, registers the storages it makes with an allocator
+model, and follows them by weak reference until the last tensor that uses them is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
-from fragscope.errors import UnsupportedError
+from fragscope.errors import UnsupportedError, UsageError
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.footprints import GEMM_WORKSPACE
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
-from fragscope.units import GIB, MIB
+from fragscope.units import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from fragscope.record.virtual.functions import FunctionMode
 
 
 class VirtualDevice:
-    """A CUDA card that exists only as an allocator model; use it as a context manager, in one thread.
+    """A CUDA card that exists only as an allocator model; use it once, as a context manager.
+
+    Threads that the program starts meanwhile see the card, too, each with a current stream of its own.
 
     Args:
         card: what the card reports of itself.
@@ -43,26 +50,94 @@ class VirtualDevice:
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
         self.estimated: dict[str, tuple[int, str]] = {}
-        self.stream = 0
-        self.explicit_meta = False
+        self._thread = _ThreadState()
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._stack = contextlib.ExitStack()
+        self._entered = False
+
+    _active: ClassVar[VirtualDevice | None] = None
 
     def __enter__(self) -> VirtualDevice:
-        from fragscope.record.virtual.cuda_api import patched_cuda
-        from fragscope.record.virtual.custom_ops import patched_custom_ops
-        from fragscope.record.virtual.dispatch import DispatchMode
-        from fragscope.record.virtual.functions import FunctionMode
+        from fragscope.record.virtual.cuda_api import patched_cuda  # noqa: PLC0415 - they know this class
+        from fragscope.record.virtual.custom_ops import patched_custom_ops  # noqa: PLC0415 - they know this class
+        from fragscope.record.virtual.storage_api import patched_storages  # noqa: PLC0415 - they know this class
+        from fragscope.record.virtual.threads import patched_threads  # noqa: PLC0415 - they know this class
 
-        self._stack.enter_context(patched_cuda(self))
-        self._stack.enter_context(patched_custom_ops(self))
-        self._stack.enter_context(FunctionMode(self))
-        self._stack.enter_context(DispatchMode(self))
+        if VirtualDevice._active is not None:
+            raise UsageError("a virtual device is active already; leave it before entering another")
+        if self._entered:
+            raise UsageError("this virtual device was used before; make a new one for a new recording")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patched_cuda(self))
+            stack.enter_context(patched_storages(self))
+            stack.enter_context(patched_custom_ops(self))
+            stack.enter_context(patched_threads(self))
+            stack.enter_context(self.in_thread())
+            self._stack = stack.pop_all()
+        self._entered = True
+        VirtualDevice._active = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-        self.storages.close()
+        VirtualDevice._active = None
+        try:
+            self._stack.close()
+        finally:
+            self.storages.close()
+
+    @contextlib.contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """The modes that show the card to the running thread; torch keeps them by thread."""
+        from fragscope.record.virtual.dispatch import DispatchMode  # noqa: PLC0415 - they know this class
+        from fragscope.record.virtual.functions import FunctionMode  # noqa: PLC0415 - they know this class
+
+        state = self._thread
+        if state.inside:
+            yield
+            return
+        state.inside = True
+        state.function_mode = FunctionMode(self)
+        try:
+            with state.function_mode, DispatchMode(self):
+                yield
+        finally:
+            state.inside = False
+            state.function_mode = None
+
+    @property
+    def stream(self) -> int:
+        """Handle of the running thread's current stream."""
+        return self._thread.stream
+
+    @stream.setter
+    def stream(self, handle: int) -> None:
+        self._thread.stream = handle
+
+    @property
+    def explicit_meta(self) -> bool:
+        """Whether the running thread makes a meta tensor that the program itself asked for."""
+        return self._thread.explicit_meta
+
+    @explicit_meta.setter
+    def explicit_meta(self, value: bool) -> None:
+        self._thread.explicit_meta = value
+
+    @property
+    def function_mode(self) -> FunctionMode | None:
+        """The running thread's function mode."""
+        return self._thread.function_mode
+
+    @staticmethod
+    def check_index(device: object) -> None:
+        """Refuse cards other than the first.
+
+        Raises:
+            RuntimeError: as CUDA does.
+        """
+        index = device if isinstance(device, int) else getattr(device, "index", None)
+        if index not in (None, 0, -1):
+            shown = f"cuda:{index}"
+            raise RuntimeError(f"CUDA error: invalid device ordinal ({shown}; the virtual device has one card, cuda:0)")
 
     def trace(self, provenance: dict[str, str] | None = None) -> Trace:
         """What was asked so far, with the decisions made about it."""
@@ -91,8 +166,11 @@ class VirtualDevice:
             self.storages.follow(tensor, Place.CARD, id_)
 
     def resized(self, tensor: torch.Tensor, entry: Entry) -> None:
+        """A tensor's storage on the card may have grown."""
+        self.storage_resized(tensor.untyped_storage().nbytes(), entry)
+
+    def storage_resized(self, size: int, entry: Entry) -> None:
         """A storage on the card grew or shrank: the new memory is taken before the old is given back."""
-        size = tensor.untyped_storage().nbytes()
         if size == entry.size:
             return
         old = entry.id
@@ -122,7 +200,7 @@ class VirtualDevice:
         Source: ``make_info`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
         """
         given = [i for i in indices if i is not None]
-        elements = math.prod(torch.broadcast_shapes(*(i.shape for i in given)))
+        elements = math.prod(torch.broadcast_shapes(*(i.shape for i in given)))  # type: ignore[no-untyped-call]
         copies: list[int | None] = [
             self.allocate(elements * i.itemsize) if i is not None and there else None
             for i, there in zip(indices, on_host, strict=True)
@@ -142,7 +220,7 @@ class VirtualDevice:
             self.memory.free(id_)
 
     def take_gemm_workspace(self) -> None:
-        """cuBLAS's workspace, allocated by the first matrix product on a stream and kept."""
+        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept."""
         if self.stream in self.gemm_workspaces:
             return
         size = GEMM_WORKSPACE.get(self.card.capability[0])
@@ -167,15 +245,32 @@ class VirtualDevice:
         self.memory.observe(what, self.sites.stack())
 
     def _oom_message(self, e: OutOfMemoryError) -> str:
-        meter = self.memory.allocator.meter
-        idle = meter.reserved - meter.allocated
-        s = self.memory.settings
+        """As c10/cuda/CUDACachingAllocator.cpp words it, less what NVML would say about other processes."""
+        allocator, s = self.memory.allocator, self.memory.settings
+        meter = allocator.meter
+        allowed = "" if allocator.limit is None else f"{_size(allocator.limit)} allowed; "
         return (
-            f"CUDA out of memory. Tried to allocate {_size(e.requested)}. GPU 0 has a total capacity of "
-            f"{_size(s.total)} of which {_size(e.free)} is free. Of the allocated memory {_size(meter.allocated)} is "
-            f"allocated by PyTorch, and {_size(idle)} is reserved by PyTorch but unallocated. (virtual {self.card.name})"
+            f"CUDA out of memory. Tried to allocate {_size(e.segment)}. GPU 0 has a total capacity of {_size(s.total)} "
+            f"of which {_size(e.free)} is free. {allowed}"
+            f"Of the allocated memory {_size(meter.allocated)} is allocated by PyTorch, and "
+            f"{_size(meter.reserved - meter.allocated)} is reserved by PyTorch but unallocated. If reserved but "
+            "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
+            f"fragmentation. (virtual {self.card.name})"
         )
 
 
+class _ThreadState(threading.local):
+    stream = 0
+    explicit_meta = False
+    inside = False
+    function_mode: FunctionMode | None = None
+
+
 def _size(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
+    """As ``format_size`` in c10/cuda/CUDACachingAllocator.cpp."""
+    if size <= KIB:
+        return f"{size} bytes"
+    for unit, name in ((KIB, "KiB"), (MIB, "MiB")):
+        if size <= unit * 1024:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / GIB:.2f} GiB"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fragscope.record.virtual.footprints import GEMMS, OUTPUT_ORDER, copy_temporaries, is_known, needs_copies
 from fragscope.record.virtual.inference import Inference
-from fragscope.record.virtual.footprints import GEMMS, OUTPUT_ORDER, copy_temporaries, is_known
 from fragscope.record.virtual.storages import Place
 
 if TYPE_CHECKING:
     from fragscope.record.virtual.device import VirtualDevice
 
 _META = torch.device("meta")
+_ADD = torch.ops.aten.add.Tensor
 _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
@@ -23,14 +25,14 @@ class DispatchMode(TorchDispatchMode):
     """Runs operators on metadata and registers what they allocate."""
 
     def __init__(self, device: VirtualDevice) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._traits: dict[Any, _Trait] = {}
         self._inference = Inference()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch.compile is refused on the virtual device; without this torch imports all of Dynamo at the first operator."""
+        """torch.compile is refused on the virtual device; without this the first operator imports all of Dynamo."""
         return False
 
     def __torch_dispatch__(
@@ -47,10 +49,14 @@ class DispatchMode(TorchDispatchMode):
             wanted.type == "cuda" or (wanted.type == "meta" and not device.explicit_meta)
         )
         if made_on_card:
-            _check_index(wanted)
+            device.check_index(wanted)
             kwargs["device"] = _META
         if not on_card and not on_host and not made_on_card:
             return func(*args, **kwargs)
+        if device.explicit_meta and isinstance(wanted, torch.device) and wanted.type == "meta":
+            return func(*args, **kwargs)  # metadata of a tensor on the card, and none of its memory
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = None  # nobody sees the numbers, and a generator of the card does not exist
         name = func._schema.name
         if name == "aten::_to_copy":
             return self._to_copy(func, args, kwargs, made_on_card)
@@ -59,7 +65,9 @@ class DispatchMode(TorchDispatchMode):
         if name in ("aten::index", "aten::index_put_", "aten::index_put"):
             return self._index(func, args, kwargs)
         if not _DATA_DEPENDENT.isdisjoint(func.tags):
-            raise device.unsupported(f"{name} needs the contents of a tensor on the card, which the virtual device does not have")
+            raise device.unsupported(
+                f"{name} needs the contents of a tensor on the card, which the virtual device does not have"
+            )
         if on_card and (on_host or any(t.dim() for t in real)):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -70,7 +78,17 @@ class DispatchMode(TorchDispatchMode):
         trait = self._traits.get(func)
         if trait is None:
             trait = self._traits[func] = _Trait(func)
-        out = func(*args, **kwargs) if trait.is_view else self._inference.run(func, args, kwargs)
+        try:
+            out = func(*args, **kwargs) if trait.is_view else self._inference.run(func, args, kwargs)
+        except NotImplementedError as e:
+            if "meta" not in str(e).lower():
+                raise
+            if not trait.writes_only:
+                raise device.unsupported(f"{name}: torch cannot tell the shape of its result without data") from None
+            device.estimate(name)
+            return None
+        except RuntimeError as e:
+            raise _as_on_card(e, args) from None
         if made_on_card or on_card:
             self._account(func, trait, args, kwargs, out)
         else:
@@ -82,6 +100,12 @@ class DispatchMode(TorchDispatchMode):
         device = self._device
         if not trait.is_known:
             device.estimate(func._schema.name)
+        elif func is _ADD and torch._C._current_graph_task_id() != -1:
+            # The engine adds up gradients in place where it holds the last reference, but never while a dispatch mode
+            # is active (``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp).
+            device.estimate("accumulation of gradients")
+        elif needs_copies(func, args):
+            device.estimate(f"{func._schema.name} on strided tensors")
         outputs = [t for t in _tensors(out) if t.device.type == "meta"]
         if trait.order is not None:
             outputs = [outputs[i] for i in trait.order]
@@ -125,10 +149,10 @@ class DispatchMode(TorchDispatchMode):
             )
         if dst.device.type != "meta":
             return func(*args, **kwargs)
-        if tuple(torch.broadcast_shapes(dst.shape, src.shape)) != tuple(dst.shape):
+        broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))  # type: ignore[no-untyped-call]
+        if broadcast != tuple(dst.shape):
             raise RuntimeError(
-                f"output with shape {list(dst.shape)} doesn't match the broadcast shape "
-                f"{list(torch.broadcast_shapes(dst.shape, src.shape))}"
+                f"output with shape {list(dst.shape)} doesn't match the broadcast shape {list(broadcast)}"
             )
         to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
         if to_card != from_card:
@@ -138,9 +162,7 @@ class DispatchMode(TorchDispatchMode):
 
     def _transfer(self, dst: torch.Tensor, src: torch.Tensor, *, to_card: bool, non_blocking: bool) -> None:
         """Account for a copy between host and card."""
-        sizes = copy_temporaries(
-            dst, src, dst_on_card=to_card, src_on_card=not to_card, non_blocking=non_blocking
-        )
+        sizes = copy_temporaries(dst, src, dst_on_card=to_card, src_on_card=not to_card, non_blocking=non_blocking)
         with self._device.temporaries(sizes):
             if not non_blocking:  # the host waits for the copy, and so for the stream it is on
                 self._device.memory.finished(self._device.stream)
@@ -174,6 +196,22 @@ class DispatchMode(TorchDispatchMode):
             for tensor in _tensors(out):
                 device.register(tensor)
         return out
+
+
+def _as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
+    """Torch's Python shape rules word the commonest mistake in another way than its kernels do."""
+    if not str(error).startswith("Attempting to broadcast"):
+        return error
+    shapes = [t.shape for t in _tensors(args)]
+    for a, b in itertools.pairwise(shapes):
+        rank = max(len(a), len(b))
+        for dim in range(rank - 1, -1, -1):
+            m, n = (s[dim - rank + len(s)] if dim - rank + len(s) >= 0 else 1 for s in (a, b))
+            if m not in (n, 1) and n != 1:
+                return RuntimeError(
+                    f"The size of tensor a ({m}) must match the size of tensor b ({n}) at non-singleton dimension {dim}"
+                )
+    return error
 
 
 def _is_host_scalar(value: torch.Tensor) -> bool:
@@ -227,14 +265,16 @@ class _Trait:
     """What an operator's schema says, looked up once.
 
     Attributes:
-        is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's tensors.
+        is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's
+            tensors.
         is_known: its allocations on a card are known.
         is_mutable: it writes to an argument.
         is_gemm: it runs in cuBLAS.
         order: the order its outputs are allocated in, where it is not that of the results.
+        writes_only: it returns nothing: all it does is write to its arguments.
     """
 
-    __slots__ = ("is_gemm", "is_known", "is_mutable", "is_view", "order")
+    __slots__ = ("is_gemm", "is_known", "is_mutable", "is_view", "order", "writes_only")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
@@ -245,10 +285,4 @@ class _Trait:
         self.is_mutable = schema.is_mutable
         self.is_gemm = schema.name in GEMMS
         self.order = OUTPUT_ORDER.get(schema.name)
-
-
-def _check_index(device: torch.device) -> None:
-    if device.type == "cuda" and device.index not in (None, 0):
-        raise RuntimeError(
-            f"CUDA error: invalid device ordinal (cuda:{device.index}; the virtual device has one card, cuda:0)"
-        )
+        self.writes_only = schema.is_mutable and not schema.returns

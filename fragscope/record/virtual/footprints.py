@@ -41,8 +41,8 @@ GEMMS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 
 GEMM_WORKSPACE = {9: 32 * MIB}
-"""Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp,
-recorded on an H100; other cards make matrix products ``estimated``."""
+"""Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in
+aten/src/ATen/cuda/CublasHandlePool.cpp, recorded on an H100; other cards make matrix products ``estimated``."""
 
 OUTPUT_ORDER = {"aten::native_dropout": (1, 0)}
 """Outputs that are allocated in another order than they are returned: the mask comes first."""
@@ -57,13 +57,50 @@ def is_known(func: Any) -> bool:
     return name in OUTPUTS_ONLY or name in MODELLED or name in GEMMS or torch.Tag.pointwise in func.tags
 
 
+_CONTIGUOUS_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_softmax",
+        "_log_softmax",
+        "native_layer_norm",
+        "native_dropout",
+        "_fused_rms_norm",
+        "embedding",
+        "roll",
+    )
+)
+"""Operators whose CUDA kernels first copy an input that is not contiguous."""
+
+
+def needs_copies(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a known operator copies inputs first because of their strides.
+
+    Source: ``.contiguous()`` in the operators' CUDA files; ``prepare_matrix_for_cublas`` and
+    ``prepare_batch_matrix_for_cublas`` in aten/src/ATen/native/cuda/Blas.cpp: a matrix needs one dimension of stride 1
+    and the other at least its length.
+    """
+    name = func._schema.name
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if name in _CONTIGUOUS_ONLY:
+        return not all(t.is_contiguous() for t in tensors)
+    if name in GEMMS:
+        return not all(_fits_blas(t) for t in tensors[-2:])
+    return False
+
+
+def _fits_blas(matrix: torch.Tensor) -> bool:
+    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
+    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+
+
 def copy_temporaries(
     dst: torch.Tensor, src: torch.Tensor, *, dst_on_card: bool, src_on_card: bool, non_blocking: bool
 ) -> list[int]:
     """Bytes that a copy between host and card takes on the card besides its destination.
 
-    Source: ``copy_requires_temporaries`` and ``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu: a copy that is not
-    one run of bytes goes through a contiguous tensor; blocking copies convert types on the host, others on the card.
+    Source: ``copy_requires_temporaries`` and ``copy_kernel_cuda`` in aten/src/ATen/native/cuda/Copy.cu: a copy that
+    is not one run of bytes goes through a contiguous tensor; blocking copies convert types on the host, others on
+    the card.
     """
     if dst_on_card == src_on_card:
         return []

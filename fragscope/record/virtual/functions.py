@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fragscope.record.virtual.storages import Place
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 _META = torch.device("meta")
 _CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_GRAD: Any = torch.Tensor.grad
 _Handler = Callable[..., Any]
 # Functions that build a host tensor from Python data first, and then copy it to the device.
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
@@ -27,13 +31,18 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self, device: VirtualDevice) -> None:
         super().__init__()
         self._device = device
-        tensor = torch.Tensor
+        self._bodies: dict[Any, _Handler | None] = {}
+        self._running: set[Any] = set()
+        self._grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # see _set_data
+        tensor: Any = torch.Tensor
         self._handlers: dict[Any, _Handler] = {
             tensor.device.__get__: self._get_device,
             tensor.is_cuda.__get__: self._is_cuda,
             tensor.is_meta.__get__: self._is_meta,
             tensor.is_cpu.__get__: self._is_cpu,
             tensor.data.__set__: self._set_data,
+            tensor.grad.__get__: self._get_grad,
+            tensor.grad.__set__: self._set_grad,
             tensor.get_device: self._device_index,
             tensor.data_ptr: self._data_ptr,
             tensor.cuda: self._cuda,
@@ -42,17 +51,30 @@ class FunctionMode(TorchFunctionMode):
             tensor.pin_memory: self._pin_memory,
             tensor.is_pinned: self._is_pinned,
             tensor.__repr__: self._repr,
-            tensor.__deepcopy__: self._deepcopy,
+            tensor.__format__: self._format,
             tensor.type: self._type,
             tensor.__setitem__: self._setitem,
+            tensor.share_memory_: self._share_memory,
+            tensor.softmax: self._softmax(torch.softmax),
+            torch.softmax: self._softmax(torch.softmax),
+            tensor.log_softmax: self._softmax(torch.log_softmax),
+            torch.log_softmax: self._softmax(torch.log_softmax),
+            torch._C._nn.one_hot: self._one_hot,
+            torch._C._nn.linear: self._linear,
+            torch.nn.functional.scaled_dot_product_attention: self._estimated("scaled_dot_product_attention"),
             torch.dropout: self._dropout,
             torch.nn.functional.dropout: self._functional_dropout,
             torch.rms_norm: self._rms_norm,
             torch.nn.functional.rms_norm: self._rms_norm,
             torch._has_compatible_shallow_copy_type: self._compatible,
         }
-        for refused in (tensor.numpy, tensor.tolist, tensor.__reduce_ex__, tensor.__array__, tensor.__dlpack__):
+        for refused in (
+            tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__,
+        ):  # fmt: skip
             self._handlers[refused] = self._needs_data(refused)
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+            for module in (torch, torch._C._VariableFunctions):
+                self._handlers[getattr(module, name)] = self._estimated(name)
         for made in _FROM_DATA:
             self._handlers[made] = self._from_data(made)
 
@@ -65,15 +87,35 @@ class FunctionMode(TorchFunctionMode):
             return handler(func, *args, **kwargs)
         if "device" in kwargs or "pin_memory" in kwargs:
             return self._with_device(func, args, dict(kwargs))
-        return func(*args, **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function; inside one that is written in Python, tensors still look like CUDA tensors.
+
+        Torch switches this mode off while ``__torch_function__`` runs, and a Python function would hand itself over to
+        the mode again if it were on. So the mode is on and the function's own question is answered with no.
+        """
+        if type(func) is not FunctionType or func in self._running:
+            return func(*args, **kwargs)
+        if func not in self._bodies:
+            self._bodies[func] = _without_question(func)
+        body = self._bodies[func]
+        if body is None:
+            return func(*args, **kwargs)
+        self._running.add(func)
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self._running.discard(func)
 
     def _with_device(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs.pop("pin_memory", None)  # pinned memory is host memory, and this host has no driver to pin it
         wanted = _parse(kwargs.get("device"))
         if wanted is None:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         if wanted.type == "cuda":
-            _check_index(wanted)
+            self._device.check_index(wanted)
             kwargs["device"] = _META
         elif wanted.type == "meta":
             self._device.explicit_meta = True
@@ -81,7 +123,7 @@ class FunctionMode(TorchFunctionMode):
                 return func(*args, **kwargs)
             finally:
                 self._device.explicit_meta = False
-        return func(*args, **kwargs)
+        return self._call(func, args, kwargs)
 
     def _place(self, tensor: torch.Tensor) -> Place | None:
         return self._device.storages.place(tensor)
@@ -111,7 +153,7 @@ class FunctionMode(TorchFunctionMode):
         entry = self._device.storages.find(tensor)
         if entry is None or entry.id is None:
             return int(func(tensor))
-        return self._device.memory.address(entry.id) + tensor.storage_offset() * tensor.itemsize
+        return self._device.memory.address(entry.id) + int(tensor.storage_offset()) * tensor.itemsize
 
     def _type(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs:
@@ -119,7 +161,9 @@ class FunctionMode(TorchFunctionMode):
                 return str(func(torch.empty(0, dtype=tensor.dtype))).replace("torch.", "torch.cuda.", 1)
             return func(tensor)
         if isinstance(args[0] if args else kwargs.get("dtype"), str):
-            raise self._device.unsupported("Tensor.type with a type name is not supported on the virtual device; use .to")
+            raise self._device.unsupported(
+                "Tensor.type with a type name is not supported on the virtual device; use .to"
+            )
         return func(tensor, *args, **kwargs)
 
     # --- moving ---------------------------------------------------------------------------------------------------
@@ -136,7 +180,7 @@ class FunctionMode(TorchFunctionMode):
         if wanted is not None:
             if wanted.type != "cuda":
                 raise RuntimeError(f"Invalid device, must be cuda device, but got {wanted}")
-            _check_index(wanted)
+            self._device.check_index(wanted)
         if self._place(tensor) is Place.CARD:
             return tensor
         return self._move(tensor, to_card=True, non_blocking=non_blocking, memory_format=memory_format)
@@ -155,9 +199,9 @@ class FunctionMode(TorchFunctionMode):
             kwargs["copy"] = True
         return tensor.to(_META if to_card else _CPU, **kwargs)
 
-    def _to(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and isinstance(args[0], torch.Tensor) or "other" in kwargs:
-            other = args[0] if args else kwargs.pop("other")
+    def _to(self, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (args and isinstance(args[0], torch.Tensor)) or "tensor" in kwargs:
+            other = args[0] if args else kwargs.pop("tensor")
             place = self._place(other)
             target = _CUDA if place is Place.CARD else _CPU if place is Place.HOST else other.device
             args = (target, other.dtype, *args[1:])
@@ -171,13 +215,15 @@ class FunctionMode(TorchFunctionMode):
             return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
         place = self._place(tensor)
         if wanted.type == "meta":
+            if place is not None:
+                kwargs["copy"] = True  # torch would take the tensor for metadata already
             self._device.explicit_meta = True
             try:
                 return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
             finally:
                 self._device.explicit_meta = False
         if wanted.type == "cuda":
-            _check_index(wanted)
+            self._device.check_index(wanted)
             wanted = _META
             if place is Place.HOST:
                 kwargs["copy"] = True
@@ -199,10 +245,16 @@ class FunctionMode(TorchFunctionMode):
             kwargs.pop("pin_memory", None)
             if wanted is None and made is torch.Tensor.new_tensor and self._place(args[0]) is Place.CARD:
                 wanted = _CUDA
+            if wanted is None and made is not torch.Tensor.new_tensor:
+                wanted = _default_device()
             if wanted is None and made in (torch.as_tensor, torch.asarray) and isinstance(args[0], torch.Tensor):
                 return func(*args, **kwargs)  # type: ignore[no-any-return]
             if wanted is not None and wanted.type == "meta":
-                return func(*args, device=_META, **kwargs)  # type: ignore[no-any-return]
+                self._device.explicit_meta = True
+                try:
+                    return func(*args, device=_META, **kwargs)  # type: ignore[no-any-return]
+                finally:
+                    self._device.explicit_meta = False
             if made is torch.Tensor.new_tensor:
                 args, kwargs["dtype"] = args[1:], kwargs.get("dtype") or args[0].dtype
             requires_grad = kwargs.pop("requires_grad", False)
@@ -210,9 +262,15 @@ class FunctionMode(TorchFunctionMode):
                 target = _META if wanted is None or wanted.type == "cuda" else wanted
                 out = args[0].to(target, dtype=kwargs.get("dtype"), copy=made is not torch.as_tensor)
             else:
-                out = (torch.tensor if made is torch.Tensor.new_tensor else func)(*args, **kwargs)
+                make: Any = torch.tensor if made is torch.Tensor.new_tensor else func
+                try:
+                    out = make(*args, **({} if wanted is None else {"device": _CPU}), **kwargs)
+                except RuntimeError as e:
+                    if "meta tensors" not in str(e):
+                        raise
+                    raise self._device.unsupported("the numbers of a tensor on the card are not known") from None
                 if wanted is not None and wanted.type == "cuda":
-                    _check_index(wanted)
+                    self._device.check_index(wanted)
                     out = out.to(_META)
             return out.detach().requires_grad_() if requires_grad else out
 
@@ -226,29 +284,27 @@ class FunctionMode(TorchFunctionMode):
     def _is_pinned(self, func: Any, tensor: torch.Tensor, device: Any = None) -> bool:
         return False
 
+    def _share_memory(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._place(tensor) is Place.CARD else func(tensor)
+
+    def _format(self, func: Any, tensor: torch.Tensor, spec: str) -> str:
+        if tensor.dim() == 0 and self._place(tensor) is not None:
+            raise self._device.unsupported("formatting a number that was on the card needs its value")
+        return str(self._call(func, (tensor, spec), {}))
+
     def _repr(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
+        """Show no values. Errors and logs show tensors, so this does not fail; a card would compute to show them."""
         text: str = func(tensor, **kwargs)
         place = self._place(tensor)
+        if place is Place.CARD:
+            self._device.estimate("Tensor.__repr__")
         shown = {Place.CARD: "device='cuda:0'", Place.HOST: "device='cpu', contents unknown"}.get(place)  # type: ignore[arg-type]
         return text if shown is None else text.replace("device='meta'", shown, 1)
-
-    def _deepcopy(self, func: Any, tensor: torch.Tensor, memo: dict[int, Any]) -> Any:
-        if self._place(tensor) is None:
-            return func(tensor, memo)
-        if id(tensor) in memo:
-            return memo[id(tensor)]
-        out: torch.Tensor = tensor.detach().clone()
-        if isinstance(tensor, torch.nn.Parameter):
-            out = torch.nn.Parameter(out, requires_grad=tensor.requires_grad)
-        else:
-            out.requires_grad_(tensor.requires_grad)
-        memo[id(tensor)] = out
-        return out
 
     # --- what torch decides by device ----------------------------------------------------------------------------
 
     def _setitem(self, func: Any, tensor: torch.Tensor, index: Any, value: Any) -> None:
-        """A number that is written into a CUDA tensor stays on the host; for metadata torch would put it on the card."""
+        """A number that is written into a CUDA tensor stays on the host; torch would put it beside metadata."""
         if isinstance(value, int | float | complex) and self._place(tensor) is Place.CARD:
             value = torch.tensor(value, dtype=tensor.dtype)
         func(tensor, index, value)
@@ -259,12 +315,59 @@ class FunctionMode(TorchFunctionMode):
             return torch.native_dropout(tensor, p, True)[0]
         return func(tensor, p, train)  # type: ignore[no-any-return]
 
+    def _softmax(self, plain: Any) -> _Handler:
+        """float16 to float32 is one kernel on a card; elsewhere the input is converted first."""
+
+        def softmax(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+            if self._place(tensor) is Place.CARD and tensor.dtype == torch.half and dtype == torch.float32:
+                if torch.is_grad_enabled() and tensor.requires_grad:
+                    self._device.estimate(f"{plain.__name__} from float16 to float32 with gradients")
+                else:
+                    if not tensor.is_contiguous():
+                        self._device.estimate(f"{plain.__name__} on a strided tensor")
+                    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+            return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+
+        return softmax
+
+    def _linear(
+        self, func: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What is not one product with the bias in it adds the bias in place, but not while a dispatch mode is active.
+
+        Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it.
+        """
+        if bias is not None and input.dim() > 2 and not input.is_contiguous() and self._place(input) is Place.CARD:
+            self._device.estimate("linear with a bias on a strided tensor")
+        return func(input, weight, bias)  # type: ignore[no-any-return]
+
+    def _one_hot(self, func: Any, tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        """Zeros and a scatter on a card, a comparison for metadata."""
+        if self._place(tensor) is not Place.CARD:
+            return func(tensor, num_classes)  # type: ignore[no-any-return]
+        if num_classes <= 0:
+            raise self._device.unsupported("one_hot without num_classes needs the largest class")
+        out = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=_META)
+        return out.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+    def _estimated(self, name: str) -> _Handler:
+        """A function that picks another implementation on a card, whose temporaries are unknown."""
+
+        def note(func: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            if any(self._place(t) is Place.CARD for t in tensors):
+                self._device.estimate(name)
+            return func(*args, **kwargs)
+
+        return note
+
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
         if inplace:
             return func(input, p, training, inplace)  # type: ignore[no-any-return]
-        return self._dropout(lambda *a: func(*a), input, p, training)
+        return self._dropout(func, input, p, training)
 
     def _rms_norm(
         self,
@@ -297,15 +400,42 @@ class FunctionMode(TorchFunctionMode):
         if (tensor.device.type == "meta") == (value.device.type == "meta"):
             func(tensor, value)
             return
-        # The metadata tensor and a host tensor are of different kinds here, where they would not be on a card.
-        requires_grad = tensor.requires_grad
+        # The metadata tensor and a host tensor are of different kinds here, where they would not be on a card: so the
+        # Python object gets another implementation, and what hangs on the old one moves along.
         if not tensor.is_leaf:
             raise self._device.unsupported("setting .data across devices on a tensor that is not a leaf")
+        requires_grad, grad = tensor.requires_grad, self._get_grad(_GRAD.__get__, tensor)
+        hooks = [getattr(tensor, name, None) for name in _HOOKS]
         alias = value.detach()
-        if isinstance(tensor, torch.nn.Parameter):
-            alias = torch.nn.Parameter(alias, requires_grad=False)
-        torch.utils.swap_tensors(tensor, alias)
+        try:
+            torch._C._swap_tensor_impl(tensor, alias)
+        except RuntimeError:
+            raise self._device.unsupported(
+                "setting .data across devices while a graph that uses the tensor is alive (its loss, or an output)"
+            ) from None
         tensor.requires_grad_(requires_grad)
+        if requires_grad:
+            for name, value_of in zip(_HOOKS, hooks, strict=True):
+                setattr(tensor, name, value_of)
+        self._grads.pop(id(tensor), None)
+        if grad is not None:
+            # Torch refuses a gradient on another device, so it is kept beside until it moves, too.
+            self._grads[id(tensor)] = (tensor, grad)
+        for owner, waiting in list(self._grads.values()):
+            if waiting is tensor:
+                del self._grads[id(owner)]
+                owner.grad = tensor
+
+    def _get_grad(self, func: Any, tensor: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        if self._grads:
+            kept = self._grads.get(id(tensor))
+            if kept is not None:
+                return kept[1]
+        return func(tensor, *rest)  # type: ignore[no-any-return]
+
+    def _set_grad(self, func: Any, tensor: torch.Tensor, grad: torch.Tensor | None) -> None:
+        self._grads.pop(id(tensor), None)
+        func(tensor, grad)
 
     def _needs_data(self, refused: Any) -> _Handler:
         name = getattr(refused, "__name__", str(refused))
@@ -314,7 +444,7 @@ class FunctionMode(TorchFunctionMode):
             if self._place(tensor) is None:
                 return func(tensor, *args, **kwargs)
             raise self._device.unsupported(
-                f"Tensor.{name} needs the contents of a tensor that was on the card, which the virtual device does not have"
+                f"Tensor.{name} needs the contents of a tensor that was on the card, which nobody has"
             )
 
         return refuse
@@ -328,8 +458,25 @@ def _parse(device: Any) -> torch.device | None:
     return torch.device(device)
 
 
-def _check_index(device: torch.device) -> None:
-    if device.index not in (None, 0):
-        raise RuntimeError(
-            f"CUDA error: invalid device ordinal (cuda:{device.index}; the virtual device has one card, cuda:0)"
-        )
+def _default_device() -> torch.device | None:
+    """The device that ``with torch.device(...)`` or ``set_default_device`` set, which acts after this mode."""
+    for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        if isinstance(mode, DeviceContext):
+            return mode.device
+    return None
+
+
+_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def _without_question(func: FunctionType) -> _Handler | None:
+    """The function with its question whether a mode wants to handle it answered with no; None if others ask it."""
+    asked = [q for q in _QUESTIONS if q in func.__globals__ and q in func.__code__.co_names]
+    answers = dict.fromkeys(asked, lambda *args: False)
+    if not answers:
+        return None
+    body = FunctionType(
+        func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__, func.__closure__
+    )
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body

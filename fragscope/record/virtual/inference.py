@@ -2,16 +2,18 @@
 
 Many operators compute the shape of their result in Python when their inputs are metadata. That code may leave cyclic
 garbage behind, or import modules whose caught errors keep the frames of all callers; either would keep the program's
-tensors alive until a garbage collection that a real card would not need. So operators run on *shadows*: fresh metadata of
-the same shape, stride and type. The first run of each operator happens in a thread of its own, whose frames end there.
+tensors alive until a garbage collection that a real card would not need. So operators run on *shadows*: fresh
+metadata of the same shape, stride and type. The first run of each operator happens in a thread of its own, whose
+frames end there.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
+
+from fragscope.record.virtual.threads import PlainThread
 
 _META = torch.device("meta")
 
@@ -106,10 +108,13 @@ def _in_a_thread(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         except BaseException as e:
             outcome.append((None, e.with_traceback(None)))
 
-    thread = threading.Thread(target=call, name="fragscope-inference")
+    thread = PlainThread(target=call, name="fragscope-inference")
     thread.start()
     thread.join()
     result, error = outcome.pop()
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame, which would hold the error
     return result

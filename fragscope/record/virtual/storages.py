@@ -50,6 +50,10 @@ class Storages:
         self._free = free
         self._entries: dict[int, Entry] = {}
 
+    def of(self, storage: torch.UntypedStorage) -> Entry | None:
+        """The entry of a storage, None if it is not followed."""
+        return self._entries.get(storage._cdata)
+
     def find(self, tensor: torch.Tensor) -> Entry | None:
         """The entry of a tensor's storage, None if it is not followed."""
         return self._entries.get(tensor.untyped_storage()._cdata)

@@ -1,0 +1,224 @@
+"""``torch.cuda`` and ``torch.accelerator`` as the card answers them; reading memory state is an observation."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from virtual_cards import h100  # noqa: E402
+
+from fragscope.errors import UnsupportedError  # noqa: E402
+from fragscope.trace import RequestKind  # noqa: E402
+
+pytestmark = pytest.mark.torch
+GIB = 2**30
+
+
+@pytest.fixture
+def card():
+    with h100() as device:
+        yield device
+
+
+def test_the_card_describes_itself(card):
+    assert torch.cuda.is_available()
+    assert torch.cuda.device_count() == 1
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.get_device_name() == "NVIDIA H100 80GB HBM3"
+    assert torch.cuda.get_device_capability("cuda:0") == (9, 0)
+    properties = torch.cuda.get_device_properties(0)
+    assert (properties.total_memory, properties.multi_processor_count) == (85_017_493_504, 132)
+    assert torch.cuda.is_bf16_supported()
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    with torch.cuda.device(0):
+        assert torch.ones(1, device="cuda").is_cuda
+
+
+def test_statistics_equal_the_model(card):
+    a = torch.empty(3 << 20, dtype=torch.uint8, device="cuda")  # from a 20 MiB segment
+    b = torch.empty(600, dtype=torch.uint8, device="cuda")  # 1024 bytes from a 2 MiB segment
+    del a
+    assert torch.cuda.memory_allocated() == 1024
+    assert torch.cuda.max_memory_allocated() == (3 << 20) + 1024
+    assert torch.cuda.memory_reserved() == torch.cuda.max_memory_reserved() == 22 << 20
+    stats = torch.cuda.memory_stats()
+    assert {k: stats[k] for k in stats if k.endswith(("current", "peak")) and "inactive" not in k} == {
+        "allocated_bytes.all.current": 1024,
+        "allocated_bytes.all.peak": (3 << 20) + 1024,
+        "active_bytes.all.current": 1024,
+        "active_bytes.all.peak": (3 << 20) + 1024,
+        "reserved_bytes.all.current": 22 << 20,
+        "reserved_bytes.all.peak": 22 << 20,
+        "requested_bytes.all.current": 600,
+        "requested_bytes.all.peak": (3 << 20) + 600,
+        "segment.all.current": 2,
+        "segment.all.peak": 2,
+        "allocation.all.current": 1,
+    }
+    assert (stats["num_ooms"], stats["num_alloc_retries"]) == (0, 0)
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == 1024
+    assert torch.cuda.memory_stats()["active_bytes.all.peak"] == 1024
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info() == (card.memory.settings.capacity - (2 << 20), 85_017_493_504)
+    del b
+
+
+def test_a_statistic_that_is_not_kept_is_refused_not_zero(card):
+    stats = torch.cuda.memory_stats()
+    with pytest.raises(UnsupportedError, match=r"allocation\.small_pool\.peak"):
+        stats["allocation.small_pool.peak"]
+    with pytest.raises(UnsupportedError, match=r"test_virtual_cuda_api\.py"):
+        stats.get("allocation.small_pool.peak", 0)
+    assert stats.get("of_another_library", 7) == 7
+
+
+def test_the_accelerator_answers_the_same(card):
+    held = torch.empty(1 << 20, device="cuda")
+    assert torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == 1
+    torch.accelerator.synchronize()
+    if hasattr(torch.accelerator, "memory_allocated"):
+        assert torch.accelerator.memory_allocated() == held.nbytes
+        assert torch.accelerator.max_memory_allocated() == torch.cuda.max_memory_allocated()
+        assert torch.accelerator.memory_stats() == torch.cuda.memory_stats()
+
+
+def test_reading_memory_state_is_an_observation(card):
+    torch.cuda.mem_get_info()
+    torch.cuda.memory_allocated()
+    torch.cuda.memory_stats()
+    _ = torch.cuda.get_device_properties(0).total_memory
+    line = test_reading_memory_state_is_an_observation.__code__.co_firstlineno
+    assert [(o.what, o.where) for o in card.memory.observations] == [
+        ("torch.cuda.mem_get_info", f"{__file__}:{line + 1}"),
+        ("torch.cuda.memory_allocated", f"{__file__}:{line + 2}"),
+        ("torch.cuda.memory_stats", f"{__file__}:{line + 3}"),
+        ("torch.cuda.get_device_properties().total_memory", f"{__file__}:{line + 4}"),
+    ]
+
+
+# --- out of memory ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_worded_as_by_torch_and_can_be_caught(card):
+    held = [torch.empty(10 * GIB, dtype=torch.uint8, device="cuda") for _ in range(7)]
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(10 * GIB, dtype=torch.uint8, device="cuda")
+    # 84,465,090,560 bytes were free; 70 GiB of them are taken
+    assert str(caught.value).startswith(
+        "CUDA out of memory. Tried to allocate 10.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 8.66 GiB is "
+        "free. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 0 bytes is reserved by PyTorch but "
+        "unallocated."
+    )
+    assert isinstance(caught.value, torch.cuda.OutOfMemoryError)
+    assert torch.cuda.memory_stats()["num_ooms"] == 1
+    assert card.memory.observations[0].what == "OutOfMemoryError"
+    del held
+    assert torch.empty(60 * GIB, dtype=torch.uint8, device="cuda").is_cuda
+
+
+def test_an_operator_that_does_not_fit_leaves_nothing_behind(card):
+    x = torch.empty(20 * GIB, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        x + 1
+    with pytest.raises(torch.OutOfMemoryError):
+        x.float()
+    assert torch.cuda.memory_allocated() == 40 * GIB
+
+
+def test_a_memory_fraction_is_a_limit(card):
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    assert torch.cuda.get_per_process_memory_fraction() == 0.1
+    with pytest.raises(torch.OutOfMemoryError, match=r"7\.92 GiB allowed"):  # a tenth of 79.18 GiB
+        torch.empty(8 * GIB, dtype=torch.uint8, device="cuda")
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+def block() -> torch.Tensor:
+    return torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
+
+
+def test_a_block_is_never_reused_on_another_stream(card):
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x = block()
+        address = x.data_ptr()
+        del x
+    y = block()
+    assert y.data_ptr() != address
+    with side:
+        assert torch.cuda.current_stream() == side
+        z = block()
+    assert z.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda s, e: s.synchronize(), lambda s, e: torch.cuda.synchronize(), lambda s, e: e.synchronize()]
+)
+def test_a_block_in_use_elsewhere_comes_back_at_the_next_synchronisation(card, wait):
+    side = torch.cuda.Stream()
+    x = block()
+    address = x.data_ptr()
+    x.record_stream(side)
+    del x
+    event = side.record_event()
+    y = block()
+    assert y.data_ptr() != address
+    wait(side, event)
+    z = block()
+    assert z.data_ptr() == address
+    kinds = card.memory.requests.finish().kind
+    assert [RequestKind(k).name for k in kinds] == ["ALLOC", "RECORD_STREAM", "FREE", "ALLOC", "USES_DONE", "ALLOC"]
+
+
+def test_an_event_from_before_the_free_says_nothing_about_it(card):
+    side = torch.cuda.Stream()
+    x = block()
+    address = x.data_ptr()
+    x.record_stream(side)
+    event = side.record_event()
+    del x
+    event.synchronize()
+    assert block().data_ptr() != address
+
+
+def test_other_ways_to_streams_and_events(card):
+    assert torch.Stream(device="cuda").device == torch.device("cuda", 0)
+    assert torch.cuda.ExternalStream(0x1234).cuda_stream == 0x1234
+    side, event = torch.cuda.Stream(priority=-1), torch.cuda.Event(enable_timing=True)
+    event.record()
+    side.wait_event(event)
+    side.wait_stream(torch.cuda.current_stream())
+    assert not event.query()
+    with torch.cuda.StreamContext(side):
+        assert torch.cuda.current_stream() == side
+    with pytest.raises(UnsupportedError, match="has no time"):
+        event.elapsed_time(event)
+    torch.cuda.nvtx.range_push("loading")
+    torch.cuda.nvtx.range_pop()
+
+
+def test_generators_of_the_card(card):
+    generator = torch.Generator(device="cuda")
+    generator.manual_seed(1)
+    assert isinstance(generator, torch.Generator)
+    assert generator.device == torch.device("cuda", 0)
+    assert torch.randn(3, device="cuda", generator=generator).is_cuda
+    assert torch.ones(3, device="cuda").normal_(generator=generator).is_cuda
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(lambda n=n: getattr(torch.cuda, n)() for n in ("CUDAGraph", "MemPool", "memory_snapshot", "utilization")),
+        lambda: torch.compile(lambda x: x), lambda: torch.cuda.memory._record_memory_history(None),
+    ],
+)  # fmt: skip
+def test_what_is_not_modelled_is_refused_with_its_place(card, use):
+    with pytest.raises(
+        UnsupportedError, match=r"not supported on the virtual device \(at .*test_virtual_cuda_api\.py:"
+    ):
+        use()
