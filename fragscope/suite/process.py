@@ -53,7 +53,7 @@ def _die_with_parent() -> None:
 
     The server ends once nobody holds its pipe; a worker is handed a copy, for servers of its own.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None

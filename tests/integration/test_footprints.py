@@ -49,14 +49,12 @@ def events_on_virtual_card(make: footprint_cases.Case) -> tuple[list[list[Any]],
             running = make()
             next(running)
             before = len(device.memory.requests)
-            held = len(device.memory._blocks)
             next(running)
             middle = len(device.memory.requests)
             running.close()
             del running
         rows = device.memory.requests.finish()
         left = len(device.memory._blocks) - len(device.gemm_workspaces)
-        assert held >= left
     out: list[list[Any]] = []
     live: dict[int, int] = {}
     for row in range(before, len(rows)):
@@ -102,6 +100,24 @@ def test_operators_with_unknown_scratch_are_listed(name):
     _, estimated, left = events_on_virtual_card(footprint_cases.CASES[name])
     assert estimated, f"{name} would be taken for exact"
     assert left == 0
+
+
+@pytest.mark.parametrize("name", footprint_cases.COMPOSITES)
+def test_what_is_made_of_many_operators_is_estimated_or_equal(name):
+    events, estimated, left = events_on_virtual_card(footprint_cases.COMPOSITES[name])
+    if not estimated:
+        recorded = RECORDED[name]["second"]
+        split = recorded.index(["|"])
+        assert events[: split + 1] == recorded[: split + 1]
+        # In which order a finished graph lets go of what it saved differs between releases of torch.
+        assert sorted(events[split:]) == sorted(recorded[split:])
+    assert left == 0
+
+
+def test_common_blocks_are_not_estimated():
+    """What the cases above would not notice: that everything became estimated."""
+    for name in ("linear_3d_bias", "layer_norm_train", "dropout_train", "adamw_step", "rope", "kv_cache_cat", "matmul_3d"):
+        assert events_on_virtual_card(footprint_cases.COMPOSITES[name])[1] == [], name
 
 
 def test_the_recording_shows_that_the_unknown_are_rightly_so():

@@ -195,24 +195,35 @@ class VirtualDevice:
 
     @contextlib.contextmanager
     def index_temporaries(self, indices: Sequence[torch.Tensor | None], on_host: Sequence[bool]) -> Iterator[None]:
-        """What indexing takes before its result: host indices come to the card, then int32 becomes int64.
+        """What indexing takes before its result.
 
-        Source: ``make_info`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+        Host indices come to the card, int32 becomes int64, and several indices that are strided differently once they
+        are broadcast become contiguous. The last index is given back first.
+
+        Source: ``make_info`` and ``AdvancedIndex`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp; recorded for the
+        ``index_*`` cases of tests/gpu/footprint_cases.py.
         """
-        given = [i for i in indices if i is not None]
-        elements = math.prod(torch.broadcast_shapes(*(i.shape for i in given)))  # type: ignore[no-untyped-call]
-        copies: list[int | None] = [
-            self.allocate(elements * i.itemsize) if i is not None and there else None
-            for i, there in zip(indices, on_host, strict=True)
-        ]
+        given = [(i, there) for i, there in zip(indices, on_host, strict=True) if i is not None]
+        shape = torch.broadcast_shapes(*(i.shape for i, _ in given))  # type: ignore[no-untyped-call]
+        copies: list[int | None] = [self.allocate(i.numel() * i.itemsize) if there else None for i, there in given]
         try:
-            for position, index in enumerate(indices):
-                if index is not None and index.dtype == torch.int32:
+            for position, (index, _) in enumerate(given):
+                if index.dtype == torch.int32:
+                    elements = index.numel() if index.shape == shape else math.prod(shape)
                     old, copies[position] = copies[position], self.allocate(elements * 8)
                     self._release(old)
+            expanded = [i.expand(shape) for i, _ in given]
+            if len({e.stride() for e in expanded}) > 1:
+                olds: list[int | None] = []
+                for position, index in enumerate(expanded):
+                    if not index.is_contiguous():
+                        olds.append(copies[position])
+                        copies[position] = self.allocate(math.prod(shape) * 8)
+                for id_ in olds:
+                    self._release(id_)
             yield
         finally:
-            for id_ in copies:
+            for id_ in reversed(copies):
                 self._release(id_)
 
     def _release(self, id_: int | None) -> None:

@@ -184,11 +184,14 @@ class DispatchMode(TorchDispatchMode):
                 raise device.unsupported("indexing by a mask on the card makes a shape that depends on its contents")
             else:
                 indices.extend(index.nonzero().unbind(1))  # a mask on the host is known
+                if writes:
+                    device.estimate("aten::index_put_ with a mask of the host")
         moved = [i if i is None or i.device.type == "meta" else i.to(_META) for i in indices]
         on_host = [i is not None and i.device.type != "meta" for i in indices]
         if any(on_host):
             device.memory.finished(device.stream)  # pageable copies of the indices wait for the stream
-        with device.index_temporaries(indices, on_host):
+        scalar = [args[2].itemsize] if writes and args[2].device.type == "cpu" and args[2].dim() == 0 else []
+        with device.temporaries(scalar), device.index_temporaries(indices, on_host):
             values = tuple(_to_meta(a) for a in args[2:])
             out = self._inference.run(func, (target, moved, *values), kwargs)
             if accumulate:
