@@ -20,7 +20,7 @@ def group(name: str) -> list[str]:
 
 @nox.session
 def suite(session: nox.Session) -> None:
-    """The main job: run every scenario on the virtual device, write the report, hold the results against budgets.toml."""
+    """The main job: every scenario on the virtual device, the report, and the results against budgets.toml."""
     session.install(*CONSTRAINTS, ".[torch,flashinfer,report]")
     session.run("fragscope", "run", "--device", "virtual", *session.posargs)
     session.run("fragscope", "gate")
@@ -31,7 +31,9 @@ def suite(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests that need neither a GPU nor a browser, with branch coverage, which may only rise."""
     session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("test"))
-    session.run("coverage", "run", "-m", "pytest", "--ignore=tests/browser", "--ignore=tests/benchmarks", *session.posargs)
+    session.run(
+        "coverage", "run", "-m", "pytest", "--ignore=tests/browser", "--ignore=tests/benchmarks", *session.posargs
+    )
     if not session.posargs:
         session.run("coverage", "report", "--skip-covered", "--skip-empty")
 

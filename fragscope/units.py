@@ -45,7 +45,7 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
         )
     whole, fraction, unit = match[1], match[2] or "", match[3]
     scaled = int(whole + fraction) * _FACTORS[unit]
-    return scaled // 10 ** len(fraction)
+    return scaled // int(10 ** len(fraction))
 
 
 def format_bytes(count: int) -> str:

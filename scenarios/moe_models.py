@@ -31,7 +31,14 @@ class MoeModel:
         if self.intermediate % tp:
             raise ValueError(f"{self.name}: {self.intermediate} is not divisible by {tp}")
         return MoeModel(
-            self.name, self.experts, self.top_k, self.hidden, self.intermediate // tp, self.gated, self.source, self.layers
+            self.name,
+            self.experts,
+            self.top_k,
+            self.hidden,
+            self.intermediate // tp,
+            self.gated,
+            self.source,
+            self.layers,
         )
 
 

@@ -1,7 +1,8 @@
 """FP8 block-scale MoE weights, shuffled for TensorRT-LLM kernels after loading.
 
-Source: vLLM #39054, ``_shuffle_deepseek_fp8_moe_weights`` and its caller, in three forms: before the fix (list and stack),
-after it (0.20.0: preallocated outputs) and the newest (0.33.0: one batched gather a matrix). ``in-place`` is a proposal.
+Source: vLLM #39054, ``_shuffle_deepseek_fp8_moe_weights`` and its caller, in three forms: before the fix (list and
+stack), after it (0.20.0: preallocated outputs) and the newest (0.33.0: one batched gather a matrix). ``in-place`` is a
+proposal.
 
 Every form keeps the lifetimes of the original: the loader's locals hold the old parameters until a layer is done, and
 the swap of w13's halves, a full copy, lives until the shuffle returns.
@@ -38,7 +39,7 @@ Shuffle = Callable[[torch.Tensor, torch.Tensor], Pair]
 
 @dataclass
 class Layer:
-    """The expert weights of one layer: w13 ``[experts, 2 x intermediate, hidden]``, w2 ``[experts, hidden, intermediate]``."""
+    """Expert weights of one layer: w13 ``[experts, 2 x intermediate, hidden]``, w2 ``[experts, hidden, intermediate]``."""
 
     w13: torch.Tensor
     w2: torch.Tensor

@@ -273,8 +273,8 @@ def outputs(variant: str, device: str) -> Sequence[torch.Tensor]:
 def reference(device: str) -> Sequence[torch.Tensor]:
     """Byte by byte from the layouts' definitions, with no indices or kernels of flashinfer.
 
-    Rows: w13's two halves are woven (row 0 of each, row 1 of each, ...). Then, for an epilogue tile of 128 rows, blocks of
-    32 rows are shuffled: target row n of a block comes from row 4 (n mod 8) + n div 8.
+    Rows: w13's two halves are woven (row 0 of each, row 1 of each, ...). Then, for an epilogue tile of 128 rows, blocks
+    of 32 rows are shuffled: target row n of a block comes from row 4 (n mod 8) + n div 8.
     Scales: row m, column k of the shuffled scales goes to byte
     512 (m div 128 * columns/4 + k div 4) + 16 (m mod 32) + 4 (m mod 128 div 32) + k mod 4.
     """

@@ -56,7 +56,7 @@ _LONGEST = 7 * 24 * 3600.0  # what any system call that waits takes
 @click.option("--list", "list_only", is_flag=True, help="Only list what would run.")
 @click.option("--no-report", is_flag=True, help="Do not write report.html.")
 @click.option("--format", "style", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
-def command(  # noqa: PLR0917
+def command(
     what: tuple[str, ...],
     device: str,
     preset: tuple[str, ...],

@@ -159,7 +159,8 @@ def _on_cuda(task: Task) -> _Recording:
     settings = task.cases[0].settings
     for variable in settings.rules.rules.conf_variables:
         os.environ.pop(variable, None)
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings.conf
+    if settings.conf:
+        os.environ[settings.rules.rules.conf_variables[0]] = settings.conf
     cuda = CudaRecorder()
     recorder = _PhaseRecorder(cuda)
     outcome, message, measured = _run_body(task, recorder)
@@ -264,7 +265,7 @@ def _provenance(task: Task) -> dict[str, str]:
     }
 
 
-def _result(  # noqa: PLR0917
+def _result(
     task: Task,
     wanted: CaseTask,
     recording: _Recording,

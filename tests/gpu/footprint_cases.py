@@ -376,33 +376,63 @@ block("dropout_eval", _module(lambda: nn.Dropout(0.1), 128, 64, train=False))
 block("conv2d", _module(lambda: nn.Conv2d(16, 32, 3, padding=1), 8, 16, 32, 32))
 block("lstm", _module(lambda: nn.LSTM(32, 32), 5, 4, 32))
 block("gru", _module(lambda: nn.GRU(32, 32), 5, 4, 32))
-block("attention_layer", lambda: (lambda m, x: lambda: m(x, x, x))(
-    nn.MultiheadAttention(64, 4, batch_first=True).cuda(), _on_card(2, 16, 64)))
+block(
+    "attention_layer",
+    lambda: (lambda m, x: lambda: m(x, x, x))(
+        nn.MultiheadAttention(64, 4, batch_first=True).cuda(), _on_card(2, 16, 64)
+    ),
+)
 block("encoder_layer", _module(lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, 16, 64))
 block("gelu_tanh", _module(lambda: nn.GELU("tanh"), 128, 64))
 block("interpolate", lambda: (lambda x: lambda: nn.functional.interpolate(x, scale_factor=2))(_on_card(2, 3, 16, 16)))
 block("pad_reflect", lambda: (lambda x: lambda: nn.functional.pad(x, (1, 1), mode="reflect"))(_on_card(2, 3, 16)))
-block("cross_entropy", lambda: (
-    lambda x, t: lambda: nn.functional.cross_entropy(x, t)
-)(_on_card(64, 100), torch.zeros(64, dtype=torch.int64, device="cuda")))
-block("embedding_bag", lambda: (
-    lambda w, i: lambda: nn.functional.embedding_bag(i, w)
-)(_on_card(100, 16), torch.zeros(4, 5, dtype=torch.int64, device="cuda")))
-block("one_hot", lambda: (lambda i: lambda: nn.functional.one_hot(i, 10))(torch.zeros(7, dtype=torch.int64, device="cuda")))
+block(
+    "cross_entropy",
+    lambda: (lambda x, t: lambda: nn.functional.cross_entropy(x, t))(
+        _on_card(64, 100), torch.zeros(64, dtype=torch.int64, device="cuda")
+    ),
+)
+block(
+    "embedding_bag",
+    lambda: (lambda w, i: lambda: nn.functional.embedding_bag(i, w))(
+        _on_card(100, 16), torch.zeros(4, 5, dtype=torch.int64, device="cuda")
+    ),
+)
+block(
+    "one_hot",
+    lambda: (lambda i: lambda: nn.functional.one_hot(i, 10))(torch.zeros(7, dtype=torch.int64, device="cuda")),
+)
 block("clip_grad_norm", lambda: (lambda p: lambda: nn.utils.clip_grad_norm_([p], 1.0))(_with_grad(128, 64)))
-block("linear_forward_backward", lambda: (lambda m, x: lambda: m(x).square().sum().backward())(
-    nn.Linear(64, 32).cuda(), _on_card(128, 64)))
-block("mul_backward", lambda: (lambda x: lambda: (x * x * 2).backward(torch.ones_like(x)))(_on_card(128, 64, grad=True)))
-block("softmax_backward", lambda: (lambda x: lambda: x.softmax(-1).backward(torch.ones_like(x)))(_on_card(128, 64, grad=True)))
-block("index_backward", lambda: (lambda x: lambda: x[torch.arange(5, device="cuda")].backward(torch.ones(5, 64, device="cuda")))(
-    _on_card(128, 64, grad=True)))
+block(
+    "linear_forward_backward",
+    lambda: (lambda m, x: lambda: m(x).square().sum().backward())(nn.Linear(64, 32).cuda(), _on_card(128, 64)),
+)
+block(
+    "mul_backward", lambda: (lambda x: lambda: (x * x * 2).backward(torch.ones_like(x)))(_on_card(128, 64, grad=True))
+)
+block(
+    "softmax_backward",
+    lambda: (lambda x: lambda: x.softmax(-1).backward(torch.ones_like(x)))(_on_card(128, 64, grad=True)),
+)
+block(
+    "index_backward",
+    lambda: (lambda x: lambda: x[torch.arange(5, device="cuda")].backward(torch.ones(5, 64, device="cuda")))(
+        _on_card(128, 64, grad=True)
+    ),
+)
 block("matmul_3d", lambda: (lambda a, b: lambda: a @ b)(_on_card(4, 32, 64), _on_card(64, 16)))
 block("matmul_batched", lambda: (lambda a, b: lambda: a @ b)(_on_card(4, 32, 64), _on_card(4, 64, 16)))
-block("baddbmm", lambda: (lambda a, b, c: lambda: torch.baddbmm(c, a, b))(
-    _on_card(4, 32, 64), _on_card(4, 64, 16), _on_card(4, 32, 16)))
+block(
+    "baddbmm",
+    lambda: (lambda a, b, c: lambda: torch.baddbmm(c, a, b))(
+        _on_card(4, 32, 64), _on_card(4, 64, 16), _on_card(4, 32, 16)
+    ),
+)
 block("matvec", lambda: (lambda a, b: lambda: a @ b)(_on_card(32, 64), _on_card(64)))
 block("dot", lambda: (lambda a: lambda: a @ a)(_on_card(64)))
-block("einsum", lambda: (lambda a, b: lambda: torch.einsum("bij,bjk->bik", a, b))(_on_card(4, 8, 16), _on_card(4, 16, 8)))
+block(
+    "einsum", lambda: (lambda a, b: lambda: torch.einsum("bij,bjk->bik", a, b))(_on_card(4, 8, 16), _on_card(4, 16, 8))
+)
 block("einsum_pointwise", lambda: (lambda a, b: lambda: torch.einsum("ij,j->ij", a, b))(_on_card(8, 16), _on_card(16)))
 block("outer", lambda: (lambda a: lambda: torch.outer(a, a))(_on_card(64)))
 block("nan_to_num", lambda: (lambda a: lambda: a.nan_to_num())(_on_card(64, 64)))
@@ -410,7 +440,10 @@ block("logsumexp", lambda: (lambda a: lambda: a.logsumexp(-1))(_on_card(64, 64))
 block("normalize", lambda: (lambda a: lambda: nn.functional.normalize(a))(_on_card(64, 64)))
 block("meshgrid", lambda: (lambda a: lambda: torch.meshgrid(a, a, indexing="ij"))(_on_card(64)))
 block("rope", lambda: (lambda x: lambda: torch.cat((-x[..., 32:], x[..., :32]), dim=-1))(_on_card(4, 16, 64)))
-block("kv_cache_cat", lambda: (lambda a, b: lambda: torch.cat([a, b], dim=2))(_on_card(1, 8, 100, 64), _on_card(1, 8, 1, 64)))
+block(
+    "kv_cache_cat",
+    lambda: (lambda a, b: lambda: torch.cat([a, b], dim=2))(_on_card(1, 8, 100, 64), _on_card(1, 8, 1, 64)),
+)
 block("causal_mask", lambda: lambda: torch.full((64, 64), float("-inf"), device="cuda").triu(1))
 
 

@@ -2,8 +2,8 @@
 
     python tests/gpu/record_footprints.py OUT.json
 
-Writes, for each case, the events of a first and of a second run: ``["alloc", bytes]`` and ``["free", n]``, n counting the
-run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its results.
+Writes, for each case, the events of a first and of a second run: ``["alloc", bytes]`` and ``["free", n]``, n counting
+the run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import footprint_cases  # noqa: E402 - found beside this file
+import footprint_cases
 
 Events = list[list[Any]]
 

@@ -71,5 +71,7 @@ def test_footprints_recorded_earlier_still_hold(tmp_path):
     out = tmp_path / "now.json"
     subprocess.run([sys.executable, ROOT / "tests" / "gpu" / "record_footprints.py", out], check=True, timeout=500)
     now = json.loads(out.read_text())["cases"]
-    differing = [n for n, c in now.items() if n in stored["cases"] and c.get("second") != stored["cases"][n].get("second")]
+    differing = [
+        n for n, c in now.items() if n in stored["cases"] and c.get("second") != stored["cases"][n].get("second")
+    ]
     assert differing == []

@@ -32,7 +32,18 @@ pytestmark = pytest.mark.torch
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     out = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "fragscope", "run", "--device", "virtual", "--torch", "2.11.0", "--torch", "2.13.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "fragscope",
+        "run",
+        "--device",
+        "virtual",
+        "--torch",
+        "2.11.0",
+        "--torch",
+        "2.13.0",
+    ]
     command += ["--card", "h100-80gb", "--out", str(out), "--no-report"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=540)
@@ -56,7 +67,9 @@ def test_requests_equal_those_of_the_card_one_by_one(run: tuple[Results, Path], 
     assert trace is not None
     rows = load_trace(out / trace).requests
     wanted = (rows.kind == RequestKind.ALLOC) | (rows.kind == RequestKind.FREE)
-    columns = np.stack([np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size, rows.stream)], axis=1)
+    columns = np.stack(
+        [np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size, rows.stream)], axis=1
+    )
     assert len(columns) == MEASURED[name]["requests"]
     assert hashlib.sha256(np.ascontiguousarray(columns).tobytes()).hexdigest() == MEASURED[name]["requests_sha256"]
 
@@ -96,7 +109,9 @@ def test_table_measured_for_the_published_recordings(run: tuple[Results, Path]) 
 @pytest.mark.parametrize(
     ("variant", "recording"), [("list-stack", "orig"), ("preallocated", "fixed"), ("batched", "newest")]
 )
-def test_figures_equal_those_recorded_with_vllms_own_code(run: tuple[Results, Path], variant: str, recording: str) -> None:
+def test_figures_equal_those_recorded_with_vllms_own_code(
+    run: tuple[Results, Path], variant: str, recording: str
+) -> None:
     row = json.loads((ROOT / "tests" / "data" / "traces" / f"fp8-dsv3-tp8.{recording}.default.json").read_text())["row"]
     case = cases(run[0], "2.11.0")[f"moe-fp8-shuffle/deepseek-v3-tp8/{variant}"]
     assert case.base == row["base"]

@@ -78,7 +78,9 @@ def test_every_room_has_its_arrows_written_down():
     assert {room(f) for f in FILES} == set(ARROWS)
 
 
-@pytest.mark.parametrize("module", ["fragscope", "fragscope.cli", "fragscope.cli.gate", "fragscope.cli.report", "fragscope.cli.replay"])
+@pytest.mark.parametrize(
+    "module", ["fragscope", "fragscope.cli", "fragscope.cli.gate", "fragscope.cli.report", "fragscope.cli.replay"]
+)
 def test_importing_does_not_import_torch_or_the_report_libraries(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'bokeh', 'jinja2', 'flashinfer'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

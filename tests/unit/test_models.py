@@ -13,7 +13,7 @@ from moe_models import models, preset
 
 MIB, GIB = 1024**2, 1024**3
 
-# One whole layer: FP8 w13 and w2, then NVFP4 w13, w2, w13 scales and w2 scales (one scale a 16 values); rounded as published.
+# One whole layer: FP8 w13 and w2, then NVFP4 w13, w2, w13 scales and w2 scales; rounded as published.
 PUBLISHED = {
     "deepseek-v3": (7.0 * GIB, 3.5 * GIB, 3.5 * GIB, 1.75 * GIB, 448 * MIB, 224 * MIB),
     "kimi-k2": (10.5 * GIB, 5.25 * GIB, 5.25 * GIB, 2.625 * GIB, 672 * MIB, 336 * MIB),

@@ -15,8 +15,10 @@ PUBLIC = {
     "Case", "FragscopeError", "InputFileError", "NotMeasuredError", "Scenario", "Trace", "UnmodelledError",
     "UnsupportedError", "UsageError", "load_trace", "scenario",
 }  # fmt: skip
-ROOMS = ["fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
-         "fragscope.report"]  # fmt: skip
+ROOMS = [
+    "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
+    "fragscope.report",
+]  # fmt: skip
 
 
 def test_names_are_a_decision():

@@ -21,7 +21,9 @@ def test_binary_and_decimal_units(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2 gib", "2 G", "-1", "1e9", "2 GiB 3", "0x10", "1.1 B", "nan", True, 1.5, None, -1])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "2 gib", "2 G", "-1", "1e9", "2 GiB 3", "0x10", "1.1 B", "nan", True, 1.5, None, -1]
+)
 def test_anything_else_is_an_error_that_names_the_place(text):
     with pytest.raises(UsageError, match="--capacity"):
         parse_bytes(text, "--capacity")

@@ -304,7 +304,7 @@ class _Cuda:
         def shown(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
             def call(value: Any) -> Any:
                 mode = device.function_mode
-                if mode is None or mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+                if mode is None or mode in _get_current_function_mode_stack():
                     return hook(value)
                 with mode:
                     return hook(value)

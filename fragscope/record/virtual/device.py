@@ -8,6 +8,7 @@ model, and follows them by weak reference until the last tensor that uses them i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,9 @@ class VirtualDevice:
             raise UsageError("a virtual device is active already; leave it before entering another")
         if self._entered:
             raise UsageError("this virtual device was used before; make a new one for a new recording")
+        # Shape rules, optimizers and much else import this part of torch at their first use. While the device is active
+        # it would keep what is patched, and the import's caught errors would keep the frames of all callers alive.
+        importlib.import_module("torch._dynamo")
         with contextlib.ExitStack() as stack:
             stack.enter_context(patched_cuda(self))
             stack.enter_context(patched_storages(self))
@@ -204,7 +208,7 @@ class VirtualDevice:
         ``index_*`` cases of tests/gpu/footprint_cases.py.
         """
         given = [(i, there) for i, there in zip(indices, on_host, strict=True) if i is not None]
-        shape = torch.broadcast_shapes(*(i.shape for i, _ in given))  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(*(i.shape for i, _ in given))
         copies: list[int | None] = [self.allocate(i.numel() * i.itemsize) if there else None for i, there in given]
         try:
             for position, (index, _) in enumerate(given):

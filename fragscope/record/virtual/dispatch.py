@@ -87,8 +87,8 @@ class DispatchMode(TorchDispatchMode):
                 raise device.unsupported(f"{name}: torch cannot tell the shape of its result without data") from None
             device.estimate(name)
             return None
-        except RuntimeError as e:
-            raise _as_on_card(e, args) from None
+        except (RuntimeError, AssertionError) as e:  # torch's Python shape rules assert where a kernel raises
+            raise _as_on_card(RuntimeError(str(e)) if isinstance(e, AssertionError) else e, args) from None
         if made_on_card or on_card:
             self._account(func, trait, args, kwargs, out)
         else:
@@ -149,7 +149,7 @@ class DispatchMode(TorchDispatchMode):
             )
         if dst.device.type != "meta":
             return func(*args, **kwargs)
-        broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))  # type: ignore[no-untyped-call]
+        broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))
         if broadcast != tuple(dst.shape):
             raise RuntimeError(
                 f"output with shape {list(dst.shape)} doesn't match the broadcast shape {list(broadcast)}"

@@ -460,7 +460,7 @@ def _parse(device: Any) -> torch.device | None:
 
 def _default_device() -> torch.device | None:
     """The device that ``with torch.device(...)`` or ``set_default_device`` set, which acts after this mode."""
-    for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+    for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, DeviceContext):
             return mode.device
     return None
