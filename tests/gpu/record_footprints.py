@@ -3,7 +3,8 @@
     python tests/gpu/record_footprints.py OUT.json
 
 Writes, for each case, the events of a first and of a second run: ``["alloc", bytes]`` and ``["free", n]``, n counting
-the run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its results.
+the run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its
+results.
 """
 
 from __future__ import annotations
