@@ -39,7 +39,7 @@ Shuffle = Callable[[torch.Tensor, torch.Tensor], Pair]
 
 @dataclass
 class Layer:
-    """Expert weights of a layer: w13 ``[experts, 2 x intermediate, hidden]``, w2 ``[experts, hidden, intermediate]``."""
+    """A layer: w13 ``[experts, 2 x intermediate, hidden]``, w2 ``[experts, hidden, intermediate]``."""
 
     w13: torch.Tensor
     w2: torch.Tensor

@@ -151,6 +151,8 @@ def _on_virtual(task: Task) -> _Recording:
         outcome, message, measured = _run_body(task, recorder)
         trace = device.trace(_provenance(task)) if measured else None
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
+    if outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
+        estimated += [EstimatedOp(f"caught: {what}", n, where) for what, (n, where) in sorted(device.refused.items())]
     return _Recording(trace, outcome, message, estimated)
 
 

@@ -42,6 +42,7 @@ class VirtualDevice:
 
     Attributes:
         memory: the allocator model and the log of requests.
+        refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
 
@@ -51,6 +52,7 @@ class VirtualDevice:
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
         self.estimated: dict[str, tuple[int, str]] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
         self._thread = _ThreadState()
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._stack = contextlib.ExitStack()
@@ -248,7 +250,10 @@ class VirtualDevice:
 
     def unsupported(self, what: str) -> UnsupportedError:
         """The error for something that cannot be known without data, at the user's line."""
-        return UnsupportedError(what, self.sites.where())
+        where = self.sites.where()
+        calls, first = self.refused.get(what, (0, where or ""))
+        self.refused[what] = (calls + 1, first)
+        return UnsupportedError(what, where)
 
     def estimate(self, op: str) -> None:
         """Note an operator whose hidden temporaries are unknown."""
