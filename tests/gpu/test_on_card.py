@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,9 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 NAMES = ["moe-fp8-shuffle/qwen3-30b-a3b-tp1"]
-try:
-    import flashinfer  # noqa: F401
-except ImportError:
+if importlib.util.find_spec("flashinfer") is None:
     pytestmark.append(pytest.mark.skip(reason="the shipped scenarios need flashinfer"))
 
 
