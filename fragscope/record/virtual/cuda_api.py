@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,13 +24,11 @@ import torch.utils.dlpack
 from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
+from fragscope.record.virtual.card import VirtualCard
 
 
 @contextlib.contextmanager
-def patched_cuda(device: VirtualDevice) -> Iterator[None]:
+def patched_cuda(device: VirtualCard) -> Iterator[None]:
     """Replace the functions of ``torch.cuda`` and ``torch.accelerator`` that a program asks, until the end."""
     api = _Cuda(device)
     module: Any
@@ -173,7 +171,7 @@ class _Event:
 class _Properties(SimpleNamespace):
     """``torch.cuda.get_device_properties``; how much memory the card has is an observation."""
 
-    def __init__(self, device: VirtualDevice, **facts: Any) -> None:
+    def __init__(self, device: VirtualCard, **facts: Any) -> None:
         super().__init__(**facts)
         self._device = device
 
@@ -187,7 +185,7 @@ class _Properties(SimpleNamespace):
 class _Statistics(dict[str, int]):
     """``torch.cuda.memory_stats``; a statistic that is not kept is refused, never 0."""
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         super().__init__()
         self._device = device
 
@@ -234,7 +232,7 @@ class _Cuda:
         "empty_host_cache": "init",
     }  # fmt: skip
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         self.device = device
         self.memory = device.memory
         self._meter = device.memory.allocator.meter

@@ -10,20 +10,19 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
+from fragscope.record.virtual.card import VirtualCard
 
 _FLASHINFER_FP4 = "flashinfer.quantization.fp4_quantization"
 _FLASHINFER_FP4_OLD = "flashinfer.fp4_quantization"  # before 0.6.12
 
 
 @contextlib.contextmanager
-def patched_custom_ops(device: VirtualDevice) -> Iterator[None]:
+def patched_custom_ops(device: VirtualCard) -> Iterator[None]:
     """Put stand-ins where loaded packages fetch their compiled CUDA modules, until the end.
 
     The functions that users call stay what they are: only what they would load and launch is replaced. A package that
@@ -57,7 +56,7 @@ class _Fp4Module:
     type. Source: flashinfer/quantization/fp4_quantization.py (0.6.18 and 0.7.2), recorded with 0.6.18 on an H100.
     """
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         self._device = device
 
     def block_scale_interleave_sm100(self, unswizzled_sf: torch.Tensor) -> torch.Tensor:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import GEMMS, OUTPUT_ORDER, copy_temporaries, is_known, needs_copies
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Place
-
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
 
 _META = torch.device("meta")
 _ADD = torch.ops.aten.add.Tensor
@@ -24,7 +22,7 @@ _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_depe
 class DispatchMode(TorchDispatchMode):
     """Runs operators on metadata and registers what they allocate."""
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._traits: dict[Any, _Trait] = {}

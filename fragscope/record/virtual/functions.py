@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.storages import Place
-
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
 
 _META = torch.device("meta")
 _CUDA = torch.device("cuda", 0)
@@ -28,7 +26,7 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_ten
 class FunctionMode(TorchFunctionMode):
     """Rewrites device arguments and answers what a CUDA tensor would answer."""
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         super().__init__()
         self._device = device
         self._bodies: dict[Any, _Handler | None] = {}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 
+from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.storages import Entry, Place
-
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
 
 _META = torch.device("meta")
 _CONTENTS = (
@@ -28,7 +26,7 @@ _CONTENTS = (
 
 
 @contextlib.contextmanager
-def patched_storages(device: VirtualDevice) -> Iterator[None]:
+def patched_storages(device: VirtualCard) -> Iterator[None]:
     """Let storages answer for the card, until the end."""
     cls = torch.UntypedStorage
     api = _Storages(device)
@@ -48,7 +46,7 @@ def patched_storages(device: VirtualDevice) -> Iterator[None]:
 class _Storages:
     """Methods take the original and the storage; they are asked only for storages that the device follows."""
 
-    def __init__(self, device: VirtualDevice) -> None:
+    def __init__(self, device: VirtualCard) -> None:
         self._device = device
 
     def method(self, original: Any, ours: Callable[..., Any]) -> Callable[..., Any]:

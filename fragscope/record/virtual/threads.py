@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import thread as executor
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
-
-if TYPE_CHECKING:
-    from fragscope.record.virtual.device import VirtualDevice
 
 
 class PlainThread(threading.Thread):
@@ -22,7 +20,7 @@ class PlainThread(threading.Thread):
 
 
 @contextlib.contextmanager
-def patched_threads(device: VirtualDevice) -> Iterator[None]:
+def patched_threads(modes: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Let threads that begin to run, and work handed to executors, enter the device's modes, until the end."""
     # Every thread passes here, whatever its class overrides.
     begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
@@ -32,11 +30,11 @@ def patched_threads(device: VirtualDevice) -> Iterator[None]:
         if isinstance(thread, PlainThread):
             begin(thread)
             return
-        with device.in_thread():
+        with modes():
             begin(thread)
 
     def run(item: Any, *args: Any) -> Any:
-        with device.in_thread():
+        with modes():
             return work(item, *args)
 
     with (

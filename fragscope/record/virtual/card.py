@@ -1,0 +1,233 @@
+"""The state of a virtual card while code runs on it: its memory, its storages, and what had to be left open."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
+from fragscope.errors import UnsupportedError
+from fragscope.record.virtual.callsite import CallSites
+from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.footprints import GEMM_WORKSPACE
+from fragscope.record.virtual.storages import Entry, Place, Storages
+from fragscope.trace import Trace
+from fragscope.units import GIB, KIB, MIB
+
+
+class VirtualCard:
+    """What the modes and stand-ins of one virtual device share.
+
+    Args:
+        card: what the card reports of itself.
+        settings: memory, rules and conf its allocator works under.
+        root: folder that file names in stacks are relative to.
+
+    Attributes:
+        memory: the allocator model and the log of requests.
+        refused: what was asked for and cannot be known: times and first place, by description.
+        estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
+    """
+
+    def __init__(self, card: Card, settings: ReplaySettings, root: Path | None = None) -> None:
+        self.card = card
+        self.memory = CardMemory(settings)
+        self.sites = CallSites(root)
+        self.storages = Storages(self.memory.free)
+        self.estimated: dict[str, tuple[int, str]] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
+        self._thread = ThreadState()
+        self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
+
+    @property
+    def stream(self) -> int:
+        """Handle of the running thread's current stream."""
+        return self._thread.stream
+
+    @stream.setter
+    def stream(self, handle: int) -> None:
+        self._thread.stream = handle
+
+    @property
+    def explicit_meta(self) -> bool:
+        """Whether the running thread makes a meta tensor that the program itself asked for."""
+        return self._thread.explicit_meta
+
+    @explicit_meta.setter
+    def explicit_meta(self, value: bool) -> None:
+        self._thread.explicit_meta = value
+
+    @property
+    def function_mode(self) -> TorchFunctionMode | None:
+        """The running thread's function mode."""
+        return self._thread.function_mode
+
+    @staticmethod
+    def check_index(device: object) -> None:
+        """Refuse cards other than the first.
+
+        Raises:
+            RuntimeError: as CUDA does.
+        """
+        index = device if isinstance(device, int) else getattr(device, "index", None)
+        if index not in (None, 0, -1):
+            shown = f"cuda:{index}"
+            raise RuntimeError(f"CUDA error: invalid device ordinal ({shown}; the virtual device has one card, cuda:0)")
+
+    def trace(self, provenance: dict[str, str] | None = None) -> Trace:
+        """What was asked so far, with the decisions made about it."""
+        return self.memory.trace(provenance)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> int | None:
+        """Allocate on the current stream; None for no bytes.
+
+        Raises:
+            torch.OutOfMemoryError: as on the card.
+        """
+        if size == 0:
+            return None
+        stack = self.sites.stack()
+        try:
+            return self.memory.alloc(size, self.stream, stack)
+        except OutOfMemoryError as e:
+            raise torch.OutOfMemoryError(self._oom_message(e)) from None
+
+    def register(self, tensor: torch.Tensor) -> None:
+        """Give a new tensor's storage its memory on the card, unless it is followed already."""
+        if self.storages.find(tensor) is None:
+            id_ = self.allocate(tensor.untyped_storage().nbytes())
+            self.storages.follow(tensor, Place.CARD, id_)
+
+    def resized(self, tensor: torch.Tensor, entry: Entry) -> None:
+        """A tensor's storage on the card may have grown."""
+        self.storage_resized(tensor.untyped_storage().nbytes(), entry)
+
+    def storage_resized(self, size: int, entry: Entry) -> None:
+        """A storage on the card grew or shrank: the new memory is taken before the old is given back."""
+        if size == entry.size:
+            return
+        old = entry.id
+        entry.id = self.allocate(size)
+        entry.size = size
+        if old is not None:
+            self.memory.free(old)
+
+    @contextlib.contextmanager
+    def temporaries(self, sizes: list[int]) -> Iterator[None]:
+        """Memory an operator takes besides its outputs and gives back, in order, when it returns."""
+        ids: list[int] = []
+        try:
+            for size in sizes:
+                id_ = self.allocate(size)
+                if id_ is not None:
+                    ids.append(id_)
+            yield
+        finally:
+            for id_ in ids:
+                self.memory.free(id_)
+
+    @contextlib.contextmanager
+    def index_temporaries(self, indices: Sequence[torch.Tensor | None], on_host: Sequence[bool]) -> Iterator[None]:
+        """What indexing takes before its result.
+
+        Host indices come to the card, int32 becomes int64, and several indices that are strided differently once they
+        are broadcast become contiguous. The last index is given back first.
+
+        Source: ``make_info`` and ``AdvancedIndex`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp; recorded for the
+        ``index_*`` cases of tests/gpu/footprint_cases.py.
+        """
+        given = [(i, there) for i, there in zip(indices, on_host, strict=True) if i is not None]
+        shape = torch.broadcast_shapes(*(i.shape for i, _ in given))
+        copies: list[int | None] = [self.allocate(i.numel() * i.itemsize) if there else None for i, there in given]
+        try:
+            for position, (index, _) in enumerate(given):
+                if index.dtype == torch.int32:
+                    elements = index.numel() if index.shape == shape else math.prod(shape)
+                    old, copies[position] = copies[position], self.allocate(elements * 8)
+                    self._release(old)
+            expanded = [i.expand(shape) for i, _ in given]
+            if len({e.stride() for e in expanded}) > 1:
+                olds: list[int | None] = []
+                for position, index in enumerate(expanded):
+                    if not index.is_contiguous():
+                        olds.append(copies[position])
+                        copies[position] = self.allocate(math.prod(shape) * 8)
+                for id_ in olds:
+                    self._release(id_)
+            yield
+        finally:
+            for id_ in reversed(copies):
+                self._release(id_)
+
+    def _release(self, id_: int | None) -> None:
+        if id_ is not None:
+            self.memory.free(id_)
+
+    def take_gemm_workspace(self) -> None:
+        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept."""
+        if self.stream in self.gemm_workspaces:
+            return
+        size = GEMM_WORKSPACE.get(self.card.capability[0])
+        if size is None:
+            self.estimate("cuBLAS workspace")
+            return
+        self.gemm_workspaces[self.stream] = self.allocate(size) or 0
+
+    # --- what cannot be known -------------------------------------------------------------------------------------
+
+    def unsupported(self, what: str) -> UnsupportedError:
+        """The error for something that cannot be known without data, at the user's line."""
+        where = self.sites.where()
+        calls, first = self.refused.get(what, (0, where or ""))
+        self.refused[what] = (calls + 1, first)
+        return UnsupportedError(what, where)
+
+    def estimate(self, op: str) -> None:
+        """Note an operator whose hidden temporaries are unknown."""
+        calls, where = self.estimated.get(op, (0, ""))
+        self.estimated[op] = (calls + 1, where or self.sites.where() or "")
+
+    def observe(self, what: str) -> None:
+        """The program reads memory state."""
+        self.memory.observe(what, self.sites.stack())
+
+    def _oom_message(self, e: OutOfMemoryError) -> str:
+        """As c10/cuda/CUDACachingAllocator.cpp words it, less what NVML would say about other processes."""
+        allocator, s = self.memory.allocator, self.memory.settings
+        meter = allocator.meter
+        allowed = "" if allocator.limit is None else f"{_size(allocator.limit)} allowed; "
+        return (
+            f"CUDA out of memory. Tried to allocate {_size(e.segment)}. GPU 0 has a total capacity of {_size(s.total)} "
+            f"of which {_size(e.free)} is free. {allowed}"
+            f"Of the allocated memory {_size(meter.allocated)} is allocated by PyTorch, and "
+            f"{_size(meter.reserved - meter.allocated)} is reserved by PyTorch but unallocated. If reserved but "
+            "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
+            f"fragmentation. (virtual {self.card.name})"
+        )
+
+
+class ThreadState(threading.local):
+    """What each thread has of its own: current stream, modes, and whether it makes a meta tensor on purpose."""
+
+    stream = 0
+    explicit_meta = False
+    inside = False
+    function_mode: TorchFunctionMode | None = None
+
+
+def _size(size: int) -> str:
+    """As ``format_size`` in c10/cuda/CUDACachingAllocator.cpp."""
+    if size <= KIB:
+        return f"{size} bytes"
+    for unit, name in ((KIB, "KiB"), (MIB, "MiB")):
+        if size <= unit * 1024:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / GIB:.2f} GiB"
