@@ -18,7 +18,7 @@ import click
 from fragscope.errors import FragscopeError, UsageError, printable
 
 if TYPE_CHECKING:
-    from fragscope.allocator import ChosenRules, Replay, ReplaySettings, Verification
+    from fragscope.allocator import Card, ChosenRules, Replay, ReplaySettings, Verification
     from fragscope.trace import Trace
 
 SCHEMA_VERSION = 1
@@ -104,7 +104,7 @@ def _product(
     notes: list[str],
 ) -> Iterator[ReplaySettings]:
     """One setting for each combination; what is not given comes from the trace, and where it has nothing, a default."""
-    from fragscope.allocator import DEFAULT_CARD, NEWEST, ReplaySettings, card_named, recorded_conf
+    from fragscope.allocator import DEFAULT_CARD, NEWEST, ReplaySettings, recorded_conf
 
     for given in fractions:
         if not 0.0 <= given <= 1.0:
@@ -117,6 +117,11 @@ def _product(
                     f"--verify: the decisions were recorded under conf {recorded!r}; "
                     f"a replay under {conf!r} is not expected to equal them"
                 )
+        if trace.settings.capacity is not None and any(c != trace.settings.capacity for c in capacities):
+            raise UsageError(
+                f"--verify: the decisions were made with {trace.settings.capacity} bytes to take; "
+                "with another --capacity they are not expected to be equal"
+            )
     if not chosen:
         if trace.torch is None:
             notes.append(f"the file does not name its torch release; the rules of {NEWEST.release} decide (--torch)")
@@ -127,7 +132,7 @@ def _product(
         if rules.assumed:
             notes.append(f"torch {rules.torch} is newer than the rules known; those of {rules.rules.release} decide")
     own_capacity = trace.settings.capacity if not cards else None  # another card has its own
-    profiles = [card_named(name) for name in cards or (trace.card or DEFAULT_CARD,)]
+    profiles = _profiles(trace, cards)
     for conf, rules, card, capacity, fraction in itertools.product(
         confs or (recorded_conf(trace.settings),),
         chosen,
@@ -143,6 +148,22 @@ def _product(
             conf=conf,
             memory_fraction=fraction,
         )
+
+
+def _profiles(trace: Trace, cards: tuple[str, ...]) -> list[Card]:
+    """The cards asked for; else that of the trace, which may be one that no profile describes."""
+    from fragscope.allocator import CARDS, DEFAULT_CARD, Card, card_named
+
+    if cards:
+        return [card_named(name) for name in cards]
+    if trace.card is None or trace.card in CARDS:
+        return [card_named(trace.card or DEFAULT_CARD)]
+    total, free = trace.device_total, trace.settings.capacity
+    if total is None:
+        raise UsageError(
+            f"the trace names the card {trace.card!r}, which has no profile, and not its memory; use --card"
+        )
+    return [Card(trace.card, trace.card, total, total if free is None else free, (0, 0), 0, 0, "the trace")]
 
 
 def _rules(release: str, strict: bool) -> ChosenRules:

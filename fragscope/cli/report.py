@@ -17,7 +17,7 @@ Format = Literal["html", "markdown", "text"]
 
 
 @click.command("report")
-@click.argument("results", type=click.Path(path_type=Path), default=Path(".fragscope"))
+@click.argument("results", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--format", "form", type=click.Choice(["html", "markdown", "text"]), default="html", show_default=True,
     help="What to write.",
@@ -26,13 +26,15 @@ Format = Literal["html", "markdown", "text"]
     "--out", type=click.Path(path_type=Path, dir_okay=False),
     help="Where to write it. An HTML page goes to report.html beside the results, the others to stdout.",
 )  # fmt: skip
-def command(results: Path, form: Format, out: Path | None) -> None:
-    """Show RESULTS, a results.json or the folder that holds it (default: .fragscope).
+def command(results: Path | None, form: Format, out: Path | None) -> None:
+    """Show RESULTS, a results.json or the folder that holds it (default: where run puts it).
 
     The HTML page is complete in itself and opens without a network; its path is printed.
     """
+    from fragscope.config import load_config
     from fragscope.results import load_results
 
+    results = results or load_config().out or Path(".fragscope")
     loaded = load_results(results)
     folder = results if results.is_dir() else results.parent
     if form == "html":

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -112,7 +111,7 @@ def command(
         jobs=jobs or (usable_cores() if kind == "virtual" else 1),
         timeout=timeout,
         resume=resume,
-        command=("fragscope", *(shlex.quote(a) for a in sys.argv[1:])),
+        command=("fragscope", *sys.argv[1:]),
     )
     try:
         with _stopped_by_signals(), _RichProgress() as progress:
@@ -314,7 +313,7 @@ def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
             more = f" (log: {log})" if log.is_file() else ""
             click.echo(f"fragscope: {case.outcome}: {case.id}: {case.message or 'no message'}{more}", err=True)
     written = "results.json, traces" + (", report.html" if report else "")
-    took = f"{len(results.cases)} cases in {results.run.seconds:.1f} s"
+    took = f"{len(results.cases)} case{'s' * (len(results.cases) != 1)} in {results.run.seconds:.1f} s"
     click.echo(f"fragscope: {took}; wrote {written} to {folder}", err=True)
 
 

@@ -56,7 +56,13 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
             without_budget += 1
         elif reason is None:
             held += 1
-            checks.extend(_checks(case, named, limits, budgets.file))
+            found = _checks(case, named, limits, budgets.file)
+            checks.extend(c for c in found if c.over or case.outcome != "oom")
+            short = [c for c in found if not c.over and case.outcome == "oom"]
+            if short:  # a lower bound that is over a limit says so; one within it says nothing
+                metrics = ", ".join(c.metric for c in short)
+                why = f"ended in an out-of-memory error: {metrics} would have been larger than what was reached"
+                not_measured.append(NotMeasured(case=named, budget=short[0].budget, reason=why))
         else:
             first = min((budget for _, budget in limits.values()), key=lambda b: b.line)
             not_measured.append(NotMeasured(case=named, budget=_budget_named(first, budgets.file), reason=reason))
@@ -172,7 +178,7 @@ def _caveats(case: Case, operators: list[str], unknown: list[str]) -> list[str]:
         caveats.append(f"estimated: hidden temporaries of {', '.join(operators[:_SHOWN_OPS])}{more} are unknown")
     if unknown:
         caveats.append(f"{'' if operators else 'estimated: '}assumed with unknown effect: {', '.join(unknown)}")
-    if not case.exact and not caveats:
+    if not case.exact and not caveats and case.outcome != "oom":
         bounded = sorted({a.code for a in case.assumptions if a.effect == "bounded"})
         because = f"assumed with bounded effect: {', '.join(bounded)}" if bounded else "the results do not say why"
         caveats.append(f"estimated: {because}")

@@ -55,11 +55,6 @@ class SegmentLayout:
         idle = sum(b.size for b in self.blocks if b.state == "free")
         return idle if idle < self.size else 0
 
-    @property
-    def largest_hole(self) -> int:
-        """Bytes of the largest contiguous idle part."""
-        return max((b.size for b in self.blocks if b.state == "free"), default=0)
-
 
 def layout_at(trace: Trace, row: int) -> tuple[SegmentLayout, ...]:
     """The segments in address order after request ``row`` was served.

@@ -33,12 +33,11 @@ class CudaRecorder:
     Attributes:
         statistics: of the measured phase, once it is over.
         total: bytes of device memory.
-        free: free bytes when recording began.
     """
 
     def __init__(self) -> None:
         torch.cuda.init()
-        self.free, self.total = torch.cuda.mem_get_info()
+        _, self.total = torch.cuda.mem_get_info()
         self.statistics: PhaseStatistics | None = None
         self._marks: list[PhaseMark] = []
         torch.cuda.memory._record_memory_history(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -179,7 +180,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     ]
     facts += [(_name(name), _name(version)) for name, version in run.versions.items() if name != "torch"]
     if run.command:
-        facts.append(("command", printable(" ".join(run.command), 300)))
+        facts.append(("command", printable(shlex.join(run.command), 300)))
     return tuple(facts)
 
 
@@ -229,7 +230,11 @@ def _headlines(results: Results, groups: tuple[Group, ...]) -> tuple[str, ...]:
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         out.append(f"{len(unexpected)} of {len(cases)} outcomes are not the declared ones: {listed}.")
     else:
-        out.append(f"All {len(cases)} outcomes are the declared ones.")
+        out.append(
+            "The outcome is the declared one."
+            if len(cases) == 1
+            else f"All {len(cases)} outcomes are the declared ones."
+        )
     for group in groups:
         compared = [row for row in group.rows if row.difference is not None and row.case.outcome == "ok"]
         if not compared or compared[0].original is None:

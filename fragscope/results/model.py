@@ -173,7 +173,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         complete: every selected case has a result.
         planned: how many cases were selected.
         versions: fragscope, python, torch and the like.
-        command: the command line, redacted.
+        command: the command line as it was given.
         card: name to facts about the card, bytes.
     """
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fragscope
-from fragscope.allocator import ReplaySettings
+from fragscope.allocator import ReplaySettings, card_named
 from fragscope.results import DeviceKind
 from fragscope.suite.discover import Selection
 from fragscope.suite.scenario import Value
@@ -76,6 +76,8 @@ def _case_id(name: str, changed: Sequence[tuple[str, Value]], settings: ReplaySe
     """``scenario/preset/variant[name=value]@conf,torch,card,device``."""
     params = "[" + ",".join(f"{k}={v}" for k, v in changed) + "]" if changed else ""
     card = settings.card
+    if settings.capacity != card_named(card).free:
+        card += f":{settings.capacity}B"
     under = [settings.conf or "default", f"torch-{settings.rules.torch}", card, device]
     return f"{name}{params}@{','.join(under)}"
 

@@ -114,6 +114,24 @@ def test_what_is_made_of_many_operators_is_estimated_or_equal(name):
     assert left == 0
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: torch.where(x > 0, x, x.half()),
+        lambda x: torch.complex(x, x).abs(),
+        lambda x: torch.complex(x, x).angle(),
+        lambda x: x.t().softmax(-1),
+    ],
+    ids=["where of two types", "abs of complex", "angle of complex", "softmax of strided"],
+)
+def test_kernels_that_convert_or_copy_first_are_listed(op):
+    """Their sources make whole temporaries that no recording here has."""
+    device = card()
+    with device:
+        op(torch.ones(40, 50, device="cuda"))
+    assert device.estimated
+
+
 def test_common_blocks_are_not_estimated():
     """What the cases above would not notice: that everything became estimated."""
     for name in (

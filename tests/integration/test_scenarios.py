@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fragscope.gate import evaluate, load_budgets
 from fragscope.results import Case, Results, load_results
 from fragscope.trace import RequestKind, load_trace
 
@@ -142,3 +143,9 @@ def test_numerics_agree_with_the_references(run: tuple[Results, Path]) -> None:
         assert case.numeric is not None
         assert case.numeric["agree"] is True
         assert case.numeric["compared_with"] == "reference"
+
+
+def test_the_shipped_budgets_hold_and_every_one_of_them_matches(run: tuple[Results, Path]) -> None:
+    verdict = evaluate(run[0], load_budgets(ROOT / "budgets.toml"))
+    assert (verdict.exit_code, verdict.not_measured) == (0, [])
+    assert verdict.cases_held >= 19

@@ -248,9 +248,11 @@ def test_an_outcome_that_was_declared_and_did_not_happen_is_undeclared():
     assert _gate(ANY, _case(outcome="ok", expected_outcome="oom")).exit_code == 3
 
 
-def test_a_declared_oom_is_measured_and_its_values_are_lower_bounds():
+def test_what_an_oom_reached_can_be_over_a_limit_but_never_within_it():
     case = _case(outcome="oom", expected_outcome="oom")
-    assert _gate(ANY, case).exit_code == 0
+    within = _gate(ANY, case)
+    assert within.exit_code == 4
+    assert "out-of-memory" in within.not_measured[0].reason
     verdict = _gate('[budget."moe/*/*"]\ntransient = 49\n', case)
     assert verdict.exit_code == 3
     assert "lower bound" in as_text(verdict)

@@ -64,7 +64,6 @@ def test_neighbouring_holes_are_one_hole() -> None:
         (6 * MIB, 2 * MIB, "allocated", 3),
     ]
     assert segment.stranded == 4 * MIB
-    assert segment.largest_hole == 4 * MIB
 
 
 def test_a_row_the_trace_does_not_have_is_a_usage_error() -> None:

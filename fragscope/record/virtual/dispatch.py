@@ -103,7 +103,7 @@ class DispatchMode(TorchDispatchMode):
             # is active (``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp).
             device.estimate("accumulation of gradients")
         elif needs_copies(func, args):
-            device.estimate(f"{func._schema.name} on strided tensors")
+            device.estimate(f"{func._schema.name} on strided or mixed tensors")
         outputs = [t for t in _tensors(out) if t.device.type == "meta"]
         if trait.order is not None:
             outputs = [outputs[i] for i in trait.order]

@@ -2,7 +2,7 @@
 
 Three kinds of operator: those that allocate their outputs and nothing else, those whose temporaries are modelled here,
 and all others, which make a result ``estimated``. Membership in the first two is checked against recordings of a real
-card (tests/data/footprints); ``VERIFIED`` names the releases.
+card (tests/data/footprints).
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from typing import Any
 import torch
 
 from fragscope.units import MIB
-
-VERIFIED = ("2.11",)
-"""Releases of torch whose operators were recorded on a card and compared."""
 
 OUTPUTS_ONLY = frozenset(
     f"aten::{name}"
@@ -72,8 +69,11 @@ _CONTIGUOUS_ONLY = frozenset(
 """Operators whose CUDA kernels first copy an input that is not contiguous."""
 
 
+_COMPLEX_FIRST = frozenset({"aten::abs", "aten::angle"})
+
+
 def needs_copies(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a known operator copies inputs first because of their strides.
+    """Whether a known operator makes whole copies first, because of strides or types.
 
     Source: ``.contiguous()`` in the operators' CUDA files; ``prepare_matrix_for_cublas`` and
     ``prepare_batch_matrix_for_cublas`` in aten/src/ATen/native/cuda/Blas.cpp: a matrix needs one dimension of stride 1
@@ -81,6 +81,10 @@ def needs_copies(func: Any, args: tuple[Any, ...]) -> bool:
     """
     name = func._schema.name
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if name == "aten::where":  # ``where_self_out`` converts the two choices to their common type first
+        return len({t.dtype for t in tensors[1:]}) > 1
+    if name in _COMPLEX_FIRST:  # ``unary_op_impl_with_complex_to_float_out`` makes a complex result first
+        return any(t.is_complex() for t in tensors)
     if name in _CONTIGUOUS_ONLY:
         return not all(t.is_contiguous() for t in tensors)
     if name in GEMMS:
