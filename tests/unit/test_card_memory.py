@@ -6,6 +6,8 @@ import threading
 
 import pytest
 
+pytest.importorskip("torch")  # the package it lies in imports it
+
 from fragscope.allocator import OutOfMemoryError, ReplaySettings, card_named, replay, rules_for
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.trace import Frame, RequestKind

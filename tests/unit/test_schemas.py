@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 PUBLISHED = {"results.schema.json": Results, "verdict.schema.json": Verdict}
 
 
+def dedented(value: Any) -> Any:
+    """Descriptions come from docstrings, whose indentation is kept up to Python 3.12 only."""
+    if isinstance(value, dict):
+        return {k: inspect.cleandoc(v) if k == "description" else dedented(v) for k, v in value.items()}
+    return value
+
+
 def text(kind: type[Any]) -> str:
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(kind)}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **dedented(msgspec.json.schema(kind))}
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 

@@ -102,8 +102,8 @@ class DispatchMode(TorchDispatchMode):
             # The engine adds up gradients in place where it holds the last reference, but never while a dispatch mode
             # is active (``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp).
             device.estimate("accumulation of gradients")
-        elif needs_copies(func, args):
-            device.estimate(f"{func._schema.name} on strided or mixed tensors")
+        elif trouble := needs_copies(func, args):
+            device.estimate(f"{func._schema.name} {trouble}")
         outputs = [t for t in _tensors(out) if t.device.type == "meta"]
         if trait.order is not None:
             outputs = [outputs[i] for i in trait.order]

@@ -72,24 +72,26 @@ _CONTIGUOUS_ONLY = frozenset(
 _COMPLEX_FIRST = frozenset({"aten::abs", "aten::angle"})
 
 
-def needs_copies(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a known operator makes whole copies first, because of strides or types.
+def needs_copies(func: Any, args: tuple[Any, ...]) -> str:
+    """Why a known operator makes whole copies of its inputs first, or an empty string.
 
     Source: ``.contiguous()`` in the operators' CUDA files; ``prepare_matrix_for_cublas`` and
     ``prepare_batch_matrix_for_cublas`` in aten/src/ATen/native/cuda/Blas.cpp: a matrix needs one dimension of stride 1
-    and the other at least its length.
+    and the other at least its length; ``where_self_out`` in TensorCompare.cpp converts the two choices to their common
+    type; ``unary_op_impl_with_complex_to_float_out`` in UnaryOps.cpp makes a complex result first.
     """
     name = func._schema.name
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if name == "aten::where":  # ``where_self_out`` converts the two choices to their common type first
-        return len({t.dtype for t in tensors[1:]}) > 1
-    if name in _COMPLEX_FIRST:  # ``unary_op_impl_with_complex_to_float_out`` makes a complex result first
-        return any(t.is_complex() for t in tensors)
-    if name in _CONTIGUOUS_ONLY:
-        return not all(t.is_contiguous() for t in tensors)
-    if name in GEMMS:
-        return not all(_fits_blas(t) for t in tensors[-2:])
-    return False
+    strided = mixed = False
+    if name == "aten::where":
+        mixed = len({t.dtype for t in tensors[1:]}) > 1
+    elif name in _COMPLEX_FIRST:
+        mixed = any(t.is_complex() for t in tensors)
+    elif name in _CONTIGUOUS_ONLY:
+        strided = not all(t.is_contiguous() for t in tensors)
+    elif name in GEMMS:
+        strided = not all(_fits_blas(t) for t in tensors[-2:])
+    return "on strided tensors" if strided else "with types to convert" if mixed else ""
 
 
 def _fits_blas(matrix: torch.Tensor) -> bool:
