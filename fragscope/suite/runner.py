@@ -23,7 +23,7 @@ from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
 from fragscope.suite.process import log_path, place_in_log, report_path
 from fragscope.suite.server import Job, WorkerServer
-from fragscope.suite.worker import CaseTask, Report, Task, run_task
+from fragscope.suite.worker import CaseTask, Report, Task, bare_case, run_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,34 +237,12 @@ class _PlanRun:
         if report is None:
             outcome: Outcome = "timeout" if job.timed_out else "crash"
             message = f"the process {_how_it_ended(job, task)}"
-            self._finish(self._without_figures(task, task.cases[0], outcome, message))
+            self._finish(bare_case(task, task.cases[0], outcome, message, versions().get("torch", "")))
             rest = task.cases[1:]
             return [self._recording_job([self._planned[c.id] for c in rest])] if rest else ()
         for case in report.cases:
             self._finish(case)
         return [self._recording_job([self._planned[i]]) for i in report.again]
-
-    def _without_figures(self, task: Task, wanted: CaseTask, outcome: Outcome, message: str) -> Case:
-        settings = wanted.settings
-        return Case(
-            id=wanted.id,
-            digest=wanted.digest,
-            scenario=task.scenario,
-            preset=task.preset,
-            variant=task.variant,
-            role=task.role,
-            params=dict(task.values),
-            changed=dict(task.changed),
-            conf=settings.conf,
-            torch=settings.rules.torch,
-            torch_installed=versions().get("torch", ""),
-            card=settings.card,
-            device=task.device,
-            capacity=settings.capacity,
-            outcome=outcome,
-            expected_outcome=task.expect,
-            message=message,
-        )
 
     def _finish(self, case: Case) -> None:
         if case.scenario in self._held:

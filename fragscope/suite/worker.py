@@ -287,6 +287,18 @@ def _result(
             message = f"replayed: {format_bytes(oom.requested)} do not fit within {format_bytes(settings.capacity)}"
         if decided.verify is not None:
             facts["verify"] = _verified(decided.verify, decided.measured, recording.statistics)
+    return msgspec.structs.replace(
+        bare_case(task, wanted, outcome, message, str(torch.__version__)),
+        estimated_ops=recording.estimated,
+        seconds=round(seconds, 3),
+        sources=sources,
+        **facts,
+    )
+
+
+def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torch_installed: str) -> Case:
+    """A result that says what was run, under what, and how it ended, and has no figures."""
+    settings = wanted.settings
     return Case(
         id=wanted.id,
         digest=wanted.digest,
@@ -298,17 +310,13 @@ def _result(
         changed=dict(task.changed),
         conf=settings.conf,
         torch=settings.rules.torch,
-        torch_installed=str(torch.__version__),
+        torch_installed=torch_installed,
         card=settings.card,
         device=task.device,
         capacity=settings.capacity,
         outcome=outcome,
         expected_outcome=task.expect,
-        estimated_ops=recording.estimated,
-        seconds=round(seconds, 3),
         message=message,
-        sources=sources,
-        **facts,
     )
 
 
