@@ -1,4 +1,4 @@
-"""Everything a contributor or CI runs: ``nox -s suite tests lint typing bench browser gpu``."""
+"""Everything a contributor or CI runs: ``nox -s suite tests lint typing bench conformance browser gpu``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def suite(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither a GPU nor a browser, with branch coverage, which may only rise."""
-    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("test"))
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report,fast]", *group("test"))
     session.run(
         "coverage", "run", "-m", "pytest", "--ignore=tests/browser", "--ignore=tests/benchmarks", *session.posargs
     )
@@ -56,15 +56,24 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """mypy in strict mode over the package and the scenarios."""
-    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("typing"))
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report,fast]", *group("typing"))
     session.run("mypy")
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Speed, as ratios measured side by side in one run."""
-    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report]", *group("bench"))
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report,fast]", *group("bench"))
     session.run("pytest", "tests/benchmarks", "--benchmark-columns=min,median,stddev,rounds", *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Random programs on the releases' own allocators, beside the model; downloads a wheel of each release."""
+    session.install(*CONSTRAINTS, "-e", ".", *group("test"))
+    for release in session.posargs or ("2.9.1", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1"):
+        session.run("python", "tests/conformance/oracle/build.py", release)
+        session.run("python", "tests/conformance/fuzz.py", "--release", release, "--model", "engine")
 
 
 @nox.session

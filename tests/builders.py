@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import lzma
+import pickle
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fragscope.allocator import CARDS, DEFAULT_CARD, Replay, ReplaySettings, replay, rules_for
+from fragscope.allocator import CARDS, DEFAULT_CARD, Replay, ReplaySettings, recorded_under, replay, rules_for
 from fragscope.results import AfterEmptyCache, AssumptionRecord, Calls, Case, LossRecord, OomRecord, Peak, Results, Run
-from fragscope.trace import RequestKind, RequestLog, Requests, Trace, load_trace, write_trace
+from fragscope.trace import RequestKind, RequestLog, Requests, Trace, load_trace, with_sidecar, write_trace
+from fragscope.trace.snapshot import snapshot_to_trace
 
 TRACES = Path(__file__).parent / "data" / "traces"
 RULES = "2.11"  # the release that recorded the traces in tests/data
@@ -24,8 +27,43 @@ FP8 = {
 }
 """Variant to role and recording; all three load the same four layers."""
 
+CONFS = tuple(
+    f"confs/{path.name.removesuffix('.pickle.xz')}" for path in sorted((TRACES / "confs").glob("*.pickle.xz"))
+)
+"""Recordings of random programs under other confs."""
+
 FP8_BASE_ALLOCS = 8
 """Each FP8 recording first allocates the parameters: two a layer, four layers."""
+
+
+def pickled(name: str) -> dict[str, Any]:
+    """A recording in tests/data as torch wrote it."""
+    value: dict[str, Any] = pickle.loads(lzma.decompress((TRACES / f"{name}.pickle.xz").read_bytes()))
+    return value
+
+
+def bare_recording(name: str) -> Trace:
+    """A recording in tests/data without what its JSON says."""
+    return load_trace(TRACES / f"{name}.pickle.xz")
+
+
+def recording(name: str) -> Trace:
+    """A recording in tests/data, with what its snapshot leaves out from the JSON beside it."""
+    return with_sidecar(bare_recording(name), TRACES / f"{name}.json")
+
+
+def begun_late(name: str, share: float) -> Trace:
+    """A recording as if it had begun after that share of its entries."""
+    snapshot = pickled(name)
+    (entries,) = (e for e in snapshot["device_traces"] if e)
+    snapshot["device_traces"] = [entries[int(len(entries) * share) :]]
+    path = TRACES / f"{name}.pickle.xz"
+    return with_sidecar(snapshot_to_trace(snapshot, path), TRACES / f"{name}.json")
+
+
+def own_settings(trace: Trace) -> ReplaySettings:
+    """The settings that a Trace was recorded under, as far as it tells."""
+    return ReplaySettings.of(recorded_under(trace))
 
 
 def torch_statistics(name: str) -> dict[str, int]:
@@ -81,6 +119,7 @@ def _copy(log: RequestLog, requests: Requests, row: int, phase: int) -> None:
         id=int(requests.id[row]),
         size=int(requests.size[row]),
         stream=int(requests.stream[row]),
+        pool=int(requests.pool[row]),
         phase=phase,
     )
 

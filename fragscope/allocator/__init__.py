@@ -1,10 +1,10 @@
 """The exact model of PyTorch's CUDA caching allocator: online, and as replay over a Trace."""
 
-from fragscope.allocator.caching import CachingAllocator, DriverCalls, OutOfMemoryError
+from fragscope.allocator.caching import BlockView, CachingAllocator, DriverCalls, OutOfMemoryError
 from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
-from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
-from fragscope.allocator.counters import Counters
-from fragscope.allocator.driver import Device, RecordedPlacement, TopDownPlacement
+from fragscope.allocator.conf import Conf, conf_from_environment, parse_conf, recorded_conf
+from fragscope.allocator.counters import Counters, PeakWatch
+from fragscope.allocator.recorded import Recorded, card_of, recorded_under
 from fragscope.allocator.replay import (
     FRACTION_UNIT,
     Assumption,
@@ -13,10 +13,13 @@ from fragscope.allocator.replay import (
     ReplaySettings,
     Span,
     SpanMeter,
+    Tape,
     replay,
+    settle,
+    tape_of,
 )
 from fragscope.allocator.rules import NEWEST, RULES, ChosenRules, Rules, TieBreak, rules_for
-from fragscope.allocator.verify import Difference, Verification, final_state
+from fragscope.allocator.verify import Difference, Verification
 
 __all__ = [
     "CARDS",
@@ -25,29 +28,34 @@ __all__ = [
     "NEWEST",
     "RULES",
     "Assumption",
+    "BlockView",
     "CachingAllocator",
     "Card",
     "ChosenRules",
     "Conf",
     "Counters",
-    "Device",
     "Difference",
     "DriverCalls",
     "Oom",
     "OutOfMemoryError",
-    "RecordedPlacement",
+    "PeakWatch",
+    "Recorded",
     "Replay",
     "ReplaySettings",
     "Rules",
     "Span",
     "SpanMeter",
+    "Tape",
     "TieBreak",
-    "TopDownPlacement",
     "Verification",
     "card_named",
-    "final_state",
+    "card_of",
+    "conf_from_environment",
     "parse_conf",
     "recorded_conf",
+    "recorded_under",
     "replay",
     "rules_for",
+    "settle",
+    "tape_of",
 ]

@@ -1,25 +1,39 @@
-"""The model of PyTorch's CUDA caching allocator (backend ``native``).
+"""The model of PyTorch's CUDA caching allocator (backend ``native``): one device's allocator, asked request by request.
 
-Each method follows the function of the same purpose in c10/cuda/CUDACachingAllocator.cpp; the order of steps is the
-behaviour. What other streams have finished is told from outside (``uses_done``), because only the GPU knows.
+What it does is written in ``engine``; here its settings are set, its tables grown, and its state read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fragscope.allocator.blocks import Block, BlockPool, Segment
+import numpy as np
+
 from fragscope.allocator.conf import Conf
-from fragscope.allocator.counters import Meter
-from fragscope.allocator.driver import Device
+from fragscope.allocator.counters import Counters, PeakWatch, counters_now, segments_now, statistics
+from fragscope.allocator.engine import decide as loop
+from fragscope.allocator.engine import driver, free_lists, requests, tables
+from fragscope.allocator.engine import state as field
+from fragscope.allocator.engine.compiled import compiled_decide
+from fragscope.allocator.engine.restore import restore
+from fragscope.allocator.engine.sizes import SMALL_SIZE, TOO_LARGE, round_size, segment_size
+from fragscope.allocator.engine.state import State
 from fragscope.allocator.rules import Rules, TieBreak
-from fragscope.allocator.sizes import SMALL_SIZE, TOO_LARGE, round_size, segment_size, should_split
-from fragscope.trace import NO_ID, DecisionKind, DecisionLog
+from fragscope.trace import DECISION_DTYPES, BlockState, Decisions, SegmentState
 
-_ALLOC = DecisionKind.ALLOC
-_FREE_REQUESTED = DecisionKind.FREE_REQUESTED
-_FREE_COMPLETED = DecisionKind.FREE_COMPLETED
-_DEFAULT_POOL = 0
+_TIES = {
+    TieBreak.ADDRESS: field.BY_ADDRESS,
+    TieBreak.BLOCK_ORDER: field.BY_BLOCK,
+    TieBreak.SEGMENT_ORDER: field.BY_SEGMENT,
+}
+_STATES: dict[int, BlockState] = {
+    field.IDLE: "free",
+    field.ALLOCATED: "allocated",
+    field.WAITING: "pending",
+    field.DEFERRED: "pending",
+}
 
 
 class OutOfMemoryError(Exception):
@@ -42,283 +56,438 @@ class OutOfMemoryError(Exception):
         self.free = free
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DriverCalls:
-    """How often the driver was called."""
+    """How often the driver was called.
+
+    Attributes:
+        alloc: segments taken, and mappings into expandable segments.
+        free: segments returned, and unmappings.
+        sync: waits for all streams.
+    """
 
     alloc: int = 0
     free: int = 0
     sync: int = 0
 
+    def __sub__(self, other: DriverCalls) -> DriverCalls:
+        return DriverCalls(self.alloc - other.alloc, self.free - other.free, self.sync - other.sync)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """A block that the program holds, or whose free waits for other streams; bytes."""
+
+    addr: int
+    size: int
+    requested: int
+    stream: int
+
 
 class CachingAllocator:
-    """One device's caching allocator.
+    """One device's caching allocator. Allocations are named by the caller's ids: 0, 1, 2, ...
 
     Args:
-        device: memory and addresses.
+        total: bytes of device memory in all; memory fractions refer to it.
+        capacity: bytes that segments may take together: what is free once the context stands.
         rules: behaviour of one torch release.
-        conf: settings; only those that ``parse_conf`` lets through.
+        conf: settings at the start.
         memory_fraction: per-process memory fraction set before the first request, or None.
-        log: collects decisions; the caller sets ``log.request`` before each call.
+        compiled: run the compiled loop; needs numba. Then requests are served by ``decide`` only.
+        logging: keep every decision and all of torch's statistics; without it only fragscope's own counters are kept.
 
     Attributes:
-        meter: byte counters with peaks.
-        calls: driver calls; ``sync`` counts waits for all streams.
-        retries: requests that released everything cached before they could be served or failed.
-        ooms: requests that failed.
-        address_ties: choices between equal-size blocks that came down to where the driver put their segments.
+        conf: settings in force.
+        row: row of the request being served, for the decisions made about it.
+        program_peaks: peaks since the program itself reset them.
     """
 
     def __init__(
         self,
-        device: Device,
+        total: int,
+        capacity: int,
         rules: Rules,
         conf: Conf | None = None,
         memory_fraction: float | None = None,
-        log: DecisionLog | None = None,
+        *,
+        compiled: bool = False,
+        logging: bool = True,
     ) -> None:
-        self.device = device
         self.rules = rules
+        self._s = tables.new_state(total, capacity, compiled=compiled)
+        self._decide: Callable[..., int] = compiled_decide() if compiled else loop.decide
+        n = self._s.n
+        n[field.TIE_BREAK] = _TIES[rules.tie_break]
+        n[field.SCOPES_COUNT] = int(rules.scopes_defer)
+        n[field.LENDS_FIRST] = int(rules.lends_first)
+        n[field.LOGGING] = n[field.STATISTICS] = int(logging)
+        self._watches: list[PeakWatch] = []
+        self.program_peaks = PeakWatch(self._watches, self._s)
         self.conf = conf or Conf()
-        self.log = log
-        self.meter = Meter()
-        self.calls = DriverCalls()
-        self.retries = 0
-        self.ooms = 0
-        self.address_ties = 0
-        self.segments: dict[int, Segment] = {}
-        self._large = BlockPool(small=False)
-        self._small = BlockPool(small=True)
-        self._pending: dict[int, Block] = {}  # id -> block whose deferred free waits, in the order of the frees
-        self._finished: dict[int, Block] = {}  # of those, whose streams are done, in that order
-        self._tie_is_address = rules.tie_break is TieBreak.ADDRESS
-        self._tie_is_block = rules.tie_break is TieBreak.BLOCK_ORDER
-        self._created = 0
-        self._segments_made = 0
-        self.limit: int | None = None
+        self.set_conf(self.conf)
+        if self.conf.per_process_memory_fraction != 1.0:
+            self.set_memory_fraction(self.conf.per_process_memory_fraction)
         if memory_fraction is not None:
             self.set_memory_fraction(memory_fraction)
 
-    # --- what programs call -------------------------------------------------------------------------------------
+    # --- settings -----------------------------------------------------------------------------------------------
 
-    def malloc(self, size: int, stream: int = 0, id: int = NO_ID) -> Block:
-        """Serve a request of ``size`` bytes.
-
-        Raises:
-            OutOfMemoryError: after everything cached was released in vain.
-        """
-        if size >= TOO_LARGE:
-            raise OutOfMemoryError(size, size, size, stream, self.device.free)
-        if self._finished:
-            self._process_events()
-        rounded = round_size(size)
-        pool = self._small if rounded <= SMALL_SIZE else self._large
-        block = self._get_free_block(pool, rounded, stream)
-        if block is None:
-            block = self._alloc_block(pool, rounded, stream)
-        if block is None:
-            self._release_cached_blocks()
-            self.retries += 1
-            block = self._alloc_block(pool, rounded, stream)
-        if block is None:
-            self.ooms += 1
-            free = self.device.free
-            if self.log is not None:
-                self.log.append(DecisionKind.OOM, id, free, rounded, stream, _DEFAULT_POOL)
-            raise OutOfMemoryError(size, rounded, segment_size(rounded), stream, free)
-        return self._hand_out(pool, block, rounded, size, id)
-
-    def free(self, block: Block) -> None:
-        """The program lets go of a block; if other streams use it, its free is deferred until they are done."""
-        assert block.allocated
-        block.allocated = False
-        meter = self.meter
-        meter.allocated -= block.size
-        meter.requested -= block.requested
-        if self.log is not None:
-            self.log.append(_FREE_REQUESTED, block.id, block.addr, block.size, block.segment.stream, _DEFAULT_POOL)
-        if block.uses:
-            block.uses = None
-            block.pending = True
-            self._pending[block.id] = block
-        else:
-            self._free_block(block)
-
-    def record_stream(self, block: Block, stream: int) -> None:
-        """Another stream uses the block; uses on its own stream change nothing."""
-        if stream != block.segment.stream:
-            if block.uses is None:
-                block.uses = set()
-            block.uses.add(stream)
-
-    def uses_done(self, id: int) -> None:
-        """Other streams are done with a freed block; the next ``malloc`` will notice."""
-        block = self._pending.get(id)
-        if block is not None:
-            self._finished.setdefault(id, block)
-
-    def empty_cache(self) -> None:
-        """Wait for all streams and return every wholly idle segment."""
-        self._release_cached_blocks()
+    def set_conf(self, conf: Conf) -> None:
+        """``torch.cuda.memory._set_allocator_settings``: these settings hold from now on."""
+        self.conf = conf
+        n, f = self._s.n, self._s.f
+        n[field.MAX_SPLIT] = conf.max_split_size
+        n[field.NON_SPLIT_ROUNDING] = conf.max_non_split_rounding
+        n[field.LARGE_SEGMENT] = conf.large_segment_size
+        n[field.EXPANDABLE] = int(conf.expandable_segments)
+        n[field.THROW] = int(conf.throw_on_cudamalloc_oom)
+        n[field.REFUSE_ABOVE] = int(conf.per_process_memory_fraction * int(n[field.TOTAL]))
+        for slot, divisions in enumerate(conf.roundup_power2_divisions):
+            n[field.DIVISIONS + slot] = divisions
+        f[field.GC_THRESHOLD] = conf.garbage_collection_threshold
 
     def set_memory_fraction(self, fraction: float) -> None:
         """``set_per_process_memory_fraction``: a limit on reserved bytes as a share of the device's total memory."""
+        n = self._s.n
         if fraction >= 1.0 and not self.rules.limit_at_fraction_one:
-            self.limit = None
+            n[field.LIMIT] = field.NONE
             return
-        exact = fraction * self.device.total
-        self.limit = int(exact + 0.5) if self.rules.limit_rounds else int(exact)
+        exact = fraction * int(n[field.TOTAL])
+        n[field.LIMIT] = int(exact + 0.5) if self.rules.limit_rounds else int(exact)
 
-    # --- the allocator's own steps ------------------------------------------------------------------------------
+    def set_limit(self, limit: int | None) -> None:
+        """A limit on reserved bytes, however it came about."""
+        self._s.n[field.LIMIT] = field.NONE if limit is None else limit
 
-    def _process_events(self) -> None:
-        """Complete the deferred frees whose streams are done; polled only when memory is asked for."""
-        finished, self._finished = self._finished, {}
-        for block in finished.values():
-            del self._pending[block.id]
-            block.pending = False
-            self._free_block(block)
+    def begin_process(self, base: int, move_at: int) -> None:
+        """Before any request: what the process holds of the driver's address space; see ``engine.driver``."""
+        driver.begin_process(self._s, base, move_at)
 
-    def _get_free_block(self, pool: BlockPool, rounded: int, stream: int) -> Block | None:
-        block = pool.smallest(stream, rounded)
-        if block is not None:
-            if self._tie_is_address and pool.depends_on_placement(block):
-                self.address_ties += 1
-            pool.remove(block)
-        return block
+    def give_addresses(self, segments: Sequence[tuple[int, int]], maps: Sequence[int] = ()) -> None:
+        """Where the driver puts what comes next, as long as the same is asked for in the same order.
 
-    def _alloc_block(self, pool: BlockPool, rounded: int, stream: int) -> Block | None:
-        """Take a new segment from the driver; None if the limit or the device does not allow it."""
-        size = segment_size(rounded)
-        if self.limit is not None and self.meter.reserved + size > self.limit:
-            return None
-        addr = self.device.malloc(size)
-        if addr is None:
-            return None
-        segment = Segment(addr, size, stream, pool, self._segments_made)
-        self._segments_made += 1
-        self.segments[addr] = segment
-        block = Block(segment, addr, size, 0 if self._tie_is_address else self._created)
-        self._created += 1
-        segment.first = block
-        self.meter.reserve(size)
-        self.calls.alloc += 1
-        if self.log is not None:
-            self.log.append(DecisionKind.SEGMENT_ALLOC, NO_ID, addr, size, stream, _DEFAULT_POOL)
-        return block
+        Args:
+            segments: address and bytes of each segment.
+            maps: address of each mapping; a new expandable segment begins where the next one is made.
+        """
+        self._s = tables.with_given(self._s, segments, maps)
 
-    def _hand_out(self, pool: BlockPool, block: Block, rounded: int, requested: int, id: int) -> Block:
-        """Split the block if the rest is worth keeping, and give the front to the program."""
-        segment, meter = block.segment, self.meter
-        was_split = block.is_split
-        remaining = block.size - rounded
-        if should_split(rounded, remaining):
-            rest = block
-            tie = rest.tie
-            if self._tie_is_block:
-                tie = self._created
-                self._created += 1
-            block = Block(segment, rest.addr, rounded, tie)
-            block.prev, block.next = rest.prev, rest
-            if rest.prev is not None:
-                rest.prev.next = block
-            else:
-                segment.first = block
-            rest.prev = block
-            rest.addr += rounded
-            rest.size = remaining
-            pool.insert(rest)
-            meter.split(-rounded if was_split else remaining)
-        elif was_split:
-            meter.split(-block.size)
-        block.allocated = True
-        block.requested = requested
-        block.id = id
-        meter.strand(-block.size if segment.active else segment.size - block.size)
-        segment.active += block.size
-        if self.log is not None:
-            self.log.append(_ALLOC, id, block.addr, block.size, segment.stream, _DEFAULT_POOL)
-        meter.handed_out(block.size, requested)
-        return block
+    # --- what programs call -------------------------------------------------------------------------------------
 
-    def _free_block(self, block: Block) -> None:
-        """Merge the block with idle neighbours and put it into its pool."""
-        segment, meter = block.segment, self.meter
-        if self.log is not None:
-            self.log.append(_FREE_COMPLETED, block.id, block.addr, block.size, segment.stream, _DEFAULT_POOL)
-        size, change = block.size, 0
-        pool = segment.pool
-        for neighbour in (block.prev, block.next):
-            if neighbour is not None and not neighbour.allocated and not neighbour.pending:
-                change -= neighbour.size
-                pool.remove(neighbour)
-                self._absorb(block, neighbour)
-        pool.insert(block)
-        if block.is_split:
-            change += block.size
-        meter.split(change)
-        meter.active -= size
-        segment.active -= size
-        meter.strand(size if segment.active else size - segment.size)
+    def malloc(self, id: int, size: int, stream: int = 0, pool: int = 0) -> int:
+        """Serve a request of ``size`` bytes and return its address.
 
-    @staticmethod
-    def _absorb(block: Block, neighbour: Block) -> None:
-        """``block`` takes over ``neighbour``; the object of the block being freed survives."""
-        if neighbour is block.prev:
-            block.addr = neighbour.addr
-            block.prev = neighbour.prev
-            if block.prev is not None:
-                block.prev.next = block
-            else:
-                block.segment.first = block
+        Raises:
+            OutOfMemoryError: after everything cached was released in vain, or at once with
+                ``throw_on_cudamalloc_oom``.
+        """
+        if pool >= self._s.n[field.POOLS]:
+            self._s = tables.with_pools(self._s, pool + 1)
+        self._make_room(id)
+        s = self._s
+        if requests.malloc(s, id, size, stream, pool) != requests.SERVED:
+            rounded = int(s.n[field.FAILED_SIZE])
+            asked = rounded if size >= TOO_LARGE else segment_size(s, rounded)
+            raise OutOfMemoryError(size, rounded, asked, stream, self.free_memory)
+        return int(s.t[field.ADDR][s.where[id]])
+
+    def free(self, id: int) -> None:
+        """The program lets go of a block; if other streams use it, its free is deferred until they are done."""
+        self._make_room(0)
+        if self._knows(id):
+            requests.free(self._s, id)
         else:
-            block.next = neighbour.next
-            if block.next is not None:
-                block.next.prev = block
-        block.size += neighbour.size
+            self._s.n[field.LOST_FREES] += 1
 
-    def _release_cached_blocks(self) -> None:
-        """Wait for all streams, complete every deferred free, return idle segments: large ones first, then small."""
-        self.calls.sync += 1
-        if self._pending:
-            self._finished = {**self._finished, **self._pending}  # those already finished keep their place in front
-            self._process_events()
-        for pool in (self._large, self._small):
-            for block in pool.whole_segments():
-                pool.remove(block)
-                self._release_segment(block)
+    def record_stream(self, id: int, stream: int) -> None:
+        """Another stream uses the block; uses on its own stream change nothing."""
+        self._make_room(0)
+        if self._knows(id):
+            requests.record_stream(self._s, id, stream)
 
-    def _release_segment(self, block: Block) -> None:
-        segment = block.segment
-        if self.log is not None:
-            self.log.append(DecisionKind.SEGMENT_FREE, NO_ID, segment.addr, segment.size, segment.stream, _DEFAULT_POOL)
-        self.calls.free += 1
-        del self.segments[segment.addr]
-        self.meter.reserved -= segment.size
-        self.meter.segments -= 1
-        self.device.release(segment.addr, segment.size)
+    def uses_done(self, id: int) -> None:
+        """Other streams are done with a freed block; the next ``malloc`` will notice."""
+        if self._knows(id):
+            requests.uses_done(self._s, id)
+
+    def empty_cache(self, pool: int = 0) -> None:
+        """Wait for all streams and return what is idle; with a private pool, only of that one if it is released."""
+        self._make_room(0)
+        requests.release_cached(self._s, pool)
+
+    def create_pool(self, pool: int, *, use_on_oom: bool = False, no_split: bool = False) -> None:
+        """``MemPool(...)``: a private pool with one user, or one user more; it stays what it was made as."""
+        self._s = tables.with_pools(self._s, pool + 1)
+        requests.create_pool(self._s, pool)
+        if use_on_oom:
+            self._s.t[field.ON_OOM][pool] = 1
+        if no_split:
+            self._s.t[field.NO_SPLIT][pool] = 1
+
+    def open_scope(self, pool: int) -> None:
+        """``beginAllocateToPool``; which pool a request goes to is the caller's to say."""
+        self._s = tables.with_pools(self._s, pool + 1)
+        requests.open_scope(self._s, pool)
+
+    def close_scope(self) -> None:
+        """``endAllocateToPool``."""
+        requests.close_scope(self._s)
+
+    def begin_capture(self) -> None:
+        """A stream is being captured into a CUDA graph."""
+        self._s.n[field.CAPTURES] += 1
+
+    def end_capture(self) -> None:
+        """It no longer is."""
+        self._s.n[field.CAPTURES] -= 1
+
+    def release_pool(self, pool: int) -> None:
+        """``releasePool``: one user less; without users the pool's idle memory can be returned."""
+        requests.release_pool(self._s, pool)
+
+    def restore(
+        self, segments: Sequence[SegmentState], held: Sequence[tuple[int, int, int]], maps: Sequence[int]
+    ) -> None:
+        """Hold what a recording began with, before any request; see ``engine.restore``."""
+        blocks = sum(len(s.blocks) + 2 for s in segments)
+        pools = max((s.pool for s in segments), default=0) + 1
+        self._s = tables.with_pools(self._s, pools)
+        while self._s.n[field.SPARE_BLOCKS] < 3 * blocks + loop.HEADROOM or self._s.n[field.LOG_ROOM] < 3 * blocks:
+            self._s = tables.grow(self._s)
+        restore(self._s, segments, held, maps)
+
+    # --- many requests at once ----------------------------------------------------------------------------------
+
+    def prepare(self, allocations: int, pools: int) -> None:
+        """Room for ids below ``allocations`` and pools below ``pools``."""
+        missing = allocations - len(self._s.where)
+        if missing > 0:
+            self._widen_where(missing)
+        self._s = tables.with_pools(self._s, pools)
+
+    def decide(self, columns: tuple[Any, Any, Any, Any, Any], start: int, stop: int) -> int:
+        """Serve rows of requests until one needs the caller; see ``engine.decide``.
+
+        Args:
+            columns: kind, id, size, stream and pool, as lists, or as arrays for the compiled loop.
+            start: first row.
+            stop: row after the last.
+        """
+        row = self._decide(self._s, *columns, start, stop)
+        while row < stop and loop.is_full(self._s):
+            self._s = tables.grow(self._s)
+            row = self._decide(self._s, *columns, row, stop)
+        return row
+
+    def saved(self) -> State:
+        """A copy of everything, for ``restored``."""
+        return tables.copied(self._s)
+
+    def restored(self, saved: State) -> None:
+        """Be as it was when the copy was made."""
+        self._s = saved
+
+    def trust_addresses(self) -> None:
+        """The addresses given are a driver's own: choices by them count as ties only from the first other one on."""
+        self._s.n[field.COUNT_TIES] = 0
+
+    def stop_at_oom(self) -> None:
+        """``decide`` returns at the first request that fails."""
+        self._s.n[field.STOP_AT_OOM] = 1
+
+    def _make_room(self, id: int) -> None:
+        while loop.is_full(self._s):
+            self._s = tables.grow(self._s)
+        if id >= len(self._s.where):
+            self._widen_where(max(id + 1 - len(self._s.where), len(self._s.where)))
+
+    def _knows(self, id: int) -> bool:
+        return 0 <= id < len(self._s.where)
+
+    def _widen_where(self, by: int) -> None:
+        where = self._s.where
+        if isinstance(where, list):
+            where.extend([field.NONE] * by)
+        else:
+            self._s = self._s._replace(where=np.concatenate([where, np.full(by, field.NONE)]))
 
     # --- looking in ---------------------------------------------------------------------------------------------
 
     @property
+    def row(self) -> int:
+        """Row of the request being served."""
+        return int(self._s.n[field.REQUEST])
+
+    @row.setter
+    def row(self, row: int) -> None:
+        self._s.n[field.REQUEST] = row
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes the driver would still give."""
+        return int(self._s.n[field.CAPACITY]) - int(self._s.n[field.USED])
+
+    @property
+    def used_memory(self) -> int:
+        """Bytes taken from the driver, in its pages."""
+        return int(self._s.n[field.USED])
+
+    @property
+    def limit(self) -> int | None:
+        """What the memory fraction allows to be reserved, bytes; None without one."""
+        limit = int(self._s.n[field.LIMIT])
+        return None if limit < 0 else limit
+
+    @property
+    def now(self) -> Counters:
+        """The counters as they stand."""
+        return counters_now(self._s)
+
+    @property
+    def segment_count(self) -> int:
+        """Segments held; expandable ones are not counted."""
+        return segments_now(self._s)
+
+    @property
     def releasable(self) -> int:
         """Bytes that ``empty_cache()`` would return now, not counting deferred frees it would wait for."""
-        return self.meter.reserved - self.meter.active - self.meter.stranded
+        now = self.now
+        return now.reserved - now.active - now.stranded - now.pool_idle
 
-    def must_release(self, size: int, stream: int) -> bool:
-        """Whether a request can be served neither from what is cached nor by a new segment as things stand."""
-        rounded = round_size(size)
-        pool = self._small if rounded <= SMALL_SIZE else self._large
-        if pool.smallest(stream, rounded) is not None:
-            return False
-        needed = segment_size(rounded)
-        return needed > self.device.free or (self.limit is not None and self.meter.reserved + needed > self.limit)
+    @property
+    def calls(self) -> DriverCalls:
+        """Driver calls so far."""
+        n = self._s.n
+        return DriverCalls(int(n[field.DRIVER_ALLOCS]), int(n[field.DRIVER_FREES]), int(n[field.SYNCS]))
 
-    def blocks(self, segment: Segment) -> list[Block]:
-        """The segment's blocks in address order."""
-        out = []
-        block = segment.first
-        while block is not None:
-            out.append(block)
-            block = block.next
+    @property
+    def allocs(self) -> int:
+        """Requests for memory so far."""
+        return int(self._s.n[field.ALLOCS])
+
+    @property
+    def retries(self) -> int:
+        """Requests that released everything cached before they could be served or failed."""
+        return int(self._s.n[field.RETRIES])
+
+    @property
+    def ooms(self) -> int:
+        """Requests that failed."""
+        return int(self._s.n[field.OOMS])
+
+    @property
+    def rejections(self) -> int:
+        """Requests that ``throw_on_cudamalloc_oom`` refused."""
+        return int(self._s.n[field.REJECTIONS])
+
+    @property
+    def first_oom(self) -> int | None:
+        """Row of the first request that failed."""
+        row = int(self._s.n[field.FIRST_OOM])
+        return None if row < 0 else row
+
+    @property
+    def address_ties(self) -> int:
+        """Choices between equal-size blocks that came down to where the driver put their segments."""
+        return int(self._s.n[field.TIES])
+
+    @property
+    def defects(self) -> int:
+        """Times that the real allocator would have given the driver back what it never had from it."""
+        return int(self._s.n[field.DEFECTS])
+
+    @property
+    def lost_frees(self) -> int:
+        """Frees of allocations that were never made."""
+        return int(self._s.n[field.LOST_FREES])
+
+    @property
+    def departed(self) -> bool:
+        """Whether an address was needed that had not been given."""
+        return bool(self._s.n[field.DEPARTED])
+
+    def watch(self) -> PeakWatch:
+        """Peaks from now on."""
+        return PeakWatch(self._watches, self._s)
+
+    def peaks(self, watch: PeakWatch) -> Counters:
+        """The largest values that a watch has seen."""
+        return watch.counters(self._s)
+
+    def peak_segments(self, watch: PeakWatch) -> int:
+        """Most segments at once that a watch has seen."""
+        return watch.segments(self._s)
+
+    def reset_program_peaks(self) -> None:
+        """``torch.cuda.reset_peak_memory_stats()``."""
+        self.program_peaks.reset(self._s)
+
+    def statistics(self) -> dict[str, tuple[int, int, int, int]]:
+        """The counters of ``torch.cuda.memory_stats()``: (current, peak, allocated, freed) of each."""
+        return statistics(self._s, self.program_peaks)
+
+    def block(self, id: int) -> BlockView:
+        """Where an allocation lies.
+
+        Raises:
+            KeyError: it is not held.
+        """
+        t = self._s.t
+        block = int(self._s.where[id]) if 0 <= id < len(self._s.where) else field.NONE
+        if block < 0:
+            raise KeyError(id)
+        stream = t[field.SEG_STREAM][t[field.SEGMENT][block]]
+        return BlockView(
+            int(t[field.ADDR][block]), int(t[field.SIZE][block]), int(t[field.REQUESTED][block]), int(stream)
+        )
+
+    def cached(self, size: int, stream: int, pool: int, count: int) -> list[BlockView]:
+        """The first cached blocks, in search order, that are large enough for a request of ``size`` bytes."""
+        s = self._s
+        rounded = round_size(s, size)
+        which = 2 * pool + int(rounded > SMALL_SIZE)
+        block = free_lists.first_from(s, field.ROOT, which, stream, rounded, -1, -1)
+        out: list[BlockView] = []
+        while block >= 0 and s.t[field.KEY_STREAM][block] == stream and len(out) < count:
+            out.append(BlockView(int(s.t[field.ADDR][block]), int(s.t[field.SIZE][block]), 0, stream))
+            block = free_lists.following(s, block)
         return out
+
+    @property
+    def decided(self) -> int:
+        """How many decisions are in the log."""
+        return int(self._s.n[field.LOGGED])
+
+    def decisions(self, start: int = 0) -> Decisions:
+        """The log, from its row ``start`` on; ids are the caller's."""
+        columns = {}
+        for at, (name, dtype) in enumerate(DECISION_DTYPES.items()):
+            columns[name] = np.array(self._s.d[at][start : self.decided], dtype=dtype)
+        return Decisions(**columns)
+
+    def segments(self) -> tuple[SegmentState, ...]:
+        """Segments, and contiguous mapped ranges of expandable ones, in address order."""
+        t = self._s.t
+        out = []
+        for segment in range(int(self._s.n[field.COLUMNS])):
+            block = int(t[field.SEG_FIRST][segment])
+            stream, pool = int(t[field.SEG_STREAM][segment]), int(t[field.SEG_LIST][segment]) // 2
+            is_expandable = bool(t[field.SEG_PAGE][segment])
+            blocks: list[tuple[int, int, BlockState]] = []
+            while block >= 0:
+                if t[field.STATE][block] == field.UNMAPPED:
+                    out += _range(blocks, stream, pool, is_expandable)
+                    blocks = []
+                else:
+                    state = _STATES[int(t[field.STATE][block])]
+                    blocks.append((int(t[field.ADDR][block]), int(t[field.SIZE][block]), state))
+                block = int(t[field.NEXT][block])
+            out += _range(blocks, stream, pool, is_expandable)
+        return tuple(sorted(out, key=lambda s: s.addr))
+
+
+def _range(blocks: list[tuple[int, int, BlockState]], stream: int, pool: int, expandable: bool) -> list[SegmentState]:
+    if not blocks:
+        return []
+    start, end = blocks[0][0], blocks[-1][0] + blocks[-1][1]
+    return [SegmentState(start, end - start, stream, pool, tuple(blocks), expandable)]

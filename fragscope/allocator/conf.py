@@ -1,125 +1,200 @@
-"""Parsing ``PYTORCH_ALLOC_CONF`` strings.
-
-The model covers the native allocator under its default conf. Keys without any effect on device blocks are accepted;
-every other setting that departs from its default is refused by name, never ignored.
-"""
+"""The conf: settings of the allocator, from a string, from the environment or from what a recording reports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
 
+from fragscope.allocator.conf_reader import DIVISIONS, UNLIMITED, Conf, effective_conf, is_power_of_two
 from fragscope.allocator.rules import Rules
 from fragscope.errors import UnmodelledError, UsageError, printable
 from fragscope.trace import Settings
+from fragscope.units import MIB
 
-# Key -> values that leave the native allocator's device blocks as they are by default. None: any value does.
-_WITHOUT_EFFECT: dict[str, frozenset[str] | None] = {
-    "backend": frozenset({"native"}),
-    "pinned_use_cuda_host_register": None,
-    "pinned_num_register_threads": None,
-    "pinned_use_background_threads": None,
-    "pinned_reserve_segment_size_mb": None,
-    "pinned_free_catch_all": None,
-    "pinned_max_round_threshold_mb": None,
-    "pinned_max_cached_size_mb": None,
-    "release_lock_on_cudamalloc": None,  # only lets other threads run while the driver works
-    "expandable_segments": frozenset({"False"}),
-    "large_segment_size_mb": frozenset({"20"}),
-    "per_process_memory_fraction": frozenset({"1", "1.0"}),
-    "throw_on_cudamalloc_oom": frozenset({"False"}),
-    "graph_capture_record_stream_reuse": frozenset({"False"}),
-    "max_non_split_rounding_mb": frozenset({"20"}),
-    "max_split_size_mb": frozenset(),
-    "roundup_power2_divisions": frozenset(),
-    "garbage_collection_threshold": frozenset(),
-}
-_EVERY_RELEASE = frozenset(
-    {
-        "backend", "max_split_size_mb", "roundup_power2_divisions", "garbage_collection_threshold",
-        "expandable_segments", "release_lock_on_cudamalloc", "pinned_use_cuda_host_register",
-        "pinned_num_register_threads", "pinned_use_background_threads",
-    }
-)  # fmt: skip
+__all__ = ["UNLIMITED", "Conf", "conf_from_environment", "effective_conf", "parse_conf", "recorded_conf"]
+
+_GRANULARITY = 2 * MIB  # of physical memory that the driver maps (cuMemGetAllocationGranularity)
+_MOST_SIZE = 2**62  # bytes: a sum of two such sizes still fits in PyTorch's 64 bits
+_MOST_DIVISIONS = 2**54  # times 512 B (kMinBlockSize) it still fits in PyTorch's 64 bits
 
 
-@dataclass(frozen=True, slots=True)
-class Conf:
-    """A parsed conf.
+def parse_conf(text: str, rules: Rules, before: Conf | None = None) -> Conf:
+    """The settings in force after a conf string, for the allocator model.
 
-    Attributes:
-        text: the string as given; ``""`` is the default.
-    """
-
-    text: str = ""
-
-    @property
-    def label(self) -> str:
-        """For tables: ``default`` instead of an empty string."""
-        return self.text or "default"
-
-
-def parse_conf(text: str, rules: Rules) -> Conf:
-    """Parse a conf string as the given release's rules understand it.
+    Args:
+        text: the conf string.
+        rules: the torch release that reads it.
+        before: settings in force until then; None where the string is what the process starts with.
 
     Raises:
-        UsageError: a key that the release does not have, or a pair without a value.
-        UnmodelledError: a setting that the allocator model does not cover; names the key.
+        UsageError: the release refuses the string. PyTorch may keep the settings it read before the error.
+        UnmodelledError: the release accepts settings that the allocator model does not cover; names the key.
     """
-    known = _EVERY_RELEASE | rules.conf_keys
-    for key, value in _pairs(text):
-        if key not in known:
-            elsewhere = key in _WITHOUT_EFFECT
-            why = f"is not a key of torch {rules.release}" if elsewhere else "is not a key of PYTORCH_ALLOC_CONF"
-            raise UsageError(f"conf {text!r}: {key!r} {why}")
-        harmless = _WITHOUT_EFFECT[key]
-        if harmless is not None and value not in harmless:
-            raise UnmodelledError(key, f"the allocator model does not cover {key}:{value} (conf {text!r})")
-    return Conf(text)
+    conf = effective_conf(text, rules, before)
+    _refuse_unmodelled(conf)
+    return conf
 
 
-# What a snapshot reports of settings that move device blocks -> the values that leave them as they are by default.
-_RECORDED_DEFAULTS = {
-    "max_split_size": frozenset({"-1"}),
-    "garbage_collection_threshold": frozenset({"0.0", "0"}),
-    "expandable_segments": frozenset({"False"}),
-    "graph_capture_record_stream_reuse": frozenset({"False"}),
-}
+def conf_from_environment(environ: Mapping[str, str], rules: Rules) -> tuple[str, str]:
+    """The variable that a process of the release takes its conf from, and its text; both empty where none is set.
 
-
-def recorded_conf(settings: Settings) -> str:
-    """The conf that a recording was made under, for a replay under the same settings.
+    A variable that is set to nothing counts: it hides the ones after it.
 
     Raises:
-        UnmodelledError: the conf string is a default one, but the effective settings beside it are not; names the key.
+        UnmodelledError: the release would take some keys from one variable and some from another.
     """
-    if settings.conf:
-        return settings.conf  # parse_conf decides about it
-    for key, value in settings.recorded.items():
-        allowed = _RECORDED_DEFAULTS.get(key)
-        if key.startswith("roundup_power2_divisions."):
-            allowed = frozenset({"0", "1"})
-        if allowed is not None and value not in allowed:
+    if rules.conf_variables[0] not in environ:
+        for variable in rules.conf.variables_in_part:
+            if variable in environ:
+                raise UnmodelledError(
+                    variable, f"torch {rules.release} for CUDA takes some keys from it and others not; unset it"
+                )
+    for variable in rules.conf_variables:
+        if variable in environ:
+            return variable, environ[variable]
+    return "", ""
+
+
+def recorded_conf(settings: Settings, rules: Rules) -> Conf:
+    """The conf in force when a recording ended.
+
+    A snapshot names the last string only; settings that earlier strings left stand beside it as values. The Conf's
+    text is that string where it alone gives these settings, else one that does. What snapshots do not report
+    (``large_segment_size``, ``max_non_split_rounding``, the memory fraction) is taken from the last string alone.
+
+    Args:
+        settings: of the Trace.
+        rules: the torch release that recorded it.
+
+    Raises:
+        UsageError: the string or the values are not such as the release has.
+        UnmodelledError: settings that the allocator model does not cover, or a value without meaning; names the key.
+    """
+    named = effective_conf(settings.conf, rules)
+    conf = _with_recorded(named, settings.recorded)
+    _refuse_unmodelled(conf)
+    if conf == named:
+        return conf
+    conf = replace(conf, text=_spelled(conf, rules))
+    if not _gives(conf, rules):
+        raise UsageError(
+            f"the settings that were in force when this was recorded ({conf.text}) cannot be those of "
+            f"torch {rules.release}; name the release that recorded it"
+        )
+    return conf
+
+
+def _gives(conf: Conf, rules: Rules) -> bool:
+    """Whether a process that starts with the Conf's text has its settings."""
+    try:
+        return effective_conf(conf.text, rules) == conf
+    except UsageError:
+        return False
+
+
+def _refuse_unmodelled(conf: Conf) -> None:
+    """Raise UnmodelledError for settings that torch accepts and the allocator model does not cover."""
+
+    def refuse(key: str, why: str) -> UnmodelledError:
+        return UnmodelledError(key, f"{why} (conf '{printable(conf.text)}')")
+
+    if conf.backend != "native":
+        raise refuse("backend", f"the allocator model covers backend:native, not {conf.backend}")
+    if conf.graph_capture_record_stream_reuse:
+        raise refuse(
+            "graph_capture_record_stream_reuse",
+            "the allocator model does not cover graph_capture_record_stream_reuse:True",
+        )
+    if conf.expandable_segments and conf.large_segment_size % _GRANULARITY:
+        raise refuse(
+            "large_segment_size_mb",
+            f"the driver maps expandable segments in units of 2 MiB, and {conf.large_segment_size // MIB} MiB "
+            "are no multiple of it; choose an even number",
+        )
+    for key, size in (
+        ("large_segment_size_mb", conf.large_segment_size),
+        ("max_non_split_rounding_mb", conf.max_non_split_rounding),
+    ):
+        if size > _MOST_SIZE:
+            raise refuse(
+                key, f"sums with {size // MIB} MiB overflow in PyTorch, which the allocator model does not cover"
+            )
+    if max(conf.roundup_power2_divisions) > _MOST_DIVISIONS:
+        raise refuse(
+            "roundup_power2_divisions",
+            "so many divisions overflow in PyTorch, which the allocator model does not cover",
+        )
+
+
+def _with_recorded(conf: Conf, recorded: Mapping[str, str]) -> Conf:
+    """The Conf with the values a snapshot reports, as far as it does."""
+    slots = list(conf.roundup_power2_divisions)
+    for key, value in recorded.items():
+        try:
+            if key == "max_split_size":
+                size = int(value)
+                conf = replace(conf, max_split_size=size if 0 <= size < UNLIMITED else UNLIMITED)  # -1: no limit
+            elif key == "garbage_collection_threshold":
+                conf = replace(conf, garbage_collection_threshold=_share(value))
+            elif key == "expandable_segments":
+                conf = replace(conf, expandable_segments=_truth(value))
+            elif key == "graph_capture_record_stream_reuse":
+                conf = replace(conf, graph_capture_record_stream_reuse=_truth(value))
+            elif key.startswith("roundup_power2_divisions."):
+                slots[_recorded_slot(key)] = _steps(value)
+        except ValueError:
             raise UnmodelledError(
                 key.partition(".")[0],
-                f"was {printable(value, 60)} when this was recorded, which the allocator model does not cover",
-            )
-    return settings.conf
+                f"was {printable(value, 60)} when this was recorded, which is not a value it can have",
+            ) from None
+    return replace(conf, roundup_power2_divisions=tuple(slots))
 
 
-def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    """Key and value of each pair; commas inside brackets belong to the value. White space is dropped, as torch does."""
-    compact = "".join(text.split())
-    start = depth = 0
-    for position, character in enumerate(compact + ","):
-        depth += (character == "[") - (character == "]")
-        if character == "," and depth == 0:
-            part = compact[start:position]
-            start = position + 1
-            if part:
-                key, colon, value = part.partition(":")
-                if not colon or not value:
-                    raise UsageError(f"conf {text!r}: {part!r} is not of the form key:value")
-                yield key, value
-    if depth:
-        raise UsageError(f"conf {text!r}: a bracket is not closed")
+def _truth(value: str) -> bool:
+    return {"True": True, "False": False}[value] if value in ("True", "False") else _no_value()
+
+
+def _share(value: str) -> float:
+    share = float(value)
+    return share if 0.0 <= share < 1.0 else _no_value()
+
+
+def _steps(value: str) -> int:
+    steps = int(value)
+    return steps if steps == 0 or (steps > 0 and is_power_of_two(steps)) else _no_value()
+
+
+def _recorded_slot(key: str) -> int:
+    """Snapshots name the intervals ``1``, ``2``, ``4`` to ``32768`` (MiB)."""
+    begin = int(key.partition(".")[2])
+    in_table = begin > 0 and is_power_of_two(begin) and begin.bit_length() <= DIVISIONS
+    return begin.bit_length() - 1 if in_table else _no_value()
+
+
+def _no_value() -> NoReturn:
+    raise ValueError
+
+
+def _spelled(conf: Conf, rules: Rules) -> str:
+    """A conf string that gives these settings to a process that starts with it, if one can."""
+    default = Conf()
+    rounding = conf.large_segment_size if rules.conf.rounding_follows_segment else default.max_non_split_rounding
+    slots = conf.roundup_power2_divisions
+    pairs: list[str] = []
+    if conf.large_segment_size != default.large_segment_size:
+        pairs.append(f"large_segment_size_mb:{conf.large_segment_size // MIB}")
+    if conf.max_split_size != UNLIMITED:
+        pairs.append(f"max_split_size_mb:{conf.max_split_size // MIB}")
+    if conf.max_non_split_rounding != rounding:
+        pairs.append(f"max_non_split_rounding_mb:{conf.max_non_split_rounding // MIB}")
+    if len(set(slots)) > 1:
+        named = [f"{1 << i}:{steps}" for i, steps in enumerate(slots) if steps or not i]
+        pairs.append(f"roundup_power2_divisions:[{','.join(named)}]")
+    elif slots[0]:
+        pairs.append(f"roundup_power2_divisions:{slots[0]}")
+    for key in ("garbage_collection_threshold", "expandable_segments", "per_process_memory_fraction",
+                "throw_on_cudamalloc_oom"):  # fmt: skip
+        if getattr(conf, key) != getattr(default, key):
+            pairs.append(f"{key}:{getattr(conf, key)}")
+    return ",".join(pairs)

@@ -1,8 +1,11 @@
-"""Byte counters of an allocator, now and at their peaks."""
+"""Byte counters of an allocator: now, and at their peaks as several onlookers see them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from fragscope.allocator.engine import counters as slots
+from fragscope.allocator.engine.state import DOWN, PEAK, UP, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +17,10 @@ class Counters:
         allocated: in blocks handed out and not freed by the program.
         active: allocated plus blocks whose free waits for another stream.
         reserved: held from the driver.
-        stranded: idle, in segments that a live block keeps from being returned.
-        inactive_split: idle, in segments that are split; torch's ``inactive_split_bytes``.
+        stranded: idle, in segments or pages that a live block keeps from being returned.
+        inactive_split: idle, in segments that are split; torch's ``inactive_split_bytes``, which leaves expandable
+            segments out.
+        pool_idle: idle, in private pools that have users; ``empty_cache()`` does not return it.
     """
 
     requested: int = 0
@@ -24,83 +29,79 @@ class Counters:
     reserved: int = 0
     stranded: int = 0
     inactive_split: int = 0
+    pool_idle: int = 0
 
 
-NAMES = ("requested", "allocated", "active", "reserved", "stranded", "inactive_split")
+_SLOTS = (
+    slots.LIVE_REQUESTED, slots.ALLOCATED_BYTES, slots.ACTIVE_BYTES, slots.RESERVED_BYTES, slots.STRANDED,
+    slots.INACTIVE_SPLIT_BYTES, slots.POOL_IDLE,
+)  # fmt: skip
+_CLASSES = ("all", "small", "large")
 
 
-class Meter:
-    """Mutable counters with peaks; a peak is the largest value since the last reset, as in torch's statistics."""
+class PeakWatch:
+    """Peaks as one onlooker sees them: the largest values since *it* last reset them.
 
-    __slots__ = (
-        *NAMES, *(f"peak_{n}" for n in NAMES), "peak_segments", "program_peak_allocated", "program_peak_reserved",
-        "segments",
-    )  # fmt: skip
+    The allocator keeps one peak per counter. Whoever resets it lets all others take over what it was before.
+    """
 
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+    def __init__(self, watches: list[PeakWatch], state: State) -> None:
+        self._watches = watches
+        self._seen = [0] * slots.SLOTS
+        watches.append(self)
+        self.reset(state)
 
-    requested: int
-    allocated: int
-    active: int
-    reserved: int
-    stranded: int
-    inactive_split: int
-    segments: int
-    peak_requested: int
-    peak_allocated: int
-    peak_active: int
-    peak_reserved: int
-    peak_stranded: int
-    peak_inactive_split: int
-    peak_segments: int
-    program_peak_allocated: int
-    """Peak since the program itself last reset it; phases leave it alone."""
-    program_peak_reserved: int
-
-    def handed_out(self, block: int, requested: int) -> None:
-        """A block was handed out."""
-        self.requested += requested
-        self.allocated += block
-        self.active += block
-        self.peak_requested = max(self.peak_requested, self.requested)
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        self.program_peak_allocated = max(self.program_peak_allocated, self.allocated)
-        self.peak_active = max(self.peak_active, self.active)
-
-    def reserve(self, size: int) -> None:
-        """A segment was taken from the driver."""
-        self.reserved += size
-        self.segments += 1
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
-        self.program_peak_reserved = max(self.program_peak_reserved, self.reserved)
-        self.peak_segments = max(self.peak_segments, self.segments)
-
-    def strand(self, change: int) -> None:
-        """Idle bytes in segments with live blocks grew or shrank."""
-        self.stranded += change
-        self.peak_stranded = max(self.peak_stranded, self.stranded)
-
-    def split(self, change: int) -> None:
-        """Idle bytes in split segments grew or shrank."""
-        self.inactive_split += change
-        self.peak_inactive_split = max(self.peak_inactive_split, self.inactive_split)
-
-    def now(self) -> Counters:
-        """The counters as they stand."""
-        return Counters(*(getattr(self, n) for n in NAMES))
-
-    def peak(self) -> Counters:
-        """The largest value of each counter since the last reset."""
-        return Counters(*(getattr(self, f"peak_{n}") for n in NAMES))
-
-    def reset_peak(self) -> None:
+    def reset(self, s: State) -> None:
         """Peaks start over from the values as they stand."""
-        for name in (*NAMES, "segments"):
-            setattr(self, f"peak_{name}", getattr(self, name))
+        for watch in self._watches:
+            watch._seen = watch.slots(s)
+        self._seen = [_now(s, slot) for slot in range(slots.SLOTS)]
+        for slot, now in enumerate(self._seen):
+            s.t[PEAK][slot] = now
 
-    def reset_program_peak(self) -> None:
-        """``torch.cuda.reset_peak_memory_stats()``: the program's own view of peaks starts over."""
-        self.program_peak_allocated = self.allocated
-        self.program_peak_reserved = self.reserved
+    def close(self) -> None:
+        """No longer look on."""
+        self._watches.remove(self)
+
+    def slots(self, s: State) -> list[int]:
+        """The largest value of every slot."""
+        return [max(seen, int(s.t[PEAK][slot])) for slot, seen in enumerate(self._seen)]
+
+    def counters(self, s: State) -> Counters:
+        """The largest value of each counter."""
+        peaks = self.slots(s)
+        return Counters(*(peaks[slot] for slot in _SLOTS))
+
+    def segments(self, s: State) -> int:
+        """Most segments held at once; expandable ones are not counted."""
+        return self.slots(s)[slots.SEGMENT_COUNT]
+
+
+def counters_now(s: State) -> Counters:
+    """The counters as they stand."""
+    return Counters(*(_now(s, slot) for slot in _SLOTS))
+
+
+def segments_now(s: State) -> int:
+    """Segments held; expandable ones are not counted."""
+    return _now(s, slots.SEGMENT_COUNT)
+
+
+def statistics(s: State, peaks: PeakWatch) -> dict[str, tuple[int, int, int, int]]:
+    """What ``torch.cuda.memory_stats()`` reports of counters: ``name.all`` -> (current, peak, allocated, freed)."""
+    seen = peaks.slots(s)
+    out = {}
+    for name, first in slots.TORCH_NAMES.items():
+        for offset, kind in enumerate(_CLASSES):
+            out[f"{name}.{kind}"] = _statistic(s, first + offset, seen)
+    out["oversize_allocations"] = _statistic(s, slots.OVERSIZE_ALLOCATIONS, seen)
+    out["oversize_segments"] = _statistic(s, slots.OVERSIZE_SEGMENTS, seen)
+    return out
+
+
+def _statistic(s: State, slot: int, peaks: list[int]) -> tuple[int, int, int, int]:
+    return _now(s, slot), peaks[slot], int(s.t[UP][slot]), int(s.t[DOWN][slot])
+
+
+def _now(s: State, slot: int) -> int:
+    return int(s.t[UP][slot]) - int(s.t[DOWN][slot])

@@ -21,11 +21,15 @@ class Difference:
         event: row of the request being served, -1 for the end state.
         recorded: what the recording shows.
         modelled: what the model did.
+        around: the request and the state it met, a line each.
+        likely: the likely reason.
     """
 
     event: int
     recorded: str
     modelled: str
+    around: tuple[str, ...] = ()
+    likely: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def _compare_final(
     def flat(segments: tuple[SegmentState, ...]) -> set[tuple[int, int, int, int, int, str]]:
         return {(s.addr, s.size, s.stream, addr, size, state) for s in segments for addr, size, state in s.blocks}
 
-    theirs, ours = flat(recorded), flat(final_state(allocator))
+    theirs, ours = flat(recorded), flat(allocator.segments())
     wrong = theirs ^ ours
     first = None
     if wrong:
@@ -133,15 +137,3 @@ def _compare_final(
 def _describe_block(block: tuple[int, int, int, int, int, str]) -> str:
     segment, segment_bytes, _, addr, size, state = block
     return f"{state} block of {size} B at {addr:#x} in the segment of {segment_bytes} B at {segment:#x} at the end"
-
-
-def final_state(allocator: CachingAllocator) -> tuple[SegmentState, ...]:
-    """The allocator's segments and blocks as they stand, in address order."""
-    out = []
-    for segment in sorted(allocator.segments.values(), key=lambda s: s.addr):
-        blocks = tuple(
-            (b.addr, b.size, "allocated" if b.allocated else "pending" if b.pending else "free")
-            for b in allocator.blocks(segment)
-        )
-        out.append(SegmentState(segment.addr, segment.size, segment.stream, segment.pool.pool, blocks))  # type: ignore[arg-type]
-    return tuple(out)

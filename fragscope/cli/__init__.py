@@ -24,6 +24,8 @@ _COMMANDS = {
     "gate": "hold results against budgets and say pass or fail",
     "report": "one self-contained HTML page, or Markdown, from results",
     "replay": "decide a trace's requests under other settings, or verify the model against it",
+    "tune": "the best allocator conf for traces, found by replaying them under many",
+    "fit": "the smallest memory in which a trace's requests run, and what fails below it",
 }
 
 

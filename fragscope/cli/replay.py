@@ -10,15 +10,17 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fragscope.cli.compiling import announce_compilation
 from fragscope.errors import FragscopeError, UsageError, printable
 
 if TYPE_CHECKING:
-    from fragscope.allocator import Card, ChosenRules, Replay, ReplaySettings, Verification
+    from fragscope.allocator import Card, ChosenRules, Recorded, Replay, ReplaySettings, Verification
     from fragscope.trace import Trace
 
 SCHEMA_VERSION = 1
@@ -27,11 +29,19 @@ SCHEMA_VERSION = 1
 @click.command()
 @click.argument("file", type=click.Path(path_type=str))
 @click.option("--conf", "confs", multiple=True, metavar="CONF", help="PYTORCH_ALLOC_CONF string; '' is the default.")
-@click.option("--torch", "releases", multiple=True, metavar="RELEASE", help="Release whose rules decide, as 2.11.0.")
+@click.option(
+    "--torch",
+    "releases",
+    multiple=True,
+    metavar="RELEASE",
+    help="Release whose rules decide, as 2.11.0; 'all' for every one known.",
+)
 @click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile, such as h100-80gb.")
 @click.option("--capacity", "capacities", multiple=True, metavar="SIZE", help="What segments may take: '22 GiB'.")
 @click.option("--memory-fraction", "fractions", multiple=True, type=float, metavar="F",
               help="set_per_process_memory_fraction; snapshots do not record it.")  # fmt: skip
+@click.option("--sidecar", type=click.Path(path_type=str), metavar="JSON",
+              help="What the snapshot leaves out: torch, conf, memory_fraction, total_memory, ...")  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare every decision with the recorded one; exit 1 if any differs.")
 @click.option("--strict", is_flag=True, help="Refuse a release newer than the rules known.")
 @click.option("--device-index", type=click.IntRange(min=0), help="CUDA device, where a snapshot holds several.")
@@ -44,6 +54,7 @@ def command(
     cards: tuple[str, ...],
     capacities: tuple[str, ...],
     fractions: tuple[float, ...],
+    sidecar: str | None,
     verify: bool,
     strict: bool,
     device_index: int | None,
@@ -54,28 +65,43 @@ def command(
     An option given several times makes a replay for each value; several options make one for each combination.
     What is not given is taken from the file.
     """
-    from fragscope.allocator import replay
-    from fragscope.trace import load_trace
+    from fragscope.allocator import RULES, ReplaySettings, card_named, recorded_under, replay, settle, tape_of
+    from fragscope.trace import load_trace, with_sidecar
     from fragscope.units import parse_bytes
 
     sizes = [parse_bytes(c, "--capacity") for c in capacities]
+    for given in fractions:
+        if not 0.0 <= given <= 1.0:
+            raise UsageError(f"--memory-fraction: {given} is not between 0 and 1")
+    if "all" in releases:
+        releases = tuple(r.release for r in RULES)
     chosen = [_rules(r, strict) for r in releases]
+    profiles = [card_named(name) for name in cards]
     trace = load_trace(file, device_index)
-    notes: list[str] = []
-    settings = list(
-        _product(
-            trace,
-            confs=confs,
-            chosen=chosen,
-            cards=cards,
-            capacities=sizes,
-            fractions=fractions,
-            strict=strict,
-            verify=verify,
-            notes=notes,
-        )
+    if sidecar is not None:
+        trace = with_sidecar(trace, Path(sidecar))
+    if len(fractions) == 1 and trace.settings.memory_fraction is None:
+        trace = replace(trace, settings=replace(trace.settings, memory_fraction=fractions[0]))
+    # Where one value is given it may also be what the file leaves out; of several none is more likely than the others.
+    recorded = recorded_under(
+        trace,
+        chosen[0] if len(chosen) == 1 and (verify or trace.torch is None) else None,
+        profiles[0] if len(profiles) == 1 and trace.card is None else None,
     )
-    replays = [replay(trace, s, verify=verify) for s in settings]
+    if strict and recorded.rules.assumed:
+        raise UsageError(f"--strict: torch {recorded.rules.torch} is newer than the newest rules known")
+    if verify:
+        _check_comparable(trace, recorded, confs, sizes)
+    notes = list(recorded.notes)
+    own = ReplaySettings.of(recorded)
+    if len(sizes) == 1 and trace.settings.capacity is None and verify:
+        own = replace(own, capacity=sizes[0])
+    announce_compilation(len(trace.requests))
+    tape = tape_of(trace)
+    if not verify:
+        tape = settle(tape, own)
+    settings = _product(own, confs=confs, chosen=chosen, cards=profiles, capacities=sizes, fractions=fractions)
+    replays = [replay(tape, s, verify=verify) for s in settings]
     for note in notes:
         print(f"fragscope: {note}", file=sys.stderr)
     if form == "json":
@@ -84,86 +110,54 @@ def command(
         _print_text(file, trace, replays)
     wrong = [r for r in replays if r.verify is not None and r.verify.mismatches]
     if wrong:
-        hint = "" if fractions else "; if a memory fraction was in force, name it with --memory-fraction"
         raise FragscopeError(
-            f"{file}: model and recording differ in {len(wrong)} of {len(replays)} replays{hint}; "
+            f"{file}: model and recording differ in {len(wrong)} of {len(replays)} replays; "
             "if the settings are right, the model is wrong: please report it"
         )
 
 
+def _check_comparable(trace: Trace, recorded: Recorded, confs: tuple[str, ...], sizes: list[int]) -> None:
+    """Decisions can only be compared under the settings that they were made with."""
+    from fragscope.allocator import parse_conf
+
+    for conf in confs:
+        if replace(parse_conf(conf, recorded.rules.rules), text="") != replace(recorded.conf, text=""):
+            raise UsageError(
+                f"--verify: the decisions were recorded under conf {recorded.conf.text!r}; "
+                f"a replay under {conf!r} is not expected to equal them"
+            )
+    if trace.settings.capacity is not None and any(c != trace.settings.capacity for c in sizes):
+        raise UsageError(
+            f"--verify: the decisions were made with {trace.settings.capacity} bytes to take; "
+            "with another --capacity they are not expected to be equal"
+        )
+
+
 def _product(
-    trace: Trace,
+    own: ReplaySettings,
     *,
     confs: tuple[str, ...],
     chosen: list[ChosenRules],
-    cards: tuple[str, ...],
+    cards: list[Card],
     capacities: list[int],
     fractions: tuple[float, ...],
-    strict: bool,
-    verify: bool,
-    notes: list[str],
 ) -> Iterator[ReplaySettings]:
-    """One setting for each combination; what is not given comes from the trace, and where it has nothing, a default."""
-    from fragscope.allocator import DEFAULT_CARD, NEWEST, ReplaySettings, recorded_conf
-
-    for given in fractions:
-        if not 0.0 <= given <= 1.0:
-            raise UsageError(f"--memory-fraction: {given} is not between 0 and 1")
-    if verify:
-        recorded = recorded_conf(trace.settings)
-        for conf in confs:
-            if conf != recorded:
-                raise UsageError(
-                    f"--verify: the decisions were recorded under conf {recorded!r}; "
-                    f"a replay under {conf!r} is not expected to equal them"
-                )
-        if trace.settings.capacity is not None and any(c != trace.settings.capacity for c in capacities):
-            raise UsageError(
-                f"--verify: the decisions were made with {trace.settings.capacity} bytes to take; "
-                "with another --capacity they are not expected to be equal"
-            )
-    if not chosen:
-        if trace.torch is None:
-            notes.append(f"the file does not name its torch release; the rules of {NEWEST.release} decide (--torch)")
-        chosen = [_rules(trace.torch or NEWEST.release, strict)]
-    if not cards and trace.card is None:
-        notes.append(f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)")
-    for rules in chosen:
-        if rules.assumed:
-            notes.append(f"torch {rules.torch} is newer than the rules known; those of {rules.rules.release} decide")
-    own_capacity = trace.settings.capacity if not cards else None  # another card has its own
-    profiles = _profiles(trace, cards)
+    """One setting for each combination; what is not given is that of the recording."""
+    no_card: list[Card | None] = [None]
+    no_capacity: list[int | None] = [None]
     for conf, rules, card, capacity, fraction in itertools.product(
-        confs or (recorded_conf(trace.settings),),
-        chosen,
-        profiles,
-        capacities or (own_capacity,),
-        fractions or (trace.settings.memory_fraction,),
+        confs or (own.conf,), chosen or [own.rules], cards or no_card, capacities or no_capacity, fractions or (None,)
     ):
-        yield ReplaySettings(
-            rules=rules,
-            card=card.name,
-            total=card.total,
-            capacity=card.free if capacity is None else capacity,
-            conf=conf,
-            memory_fraction=fraction,
-        )
-
-
-def _profiles(trace: Trace, cards: tuple[str, ...]) -> list[Card]:
-    """The cards asked for; else that of the trace, which may be one that no profile describes."""
-    from fragscope.allocator import CARDS, DEFAULT_CARD, Card, card_named
-
-    if cards:
-        return [card_named(name) for name in cards]
-    if trace.card is None or trace.card in CARDS:
-        return [card_named(trace.card or DEFAULT_CARD)]
-    total, free = trace.device_total, trace.settings.capacity
-    if total is None:
-        raise UsageError(
-            f"the trace names the card {trace.card!r}, which has no profile, and not its memory; use --card"
-        )
-    return [Card(trace.card, trace.card, total, total if free is None else free, (0, 0), 0, 0, "the trace")]
+        settings = replace(own, conf=conf, rules=rules)
+        if card is not None:  # another card has memory of its own
+            settings = replace(settings, card=card.name, total=card.total)
+            if card.name != own.card:
+                settings = replace(settings, capacity=card.free, limit=None)
+        if capacity is not None:
+            settings = replace(settings, capacity=capacity)
+        if fraction is not None:
+            settings = replace(settings, memory_fraction=fraction, limit=None)
+        yield settings
 
 
 def _rules(release: str, strict: bool) -> ChosenRules:
@@ -202,6 +196,7 @@ def _replay_json(r: Replay) -> dict[str, Any]:
         "total": s.total,
         "capacity": s.capacity,
         "memory_fraction": s.memory_fraction,
+        "limit": s.limit,
         "exact": r.exact,
         "events": len(r.trace.requests),
         "peak": asdict(whole.peak),
@@ -234,12 +229,17 @@ def _print_text(file: str, trace: Trace, replays: list[Replay]) -> None:
     for r in replays:
         s, whole = r.settings, r.whole
         limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"
+        if s.limit is not None:
+            limit = f", {format_bytes(s.limit)} may be reserved"
         title = f"conf {s.conf or 'default'}, torch {s.rules.torch}, {s.card} with {format_bytes(s.capacity)}{limit}"
         table = Table()
         table.add_column("MiB")
         table.add_column("peak", justify="right")
         table.add_column("end", justify="right")
-        for name in ("requested", "allocated", "active", "reserved", "stranded", "inactive_split"):
+        names = ["requested", "allocated", "active", "reserved", "stranded", "inactive_split"]
+        if whole.peak.pool_idle:
+            names.append("pool_idle")
+        for name in names:
             table.add_row(name, mib(getattr(whole.peak, name)), mib(getattr(whole.end, name)))
         say("")
         say(printable(title))
@@ -265,5 +265,7 @@ def _verification(v: Verification) -> list[str]:
             f"first difference {where}:",
             f"  recorded: {v.first.recorded}",
             f"  modelled: {v.first.modelled}",
+            *(f"  {line}" for line in v.first.around),
+            f"  likely reason: {v.first.likely}",
         ]
     return lines

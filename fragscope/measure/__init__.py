@@ -1,18 +1,25 @@
 """Numbers from a Trace's decisions: counters at every event, the layout at one event, and levels of detail."""
 
+from fragscope.measure.busy import Busy, busy
 from fragscope.measure.decimate import decimate
 from fragscope.measure.layout import BlockLayout, SegmentLayout, layout_at
-from fragscope.measure.lifetimes import BlockTable, Lifetimes, SegmentTable, lifetimes
+from fragscope.measure.lifetimes import BlockTable, Lifetimes, lifetimes
+from fragscope.measure.pools import Holds
+from fragscope.measure.segments import PieceTable, SegmentTable
 from fragscope.measure.timeline import Level, Timeline, measured_rows, timeline
 
 __all__ = [
     "BlockLayout",
     "BlockTable",
+    "Busy",
+    "Holds",
     "Level",
     "Lifetimes",
+    "PieceTable",
     "SegmentLayout",
     "SegmentTable",
     "Timeline",
+    "busy",
     "decimate",
     "layout_at",
     "lifetimes",

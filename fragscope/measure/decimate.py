@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fragscope.measure.lifetimes import Ints
+from fragscope.measure.segments import Ints
 
 
 def decimate(values: npt.NDArray[Any], points: int) -> Ints:

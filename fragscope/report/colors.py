@@ -35,6 +35,7 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "cell-4": ("#d9a291", "#8a5346"),
     "cell-5": ("#a86a9a", "#a8659a"),
     "cell-6": ("#e0401f", "#ff6a45"),
+    "cell-7": ("#9ad3c2", "#2f6b5c"),
 }
 NAMES = tuple(SCHEMES)
 LINES = 6

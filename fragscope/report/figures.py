@@ -29,6 +29,7 @@ from bokeh.plotting import figure
 from fragscope.measure import decimate
 from fragscope.report.colors import line_name, placeholder
 from fragscope.report.memory_map import AddressRanges, Canvas, CellState, MemoryMap, address_ranges, memory_map
+from fragscope.report.pools import Places, is_plain, places
 from fragscope.report.traces import Recording
 from fragscope.units import GIB, MIB
 
@@ -41,12 +42,13 @@ _FONT = "Inter, ui-sans-serif, system-ui, sans-serif"
 
 STATE_WORDS: dict[CellState, str] = {
     CellState.NOT_RESERVED: "not reserved",
-    CellState.RELEASABLE: "releasable: idle in a wholly idle segment",
+    CellState.RELEASABLE: "releasable: idle in a wholly idle segment or page",
     CellState.BASE: "live since before the phase",
     CellState.PHASE: "live from inside the phase",
     CellState.BASE_WITH_HOLES: "live since before the phase, with stranded holes",
     CellState.PHASE_WITH_HOLES: "live from inside the phase, with stranded holes",
     CellState.STRANDED: "stranded: idle, pinned by a live block",
+    CellState.POOL_IDLE: "idle in a private pool that has users",
 }
 
 
@@ -227,6 +229,8 @@ def raster(recording: Recording, scale: int) -> MemoryMap:
 def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
     """A memory map: addresses upwards without the gaps between segments, events to the right.
 
+    Where there is more than ordinary segments of the default pool, pointing at an address says what kind it is.
+
     Args:
         recording: what it shows.
         drawn: from ``raster``.
@@ -259,11 +263,12 @@ def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
         plot.add_layout(
             Span(location=recording.rows.start, dimension="height", line_color=placeholder("ink"), line_dash=[2, 3])
         )
-    _add_map_hover(plot, image, canvas.ranges, unit)
+    kinds = None if is_plain(recording.lives) else places(recording.trace, recording.lives, canvas.rows, canvas.ranges)
+    _add_map_hover(plot, image, canvas.ranges, unit, kinds)
     return _pack(plot, height)
 
 
-def _add_map_hover(plot: Any, image: Any, ranges: AddressRanges, unit: int) -> None:
+def _add_map_hover(plot: Any, image: Any, ranges: AddressRanges, unit: int, kinds: Places | None) -> None:
     # Addresses stay below 2**53, so a double holds them.
     address = CustomJSHover(
         args={
@@ -271,13 +276,19 @@ def _add_map_hover(plot: Any, image: Any, ranges: AddressRanges, unit: int) -> N
             "offset": ranges.offset.astype(np.float64),
             "extent": ranges.extent,
             "unit": unit,
+            "places": [] if kinds is None else kinds.offset.astype(np.float64),
+            "word": [] if kinds is None else kinds.word.astype(np.int32),
+            "words": [] if kinds is None else list(kinds.words),
         },
         code="""
             const at = Math.floor(special_vars.y * unit)
             if (at < 0 || at >= extent) return "outside"
             let i = offset.length - 1
             while (offset[i] > at) i--
-            return "0x" + (start[i] + at - offset[i]).toString(16)
+            const address = "0x" + (start[i] + at - offset[i]).toString(16)
+            let k = places.length - 1
+            while (k >= 0 && places[k] > at) k--
+            return k < 0 ? address : address + ", " + words[word[k]]
         """,
     )
     words = [STATE_WORDS[s] for s in CellState]

@@ -13,8 +13,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from fragscope.measure import Lifetimes
-from fragscope.measure.lifetimes import Ints
+from fragscope.measure import Lifetimes, busy
+from fragscope.measure.segments import Ints
 
 Shares = npt.NDArray[np.float64]
 
@@ -28,7 +28,7 @@ class CellState(IntEnum):
 
     NOT_RESERVED = 0
     RELEASABLE = 1
-    """Mostly idle in wholly idle segments."""
+    """Mostly idle in wholly idle segments, or in wholly idle pages of expandable ones."""
     BASE = 2
     """Mostly blocks handed out before the phase."""
     PHASE = 3
@@ -38,7 +38,9 @@ class CellState(IntEnum):
     PHASE_WITH_HOLES = 5
     """Like ``PHASE``, at least ``HOLE_SHARE`` of the cell stranded."""
     STRANDED = 6
-    """Mostly idle bytes in segments that an active block keeps from being returned."""
+    """Mostly idle bytes in segments or pages that an active block keeps from being returned."""
+    POOL_IDLE = 7
+    """Mostly idle bytes in private pools that have users, which keep them from being returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,9 @@ class MemoryMap:
 
 def address_ranges(lives: Lifetimes, rows: slice) -> AddressRanges:
     """The address space reserved at any time while the request rows were served."""
-    begin, end = _in_rows(lives, lives.segments.born, lives.segments.died)
+    begin, end = _in_rows(lives, lives.pieces.born, lives.pieces.died)
     seen = (begin < rows.stop) & (end > rows.start)
-    start, size = lives.segments.addr[seen], lives.segments.size[seen]
+    start, size = lives.pieces.addr[seen], lives.pieces.size[seen]
     order = np.argsort(start, kind="stable")
     start, stop = start[order], (start + size)[order]
     if len(start) == 0:
@@ -127,59 +129,98 @@ def address_ranges(lives: Lifetimes, rows: slice) -> AddressRanges:
 
 def memory_map(lives: Lifetimes, canvas: Canvas) -> MemoryMap:
     """Draw what lived where."""
-    return MemoryMap(_decide(*cell_shares(lives, canvas)), canvas)
+    return MemoryMap(_decide(cell_shares(lives, canvas)), canvas)
 
 
-def cell_shares(lives: Lifetimes, canvas: Canvas) -> tuple[Shares, Shares, Shares, Shares]:
-    """Which share of each cell's area was what.
+@dataclass(frozen=True, slots=True)
+class CellShares:
+    """Which share of each cell's area was what; each float64 of the canvas's shape, 0 to 1.
 
-    Returns:
-        ``(reserved, in_use, base, phase)``, float64 of the canvas's shape, 0 to 1: reserved at all; in a segment that
-        holds an active block; in active blocks handed out before the phase; in those handed out since.
+    What is reserved and none of the others is releasable.
+
+    Attributes:
+        reserved: held from the driver.
+        stranded: idle, in segments or pages that hold an active block.
+        pool_idle: idle, in private pools that have users.
+        base: in active blocks handed out before the phase.
+        phase: in active blocks handed out since.
     """
-    rows, segments, blocks = canvas.rows, lives.segments, lives.blocks
 
-    def draw(born: Ints, died: Ints, addr: Ints, size: Ints) -> Shares:
-        begin, end = _in_rows(lives, born, died)
-        begin, end = np.clip(begin, rows.start, rows.stop), np.clip(end, rows.start, rows.stop)
-        shown = (begin < end) & (size > 0)
-        begin, end, addr, size = begin[shown], end[shown], addr[shown], size[shown]
-        low = canvas.ranges.place(addr)
-        x0, x1 = (begin - rows.start) / canvas.events_per_cell, (end - rows.start) / canvas.events_per_cell
-        y0, y1 = low / canvas.bytes_per_cell, (low + size) / canvas.bytes_per_cell
-        return _coverage((x0, x1), (y0, y1), canvas.shape)
+    reserved: Shares
+    stranded: Shares
+    pool_idle: Shares
+    base: Shares
+    phase: Shares
 
-    segment, since, until = _in_use(lives)
-    first_row = lives.request[blocks.born] if len(blocks.born) else blocks.born
-    ours = first_row >= canvas.phase_begin
 
-    def draw_blocks(chosen: npt.NDArray[np.bool_]) -> Shares:
-        return draw(blocks.born[chosen], blocks.died[chosen], blocks.addr[chosen], blocks.size[chosen])
+@dataclass(frozen=True, slots=True)
+class _Areas:
+    """Rectangles of memory over request rows; each int64 of shape ``(n,)``."""
 
-    return (
-        draw(segments.born, segments.died, segments.addr, segments.size),
-        draw(since, until, segments.addr[segment], segments.size[segment]),
-        draw_blocks(~ours),
-        draw_blocks(ours),
-    )
+    begin: Ints
+    end: Ints
+    addr: Ints
+    size: Ints
+    pool: Ints
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> _Areas:
+        return _Areas(*(getattr(self, name)[chosen] for name in _Areas.__slots__))
+
+
+def cell_shares(lives: Lifetimes, canvas: Canvas) -> CellShares:
+    """Measure what filled each cell."""
+    blocks, pool_of = lives.blocks, lives.segments.pool
+    live = _areas(lives, blocks.born, blocks.died, blocks.addr, blocks.size, pool_of[blocks.segment])
+    ours = live.begin >= canvas.phase_begin
+    base, phase = _draw(live.only(~ours), canvas), _draw(live.only(ours), canvas)
+    pieces = lives.pieces
+    held = _areas(lives, pieces.born, pieces.died, pieces.addr, pieces.size, pool_of[pieces.segment])
+    units = busy(lives)
+    row, since, until = units.spans()
+    until = np.where(until < 0, lives.end, until)
+    in_use = _areas(lives, since, until, units.addr[row], units.size[row], pool_of[units.segment[row]])
+    stranded, pool_idle = _draw(in_use, canvas) - base - phase, np.zeros(canvas.shape)
+    if len(lives.holds):
+        kept_live = _draw(_while_held(lives, live), canvas)
+        pool_idle = _draw(_while_held(lives, held), canvas) - kept_live
+        stranded -= _draw(_while_held(lives, in_use), canvas) - kept_live
+    return CellShares(_draw(held, canvas), stranded, pool_idle, base, phase)
+
+
+def _areas(lives: Lifetimes, born: Ints, died: Ints, addr: Ints, size: Ints, pool: Ints) -> _Areas:
+    begin, end = _in_rows(lives, born, died)
+    return _Areas(begin, end, addr, size, pool)
+
+
+def _while_held(lives: Lifetimes, areas: _Areas) -> _Areas:
+    """The parts of areas that lie in private pools while these had users: none, one or several of each."""
+    holds, rows = lives.holds, len(lives.upto) + 1
+    # Spans of a pool follow each other, so their ends and beginnings are ascending in (pool, row).
+    first = np.searchsorted(holds.pool * rows + holds.until, areas.pool * rows + areas.begin, side="right")
+    last = np.searchsorted(holds.pool * rows + holds.since, areas.pool * rows + areas.end, side="left")
+    count = np.maximum(last - first, 0)
+    area = np.repeat(np.arange(len(count)), count)
+    span = np.arange(len(area)) - np.repeat(np.cumsum(count) - count, count) + first[area]
+    begin, end = np.maximum(areas.begin[area], holds.since[span]), np.minimum(areas.end[area], holds.until[span])
+    return _Areas(begin, end, areas.addr[area], areas.size[area], areas.pool[area])
+
+
+def _draw(areas: _Areas, canvas: Canvas) -> Shares:
+    """The share of each cell that areas cover, which do not overlap."""
+    rows = canvas.rows
+    begin, end = np.clip(areas.begin, rows.start, rows.stop), np.clip(areas.end, rows.start, rows.stop)
+    shown = (begin < end) & (areas.size > 0)
+    begin, end, addr, size = begin[shown], end[shown], areas.addr[shown], areas.size[shown]
+    low = canvas.ranges.place(addr)
+    x0, x1 = (begin - rows.start) / canvas.events_per_cell, (end - rows.start) / canvas.events_per_cell
+    y0, y1 = low / canvas.bytes_per_cell, (low + size) / canvas.bytes_per_cell
+    return _coverage((x0, x1), (y0, y1), canvas.shape)
 
 
 def _in_rows(lives: Lifetimes, born: Ints, died: Ints) -> tuple[Ints, Ints]:
     """From positions to request rows: visible after the row that made it until before the row that ended it."""
     row = np.append(lives.request, len(lives.upto))
     return row[born], row[died]
-
-
-def _in_use(lives: Lifetimes) -> tuple[Ints, Ints, Ints]:
-    """Spans in which a segment holds active blocks: segment, first position, position of the end."""
-    segment, position, before, after = lives.busy()
-    starts, ends = (before == 0) & (after > 0), (before > 0) & (after == 0)
-    since = position[starts]
-    until = np.full(len(since), lives.end, dtype=np.int64)
-    # Per segment starts and ends alternate, so the n-th end belongs to the span whose start precedes it.
-    span = np.cumsum(starts) - 1
-    until[span[ends]] = position[ends]
-    return segment[starts], since, until
 
 
 def _coverage(x: tuple[Shares, Shares], y: tuple[Shares, Shares], shape: tuple[int, int]) -> Shares:
@@ -211,15 +252,17 @@ def _edges(low: Shares, high: Shares, cells: int) -> tuple[Ints, Shares]:
     return np.stack(at, axis=1), np.stack(weight, axis=1)
 
 
-def _decide(reserved: Shares, in_use: Shares, base: Shares, phase: Shares) -> npt.NDArray[np.uint8]:
-    live = base + phase
-    stranded, releasable, nothing = in_use - live, reserved - in_use, 1 - reserved
-    own = phase > base
+def _decide(shares: CellShares) -> npt.NDArray[np.uint8]:
+    live, stranded, kept = shares.base + shares.phase, shares.stranded, shares.pool_idle
+    releasable, nothing = shares.reserved - live - stranded - kept, 1 - shares.reserved
+    own = shares.phase > shares.base
     tiny = 1e-6  # running sums leave rounding errors of this order at most
     holes = stranded >= HOLE_SHARE
     out = np.where(own, CellState.PHASE, CellState.BASE)
     out = np.where(holes, np.where(own, CellState.PHASE_WITH_HOLES, CellState.BASE_WITH_HOLES), out)
-    idle = (np.maximum(releasable, nothing) > live) & ~(holes & (live > tiny))
-    out = np.where(idle, np.where(releasable >= nothing, CellState.RELEASABLE, CellState.NOT_RESERVED), out)
+    most = np.maximum(np.maximum(releasable, nothing), kept)
+    idle = (most > live) & ~(holes & (live > tiny))
+    kind = np.where(releasable >= nothing, CellState.RELEASABLE, CellState.NOT_RESERVED)
+    out = np.where(idle, np.where((kept >= most) & (kept > tiny), CellState.POOL_IDLE, kind), out)
     out = np.where((stranded >= 0.5 - tiny) | (holes & (live <= tiny)), CellState.STRANDED, out)
     return out.astype(np.uint8)

@@ -25,12 +25,16 @@ from fragscope.report.figures import (
     raster,
 )
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
+from fragscope.report.pools import Breakdown, PoolShare, breakdown
 from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, summarize
 from fragscope.report.table import HEADINGS
 from fragscope.report.table import figures as table_figures
 from fragscope.report.traces import Recording, Unavailable, open_recording
 from fragscope.results import Results
-from fragscope.units import format_bytes
+from fragscope.units import format_bytes, mib
+
+POOL_HEADINGS = ("segments", "reserved", "active", "stranded", "idle in pool", "releasable")
+"""The columns of a breakdown after the pool's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Variant:
         drawing: the memory map.
         alternative: the memory map in words.
         resolution: what one cell of it stands for.
+        breakdown: what each pool held, None where there is no more to say than the map does.
     """
 
     letter: str
@@ -60,17 +65,28 @@ class Variant:
     drawing: Drawing | None
     alternative: str
     resolution: str
+    breakdown: Breakdown | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One group on the page: its variants on one axis, then their memory maps."""
+    """One group on the page: its variants on one axis, then their memory maps.
+
+    Attributes:
+        anchor: its name in addresses.
+        group: the cases.
+        variants: one for each.
+        drawing: the variants on one axis.
+        alternative: that in words.
+        legend: name of a colour of the memory maps, and what it means.
+    """
 
     anchor: str
     group: Group
     variants: tuple[Variant, ...]
     drawing: Drawing | None
     alternative: str
+    legend: tuple[tuple[str, str], ...]
 
 
 def render(results: Results, folder: Path) -> str:
@@ -82,6 +98,7 @@ def render(results: Results, folder: Path) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["figures"] = table_figures
+    environment.filters["pool_cells"] = _pool_cells
     bokeh = _bokeh_script()
     script = environment.get_template("report.js").render().strip()
     return environment.get_template("report.html").render(
@@ -93,7 +110,7 @@ def render(results: Results, folder: Path) -> str:
         script_hashes=" ".join(_hash(text) for text in (bokeh, script)),
         color_names=" ".join(NAMES),
         headings=HEADINGS,
-        legend=tuple((f"cell-{s.value}", STATE_WORDS[s]) for s in CellState),
+        pool_headings=POOL_HEADINGS,
         hole_share=f"1/{round(1 / HOLE_SHARE)}",
         line_points=LINE_POINTS,
         estimated_means=ESTIMATED_MEANS,
@@ -136,7 +153,16 @@ def _section(number: int, group: Group, folder: Path) -> Section:
             f"{format_bytes(level.allocated)}; peak reserved {format_bytes(level.reserved)}"
         )
     alternative = f"Allocated and reserved bytes over the measured phase. {'; '.join(spoken)}."
-    return Section(f"g{number + 1}", group, variants, progress_figure(read) if read else None, alternative)
+    has_pools = any(len(recording.lives.holds) for _, _, recording in read)
+    states = [state for state in CellState if state != CellState.POOL_IDLE or has_pools]
+    return Section(
+        anchor=f"g{number + 1}",
+        group=group,
+        variants=variants,
+        drawing=progress_figure(read) if read else None,
+        alternative=alternative,
+        legend=tuple((f"cell-{state.value}", STATE_WORDS[state]) for state in states),
+    )
 
 
 def _variant(number: int, row: Row, recording: Recording | Unavailable | None, scale: int) -> Variant:
@@ -158,6 +184,7 @@ def _variant(number: int, row: Row, recording: Recording | Unavailable | None, s
         drawing=map_figure(recording, drawn, scale),
         alternative=alternative,
         resolution=_resolution(drawn),
+        breakdown=breakdown(recording),
     )
 
 
@@ -178,6 +205,9 @@ def _facts(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]
         ("stranded at most", size(case.peak.stranded)),
         ("stranded at end", size(case.end.stranded)),
     ]
+    if case.peak.pool_idle:
+        facts.append(("idle in private pools at most", size(case.peak.pool_idle)))
+        facts.append(("idle in private pools at end", size(case.end.pool_idle)))
     if recording is not None:
         facts.append(("events", f"{recording.events:,}"))
     return tuple(facts)
@@ -208,6 +238,12 @@ def _notes(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]
             stated = format_bytes(case.peak.allocated)
             out.append(("trace", f"it shows a peak allocated of {format_bytes(seen)}, the results say {stated}"))
     return tuple(out)
+
+
+def _pool_cells(share: PoolShare) -> tuple[tuple[str, str], ...]:
+    """The cells of a line of a breakdown, each with its heading; MiB."""
+    sizes = (share.reserved, share.active, share.stranded, share.pool_idle, share.releasable)
+    return tuple(zip(POOL_HEADINGS, (f"{share.ranges:,}", *map(mib, sizes)), strict=True))
 
 
 def _resolution(drawn: MemoryMap) -> str:

@@ -73,6 +73,15 @@ class Row:
         return f"{case.outcome} (declared: {case.expected_outcome})"
 
     @property
+    def pool_note(self) -> str:
+        """What is idle in private pools, which no column of the comparison shows; empty where nothing ever was."""
+        peak, end = self.case.peak.pool_idle, self.case.end.pool_idle
+        if not self.case.measured or not peak:
+            return ""
+        at_most, at_end = f"{self.mark}{format_bytes(peak)}", f"{self.mark}{format_bytes(end)}"
+        return f"idle in private pools: at most {at_most}, at the end {at_end}"
+
+    @property
     def message(self) -> str:
         """What went wrong, as one printable line."""
         return printable(self.case.message)

@@ -29,6 +29,7 @@ class Peak(msgspec.Struct, frozen=True):
     reserved: int = 0
     stranded: int = 0
     inactive_split: int = 0
+    pool_idle: int = 0
 
 
 class AfterEmptyCache(msgspec.Struct, frozen=True):

@@ -159,10 +159,11 @@ def _on_virtual(task: Task) -> _Recording:
 def _on_cuda(task: Task) -> _Recording:
     # The allocator reads its settings when CUDA is first used, which is now; the user's own must not mix in.
     settings = task.cases[0].settings
-    for variable in settings.rules.rules.conf_variables:
+    rules = settings.rules.rules
+    for variable in (*rules.conf_variables, *rules.conf.variables_in_part):
         os.environ.pop(variable, None)
     if settings.conf:
-        os.environ[settings.rules.rules.conf_variables[0]] = settings.conf
+        os.environ[rules.conf_variables[0]] = settings.conf
     cuda = CudaRecorder()
     recorder = _PhaseRecorder(cuda)
     outcome, message, measured = _run_body(task, recorder)

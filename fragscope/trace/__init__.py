@@ -1,6 +1,7 @@
 """Requests, Decisions and the Trace that holds both; readers and writers."""
 
 from fragscope.trace.events import (
+    DECISION_DTYPES,
     NO_ID,
     NO_STACK,
     UNKNOWN_SIZE,
@@ -16,15 +17,18 @@ from fragscope.trace.events import (
     StackTable,
 )
 from fragscope.trace.load import load_trace
+from fragscope.trace.sidecar import with_sidecar
 from fragscope.trace.store import write_trace
-from fragscope.trace.trace import DEFAULT_POOL, Loss, Observation, PoolId, SegmentState, Settings, Trace
+from fragscope.trace.trace import DEFAULT_POOL, BlockState, Loss, Observation, PoolId, SegmentState, Settings, Trace
 
 __all__ = [
+    "DECISION_DTYPES",
     "DEFAULT_POOL",
     "NO_ID",
     "NO_STACK",
     "UNKNOWN_SIZE",
     "UNKNOWN_STREAM",
+    "BlockState",
     "DecisionKind",
     "DecisionLog",
     "Decisions",
@@ -41,5 +45,6 @@ __all__ = [
     "StackTable",
     "Trace",
     "load_trace",
+    "with_sidecar",
     "write_trace",
 ]

@@ -37,7 +37,7 @@ class RequestKind(IntEnum):
     USES_DONE = 4
     """From here on, the other streams' work on the freed ``id`` is finished: its deferred free may complete."""
     EMPTY_CACHE = 5
-    """``torch.cuda.empty_cache()``."""
+    """``torch.cuda.empty_cache()``; with a private ``pool``, of that one only."""
     RELEASE_SEEN = 6
     """A recording shows cached segments being returned directly before an allocation that needed a new one: either
     an ``empty_cache()`` or the allocator's own retry. Replay decides, since it knows what fits."""
@@ -49,6 +49,25 @@ class RequestKind(IntEnum):
     """The measured phase ``phase`` is over."""
     OBSERVATION = 10
     """The program read memory state; ``size`` indexes ``Trace.observations``."""
+    POOL_CREATE = 11
+    """``MemPool(...)`` makes the private ``pool`` or takes it once more; ``size`` is 1 for ``use_on_oom`` plus 2 for
+    ``no_split``."""
+    SCOPE_OPEN = 12
+    """``use_mem_pool`` or a capture begins: the private ``pool`` has one user more, and a scope is open."""
+    SCOPE_CLOSE = 13
+    """The scope is closed; its user stays until ``POOL_RELEASE``."""
+    POOL_RELEASE = 14
+    """The private ``pool`` has one user less; without users its idle memory can be returned."""
+    SETTINGS = 15
+    """The allocator's settings change; ``size`` indexes ``Trace.confs``."""
+    CAPTURE_BEGIN = 16
+    """A stream is being captured into a CUDA graph."""
+    CAPTURE_END = 17
+    """It no longer is."""
+    START = 18
+    """Recording began when the allocator already held the segments of ``Trace.initial``; the first row, if any."""
+    HELD = 19
+    """``id`` was live then, ``size`` bytes asked for; one row for each such block, in the order of their addresses."""
 
 
 class DecisionKind(IntEnum):
@@ -67,6 +86,10 @@ class DecisionKind(IntEnum):
     """The block of ``id`` at ``addr`` is free to be handed out again."""
     OOM = 6
     """No memory: ``size`` is the rounded request, ``addr`` the driver's free bytes after everything was released."""
+    SEGMENT_MAP = 7
+    """``size`` bytes of an expandable segment were mapped at ``addr``."""
+    SEGMENT_UNMAP = 8
+    """``size`` bytes of an expandable segment were unmapped at ``addr``."""
 
 
 @dataclass(frozen=True, slots=True)

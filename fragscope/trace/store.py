@@ -39,6 +39,15 @@ _MANIFEST_LIMIT = 256 * MIB
 _PADDING_FIELD = 0x4653  # zip extra field "FS": bytes that align the member's data
 
 
+class _Segment(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    addr: int
+    size: int
+    stream: int
+    pool: int
+    blocks: list[tuple[int, int, str]]
+    expandable: bool = False
+
+
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     format: str
     version: int
@@ -54,11 +63,13 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     card: str | None
     device: int
     device_total: int | None
-    final: list[tuple[int, int, int, int, list[tuple[int, int, str]]]] | None
+    final: list[_Segment] | None
     lost: list[tuple[str, str, int]]
     placement: Literal["recorded", "modelled"]
     source: str
     provenance: dict[str, str]
+    confs: list[str] = []
+    initial: list[_Segment] = []
 
 
 def write_trace(trace: Trace, path: Path) -> None:
@@ -85,13 +96,13 @@ def write_trace(trace: Trace, path: Path) -> None:
         card=trace.card,
         device=trace.device,
         device_total=trace.device_total,
-        final=None
-        if trace.final is None
-        else [(s.addr, s.size, s.stream, s.pool, [tuple(b) for b in s.blocks]) for s in trace.final],  # type: ignore[misc]
+        final=None if trace.final is None else _stored(trace.final),
         lost=[(x.code, x.detail, x.events) for x in trace.lost],
         placement=trace.placement,
         source=trace.source,
         provenance=trace.provenance,
+        confs=list(trace.confs),
+        initial=_stored(trace.initial),
     )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -102,6 +113,17 @@ def write_trace(trace: Trace, path: Path) -> None:
             for name, dtype in DECISION_DTYPES.items():
                 _add(archive, buffer, f"decisions/{name}", _column_bytes(getattr(trace.decisions, name), dtype))
     write_atomically(path, buffer.getvalue())
+
+
+def _stored(segments: tuple[SegmentState, ...]) -> list[_Segment]:
+    return [_Segment(s.addr, s.size, s.stream, s.pool, list(s.blocks), s.expandable) for s in segments]
+
+
+def _read_back(segments: list[_Segment]) -> tuple[SegmentState, ...]:
+    return tuple(
+        SegmentState(s.addr, s.size, s.stream, s.pool, tuple(s.blocks), s.expandable)  # type: ignore[arg-type]
+        for s in segments
+    )
 
 
 def _column_bytes(column: Column, dtype: str) -> bytes:
@@ -236,7 +258,7 @@ def _check_references(path: Path, manifest: _Manifest, requests: Requests, decis
     within(requests.phase, 0, len(manifest.phases), "a request's phase")
     within(requests.pool, 0, len(manifest.pools), "a request's pool")
     within(requests.size, -1, 2**62, "a request's size")
-    allocs = requests.kind == RequestKind.ALLOC
+    allocs = (requests.kind == RequestKind.ALLOC) | (requests.kind == RequestKind.HELD)
     ids = requests.id[allocs]
     if len(ids) and (int(ids.min()) < 0 or len(np.unique(ids)) != len(ids)):
         raise InputFileError(path, "is inconsistent: two allocations have the same id, or one has none")
@@ -244,15 +266,38 @@ def _check_references(path: Path, manifest: _Manifest, requests: Requests, decis
         raise InputFileError(path, "is inconsistent: an allocation has no size")
     observed = requests.size[requests.kind == RequestKind.OBSERVATION]
     within(observed, 0, len(manifest.observations), "an observation")
+    changed = requests.size[requests.kind == RequestKind.SETTINGS]
+    within(changed, 0, len(manifest.confs), "a change of settings")
     if decisions is not None:
         within(decisions.kind, min(DecisionKind), max(DecisionKind) + 1, "a decision's kind")
         within(decisions.request, 0, len(requests), "a decision's request")
         within(decisions.pool, 0, len(manifest.pools), "a decision's pool")
     if any(not 0 <= f < len(manifest.frames) for stack in manifest.stacks for f in stack):
         raise InputFileError(path, "is inconsistent: a stack refers to a frame the file does not hold")
-    for _, _, _, pool, blocks in manifest.final or ():
-        if not 0 <= pool < len(manifest.pools) or any(state not in get_args(BlockState) for _, _, state in blocks):
-            raise InputFileError(path, "is inconsistent: a segment at the end has an unknown pool or block state")
+    for segment in (*manifest.initial, *(manifest.final or ())):
+        states = {state for _, _, state in segment.blocks}
+        if not 0 <= segment.pool < len(manifest.pools) or not states <= set(get_args(BlockState)):
+            raise InputFileError(path, "is inconsistent: a segment has an unknown pool or block state")
+    _check_initial(path, manifest, requests)
+
+
+def _check_initial(path: Path, manifest: _Manifest, requests: Requests) -> None:
+    """What stood at the start must be one row for each live block, and blocks must cover their segments."""
+    held = int(np.count_nonzero(requests.kind == RequestKind.HELD))
+    live = sum(state != "free" for s in manifest.initial for _, _, state in s.blocks)
+    starts = np.flatnonzero(requests.kind == RequestKind.START)
+    if held != live or (len(starts) > 0) != bool(manifest.initial) or len(starts) > 1 or starts[:1].any():
+        raise InputFileError(path, "is inconsistent: what stood at the start is not what its events say")
+    end = 0
+    for segment in manifest.initial:
+        at = segment.addr
+        for addr, size, _ in segment.blocks:
+            if addr != at or not 0 < size <= 2**62:
+                raise InputFileError(path, "is inconsistent: blocks at the start do not cover their segment")
+            at += size
+        if at != segment.addr + segment.size or segment.addr < end:
+            raise InputFileError(path, "is inconsistent: segments at the start overlap or have gaps")
+        end = at
 
 
 def _assemble(path: Path, manifest: _Manifest, requests: Requests, decisions: Decisions | None) -> Trace:
@@ -273,14 +318,11 @@ def _assemble(path: Path, manifest: _Manifest, requests: Requests, decisions: De
         card=manifest.card,
         device=manifest.device,
         device_total=manifest.device_total,
-        final=None
-        if manifest.final is None
-        else tuple(
-            SegmentState(a, n, s, p, tuple(b))  # type: ignore[arg-type]
-            for a, n, s, p, b in manifest.final
-        ),
+        initial=_read_back(manifest.initial),
+        final=None if manifest.final is None else _read_back(manifest.final),
         lost=tuple(Loss(*x) for x in manifest.lost),
         placement=manifest.placement,
         source=manifest.source,
         provenance=manifest.provenance,
+        confs=tuple(manifest.confs),
     )

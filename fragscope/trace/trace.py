@@ -48,10 +48,11 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class SegmentState:
-    """One segment as it stood at the end of a recording; bytes.
+    """One segment, or a contiguous mapped range of an expandable one, as it stood at the end of a recording; bytes.
 
     Attributes:
         blocks: ``(addr, size, state)`` in address order, state one of ``free``, ``allocated``, ``pending``.
+        expandable: whether it is a contiguous mapped range of an expandable segment.
     """
 
     addr: int
@@ -59,6 +60,7 @@ class SegmentState:
     stream: int
     pool: int
     blocks: tuple[tuple[int, int, BlockState], ...]
+    expandable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,14 @@ class Trace:
         phases: names; index 0 is ``""``, no phase.
         pools: pool ids; index 0 is the default pool.
         observations: what ``OBSERVATION`` rows refer to.
+        confs: what ``SETTINGS`` rows refer to.
         settings: allocator settings in force.
         torch: release whose allocator made the decisions, None where the file does not say.
         card: name of the device profile, None where unknown.
         device: CUDA device index.
         device_total: bytes of device memory in all, None where unknown.
+        initial: segments that stood when recording began, empty where it began with the process. Blocks that are not
+            free are those of the ``HELD`` rows, in this order.
         final: segments at the end as the recording shows them, None for traces made by the model.
         lost: what the recording does not hold.
         placement: whether the segments' addresses come from a driver (``recorded``) or a model of it (``modelled``).
@@ -103,11 +108,13 @@ class Trace:
     phases: tuple[str, ...] = ("",)
     pools: tuple[PoolId, ...] = (DEFAULT_POOL,)
     observations: tuple[Observation, ...] = ()
+    confs: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
     torch: str | None = None
     card: str | None = None
     device: int = 0
     device_total: int | None = None
+    initial: tuple[SegmentState, ...] = ()
     final: tuple[SegmentState, ...] | None = None
     lost: tuple[Loss, ...] = ()
     placement: Literal["recorded", "modelled"] = "modelled"

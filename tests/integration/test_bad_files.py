@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import lzma
 import os
@@ -178,7 +179,7 @@ json_like = st.recursive(
 @given(data=st.data())
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 def test_any_value_in_any_place_of_a_snapshot_is_handled(data: st.DataObject, tmp_path_factory: Any) -> None:
-    value = small_snapshot(data.draw(st.sampled_from(["2.9", "2.11", "2.14"])))
+    value = copy.deepcopy(small_snapshot(data.draw(st.sampled_from(["2.9", "2.11", "2.14"]))))
     inner: Any = value
     while True:
         key = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
@@ -192,20 +193,22 @@ def test_any_value_in_any_place_of_a_snapshot_is_handled(data: st.DataObject, tm
 
 @given(
     rows=st.lists(
-        st.tuples(st.integers(1, 10), st.integers(-1, 4), st.sampled_from([0, 1, 512, 2**21, 2**40, 2**61]),
-                  st.integers(-1, 2)),
+        st.tuples(st.integers(1, 17), st.integers(-1, 4), st.sampled_from([0, 1, 512, 2**21, 2**40, 2**61]),
+                  st.integers(-1, 2), st.integers(0, 2)),
         max_size=40,
     )
 )  # fmt: skip
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-def test_any_order_of_requests_is_handled(rows: list[tuple[int, int, int, int]], tmp_path_factory: Any) -> None:
+def test_any_order_of_requests_is_handled(rows: list[tuple[int, int, int, int, int]], tmp_path_factory: Any) -> None:
     from fragscope.trace import Observation, RequestKind, RequestLog, Trace
 
     log = RequestLog()
-    for kind, id_, size, stream in rows:
-        log.append(RequestKind(kind), id=id_, size=0 if kind == RequestKind.OBSERVATION else size, stream=stream)
+    for kind, id_, size, stream, pool in rows:
+        is_index = kind in (RequestKind.OBSERVATION, RequestKind.SETTINGS)
+        log.append(RequestKind(kind), id=id_, size=0 if is_index else size, stream=stream, pool=pool)
     path = tmp_path_factory.getbasetemp() / "any.fscope"
-    write_trace(Trace(log.finish(), observations=(Observation("x"),), torch="2.11"), path)
+    pools, confs = ((0, 0), (0, 1), (2, 0)), ("expandable_segments:True",)
+    write_trace(Trace(log.finish(), observations=(Observation("x"),), torch="2.11", pools=pools, confs=confs), path)
     handled(path)
 
 

@@ -54,7 +54,7 @@ def events_on_virtual_card(make: footprint_cases.Case) -> tuple[list[list[Any]],
             running.close()
             del running
         rows = device.memory.requests.finish()
-        left = len(device.memory._blocks) - len(device.gemm_workspaces)
+        left = device.memory.live - len(device.gemm_workspaces)
     out: list[list[Any]] = []
     live: dict[int, int] = {}
     for row in range(before, len(rows)):

@@ -21,11 +21,12 @@ ARROWS: dict[str, set[str]] = {
     "results": BASE | {"trace"},
     "allocator": BASE | {"trace"},
     "measure": BASE | {"trace", "allocator"},
+    "search": BASE | {"trace", "allocator", "measure"},
     "record": BASE | {"trace", "allocator"},
     "suite": BASE | {"trace", "allocator", "record", "results", "fragscope"},
     "gate": BASE | {"trace", "results", "config"},
     "report": BASE | {"trace", "allocator", "measure", "results"},
-    "cli": BASE | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report"},
+    "cli": BASE | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report", "search"},
     "fragscope": BASE | {"trace", "suite"},  # the public face: fragscope/__init__.py
     "__main__": {"cli"},
 }
@@ -79,7 +80,17 @@ def test_every_room_has_its_arrows_written_down():
 
 
 @pytest.mark.parametrize(
-    "module", ["fragscope", "fragscope.cli", "fragscope.cli.gate", "fragscope.cli.report", "fragscope.cli.replay"]
+    "module",
+    [
+        "fragscope",
+        "fragscope.cli",
+        "fragscope.cli.fit",
+        "fragscope.cli.gate",
+        "fragscope.cli.report",
+        "fragscope.cli.replay",
+        "fragscope.cli.tune",
+        "fragscope.search",
+    ],
 )
 def test_importing_does_not_import_torch_or_the_report_libraries(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'bokeh', 'jinja2', 'flashinfer'}} & set(sys.modules)))"

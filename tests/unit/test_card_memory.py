@@ -64,7 +64,7 @@ def test_a_deferred_free_waits_for_all_its_streams():
     card.record_stream(used, 1)
     card.record_stream(used, 2)
     card.free(used)
-    assert card.allocator.meter.active == 4 * MIB
+    assert card.allocator.now.active == 4 * MIB
     card.finished(1)
     assert "USES_DONE" not in kinds(card)
     card.finished(2)
@@ -77,7 +77,7 @@ def test_emptying_the_cache_waits_for_everything():
     card.record_stream(used, 1)
     card.free(used)
     card.empty_cache()
-    assert card.allocator.meter.reserved == 0
+    assert card.allocator.now.reserved == 0
     assert kinds(card)[-2:] == ["USES_DONE", "EMPTY_CACHE"]
 
 
@@ -111,6 +111,6 @@ def test_threads_take_turns():
     for thread in threads:
         thread.join()
     assert card.live == 0
-    assert card.allocator.meter.allocated == 0
+    assert card.allocator.now.allocated == 0
     assert sorted(kinds(card)) == ["ALLOC"] * 1200 + ["FREE"] * 1200
     assert replay(card.trace(), card.settings, verify=True).verify.mismatches == 0

@@ -17,7 +17,7 @@ PUBLIC = {
 }  # fmt: skip
 ROOMS = [
     "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
-    "fragscope.report",
+    "fragscope.report", "fragscope.search",
 ]  # fmt: skip
 
 

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 from bokeh.document import Document
 from builders import FP8, bare_case, case_of, fp8_results, replayed, replayed_phase, results_of
+from driven_traces import Driven
 
 from fragscope.errors import UsageError
 from fragscope.measure import lifetimes, timeline
 from fragscope.report import write_html
-from fragscope.report.figures import LINE_POINTS, map_scale, raster, unpack
+from fragscope.report.figures import LINE_POINTS, map_figure, map_scale, raster, unpack
 from fragscope.report.memory_map import Canvas, CellState, address_ranges, cell_shares
+from fragscope.report.pools import MOST_SHARES, breakdown, places
 from fragscope.report.traces import Recording, Unavailable, open_recording
-from fragscope.results import Results
+from fragscope.results import Peak, Results
 from fragscope.trace import write_trace
 
+MIB = 2**20
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
 
 
@@ -129,7 +132,10 @@ def test_the_memory_maps_carry_the_raster_as_computed(fp8: tuple[Results, Path])
         assert np.array_equal(cells, raster(recording, scale).cells)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["fp8-dsv3-tp8.fixed.default", "streams-default", "oom-default"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8-dsv3-tp8.fixed.default", "fp8-dsv3-tp8.newest.expandable", "streams-default", "oom-default"],
+)
 @pytest.mark.parametrize("shape", [(40, 70), (7, 333)])
 def test_the_areas_of_a_memory_map_add_up_to_the_counters(name: str, shape: tuple[int, int]) -> None:
     trace = replayed(name).trace
@@ -138,14 +144,15 @@ def test_the_areas_of_a_memory_map_add_up_to_the_counters(name: str, shape: tupl
     begin = len(trace.requests) // 2
     ranges = address_ranges(lives, rows)
     canvas = Canvas(ranges, rows, begin, ranges.extent / shape[0], shape[1])
-    reserved, in_use, base, phase = (s.sum() for s in cell_shares(lives, canvas))
+    shares = cell_shares(lives, canvas)
     cell = canvas.bytes_per_cell * canvas.events_per_cell
-    assert canvas.shape[1] == shape[1]
-    assert reserved * cell == pytest.approx(line.reserved[rows].sum(), rel=1e-9)
-    assert (base + phase) * cell == pytest.approx(line.active[rows].sum(), rel=1e-9)
-    assert (in_use - base - phase) * cell == pytest.approx(line.stranded[rows].sum(), rel=1e-6)
-    assert phase > 0
-    assert base > 0
+    assert canvas.shape[1] == min(shape[1], rows.stop - rows.start)
+    assert shares.reserved.sum() * cell == pytest.approx(line.reserved[rows].sum(), rel=1e-9)
+    assert (shares.base + shares.phase).sum() * cell == pytest.approx(line.active[rows].sum(), rel=1e-9)
+    assert shares.stranded.sum() * cell == pytest.approx(line.stranded[rows].sum(), rel=1e-6)
+    assert not shares.pool_idle.any()
+    assert shares.phase.sum() > 0
+    assert shares.base.sum() > 0
 
 
 def test_holes_and_spikes_survive_a_coarse_memory_map() -> None:
@@ -158,6 +165,100 @@ def test_holes_and_spikes_survive_a_coarse_memory_map() -> None:
     assert set(np.unique(cells)) >= {
         CellState.NOT_RESERVED, CellState.RELEASABLE, CellState.BASE, CellState.PHASE, CellState.STRANDED
     }  # fmt: skip
+
+
+def pools_recording() -> Recording:
+    """Expandable segments and a private pool, which loses its user before the end."""
+    made = Driven("2.13", 1024 * MIB, 1024 * MIB, "expandable_segments:True")
+    made.create_pool(1)
+    made.alloc(0, 50 * MIB)
+    made.begin_phase()
+    for id_ in range(1, 5):
+        made.alloc(id_, 30 * MIB, pool=1)
+    for id_ in (1, 2, 4):
+        made.free(id_)
+    made.set_conf("expandable_segments:False")
+    made.alloc(5, 12 * MIB)
+    made.alloc(6, 64 * MIB)
+    made.free(6)
+    for id_ in range(7, 17):
+        made.free(made_at(made, id_))
+    made.release_pool(1)
+    for id_ in range(20, 30):
+        made.free(made_at(made, id_))
+    trace = made.trace
+    lives, line = lifetimes(trace), timeline(trace)
+    assert line.measured is not None
+    return Recording(trace, lives, line, line.measured)
+
+
+def made_at(made: Driven, id_: int) -> int:
+    """A small allocation, to let time pass."""
+    made.alloc(id_, 512)
+    return id_
+
+
+def test_a_memory_map_shows_private_pools_and_what_expandable_segments_strand() -> None:
+    recording = pools_recording()
+    cells = raster(recording, map_scale([recording])).cells
+    early, late = cells[:, : cells.shape[1] // 2], cells[:, -1]
+    assert (early == CellState.POOL_IDLE).any()
+    assert (late != CellState.POOL_IDLE).all()
+    assert (late == CellState.RELEASABLE).any()
+    assert np.isin(late, (CellState.STRANDED, CellState.PHASE_WITH_HOLES)).any()
+
+
+def test_pointing_at_a_memory_map_says_what_kind_of_memory_it_is() -> None:
+    recording = pools_recording()
+    drawn = raster(recording, map_scale([recording]))
+    kinds = places(recording.trace, recording.lives, drawn.canvas.rows, drawn.canvas.ranges)
+    assert sorted(kinds.words) == ["expandable segment", "expandable segment, pool (0, 1)", "segment"]
+    ranges, lives = drawn.canvas.ranges, recording.lives
+    for piece in range(len(lives.pieces.addr)):
+        segment = lives.pieces.segment[piece]
+        offset = ranges.place(lives.pieces.addr[piece : piece + 1])
+        word = kinds.words[kinds.word[np.searchsorted(kinds.offset, offset, side="right")[0] - 1]]
+        assert ("expandable" in word) == bool(lives.segments.page[segment])
+        assert ("pool (0, 1)" in word) == (lives.segments.pool[segment] == 1)
+    payload = unpack(map_figure(recording, drawn, map_scale([recording])).payload)
+    assert "expandable segment, pool (0, 1)" in str(payload)
+
+
+def test_a_page_breaks_reserved_memory_down_by_pool(tmp_path: Path) -> None:
+    recording = pools_recording()
+    write_trace(recording.trace, tmp_path / "t.fscope")
+    peak = Peak(1, 1, 1, 1, 1, 1, 55 * MIB)
+    cases = [bare_case(trace="t.fscope", peak=peak, end=Peak(1, 1, 1, 1), allocs=30)]
+    seen = page(results_of(cases), tmp_path)
+    found = breakdown(recording)
+    assert found is not None
+    names = {share.words: share for share in found.shares}
+    assert set(names) == {"default pool", "default pool, expandable", "pool (0, 1), expandable"}
+    row = recording.timeline.at(found.event)
+    assert row.reserved == recording.timeline.reserved.max()
+    for counter in ("reserved", "active", "stranded", "pool_idle", "releasable"):
+        assert sum(getattr(share, counter) for share in found.shares) == getattr(row, counter), counter
+    for text in (*names, "idle in private pools at most", "55.00 MiB", "idle in a private pool that has users"):
+        assert text in seen.words, text
+
+
+def test_a_long_breakdown_ends_in_a_sum() -> None:
+    made = Driven("2.11", 1024 * MIB, 1024 * MIB)
+    for pool in range(20):
+        made.alloc(pool, (pool + 2) * MIB, pool=pool)
+    trace = made.trace
+    recording = Recording(trace, lifetimes(trace), timeline(trace), slice(0, len(trace.requests)))
+    found = breakdown(recording)
+    assert found is not None
+    assert [share.words for share in found.shares][-1] == f"{20 - MOST_SHARES} more"
+    assert sum(share.reserved for share in found.shares) == recording.timeline.reserved[-1]
+
+
+def test_plain_memory_needs_no_breakdown(fp8: tuple[Results, Path]) -> None:
+    recording = open_recording(fp8[0].cases[0], fp8[1])
+    assert isinstance(recording, Recording)
+    assert breakdown(recording) is None
+    assert "idle in a private pool that has users" not in page(*fp8).words
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ def test_only_cases_under_the_same_settings_are_compared() -> None:
     assert all(row.difference is None for g in groups for row in g.rows)
 
 
+def test_what_is_idle_in_private_pools_is_said_under_the_table() -> None:
+    pooled = bare_case(exact=False, peak=Peak(pool_idle=48 * MIB), end=Peak(pool_idle=2 * MIB))
+    results = results_of([pooled, bare_case(variant="plain", role="fixed")])
+    note = "list-stack: idle in private pools: at most ~48.00 MiB, at the end ~2.00 MiB"
+    for width in (80, 130):
+        assert note in " ".join(shown(results, width).split())
+    assert f"- {escaped(note)}" in markdown(results)
+    assert "plain: idle" not in shown(results, 130)
+
+
 def test_what_a_reader_must_know_comes_with_the_figures() -> None:
     results = results_of([bare_case(outcome="oom"), bare_case(variant="b", exact=False)], planned=5, complete=False)
     summary = summarize(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fragscope.allocator import NEWEST, RULES, CachingAllocator, Device, TieBreak, rules_for
+from fragscope.allocator import NEWEST, RULES, CachingAllocator, TieBreak, rules_for
 from fragscope.errors import UsageError
 
 
@@ -61,12 +61,12 @@ TOTAL = 85_017_493_504  # an H100's; 0.2 of it is 17,003,498,700.8
     [("2.11", 17_003_498_700), ("2.12", 17_003_498_700), ("2.13", 17_003_498_701), ("2.14", 17_003_498_701)],
 )
 def test_a_memory_fraction_is_truncated_up_to_2_12_and_rounded_from_2_13(release: str, limit: int) -> None:
-    assert CachingAllocator(Device(TOTAL, TOTAL), rules_for(release).rules, memory_fraction=0.2).limit == limit
+    assert CachingAllocator(TOTAL, TOTAL, rules_for(release).rules, memory_fraction=0.2).limit == limit
 
 
 @pytest.mark.parametrize(("release", "limit"), [("2.9", TOTAL), ("2.10", None), ("2.11", None), ("2.14", None)])
 def test_a_memory_fraction_of_one_is_a_limit_only_up_to_2_9(release: str, limit: int | None) -> None:
-    assert CachingAllocator(Device(TOTAL, TOTAL), rules_for(release).rules, memory_fraction=1.0).limit == limit
+    assert CachingAllocator(TOTAL, TOTAL, rules_for(release).rules, memory_fraction=1.0).limit == limit
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,118 @@ def test_keys_by_release(key: str, since: str) -> None:
 def test_the_general_variable_is_read_from_2_10() -> None:
     assert rules_for("2.9").rules.conf_variables == ("PYTORCH_CUDA_ALLOC_CONF",)
     assert rules_for("2.10").rules.conf_variables == ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+# --- equal sizes --------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+LOW = 0x7000_0000_0000
+HIGH = LOW + 64 * MIB
+
+
+def allocator(release: str) -> CachingAllocator:
+    """The driver puts its first segment above its second."""
+    return CachingAllocator(TOTAL, TOTAL, rules_for(release).rules)
+
+
+@pytest.mark.parametrize(
+    ("release", "place"),
+    [("2.9", LOW), ("2.10", LOW), ("2.11", LOW), ("2.12", HIGH), ("2.13", HIGH), ("2.14", HIGH)],
+)
+def test_of_two_equal_segments_the_lower_is_taken_up_to_2_11_and_the_older_from_2_12(release: str, place: int) -> None:
+    a = allocator(release)
+    a.give_addresses([(HIGH, 14 * MIB), (LOW, 14 * MIB)])
+    for n in range(2):
+        a.malloc(n, 14 * MIB)
+    for n in range(2):
+        a.free(n)
+    assert a.malloc(2, 14 * MIB) == place
+    assert a.address_ties == 0, "whole idle segments of one size are interchangeable"
+
+
+@pytest.mark.parametrize(
+    ("release", "place", "ties"), [("2.11", LOW, 1), ("2.12", HIGH, 0), ("2.13", HIGH, 0), ("2.14", HIGH, 0)]
+)
+def test_a_choice_between_parts_of_different_segments_is_counted_where_addresses_decide(
+    release: str, place: int, ties: int
+) -> None:
+    a = allocator(release)
+    a.give_addresses([(HIGH, 20 * MIB), (LOW, 20 * MIB)])
+    for n in range(4):
+        a.malloc(n, 9 * MIB)  # two to a segment
+    a.free(2)
+    a.free(0)
+    assert a.malloc(4, 9 * MIB) == place
+    assert a.address_ties == ties
+
+
+def test_ties_inside_one_segment_do_not_depend_on_the_driver() -> None:
+    a = allocator("2.11")
+    for n in range(4):
+        a.malloc(n, 512)
+    a.free(0)
+    a.free(2)
+    a.malloc(4, 512)
+    assert a.address_ties == 0
+
+
+@pytest.mark.parametrize(("release", "taken"), [("2.11", "front"), ("2.12", "middle"), ("2.13", "front")])
+def test_in_2_12_the_block_object_made_first_is_taken(release: str, taken: str) -> None:
+    """A split makes a new object for the front and keeps the old one for the rest: a front can be the younger one."""
+    a = allocator(release)
+    a.malloc(0, 8 * MIB)
+    places = {"middle": a.malloc(1, 4 * MIB)}
+    a.malloc(2, 8 * MIB)  # the 20 MiB segment is full
+    a.free(0)
+    places["front"] = a.malloc(3, 4 * MIB)  # splits the first 8 MiB: a new object, younger than the middle one
+    a.malloc(4, 4 * MIB)
+    a.free(3)
+    a.free(1)
+    assert a.malloc(5, 4 * MIB) == places[taken]
+
+
+@pytest.mark.parametrize(
+    ("release", "freed_last", "taken"),
+    [("2.11", "front", 0), ("2.12", "front", 3), ("2.12", "rest", 0), ("2.13", "front", 0)],
+)
+def test_in_2_12_a_merged_block_is_as_old_as_the_one_that_was_freed_last(
+    release: str, freed_last: str, taken: int
+) -> None:
+    a = allocator(release)
+    places = [a.malloc(n, 2 * MIB) for n in range(10)]  # fills the segment
+    a.free(0)
+    a.free(1)
+    a.malloc(10, 2 * MIB)  # the front of the two: a new object, younger than all others
+    a.malloc(11, 2 * MIB)  # the rest: the object that allocation 1 had
+    a.free(3)
+    a.free(4)  # a block of 4 MiB, in age between the two
+    for n in (11, 10) if freed_last == "front" else (10, 11):
+        a.free(n)
+    assert a.malloc(12, 4 * MIB) == places[taken]
+
+
+@pytest.mark.parametrize("release", ["2.11", "2.13", "2.14"])
+def test_ties_inside_one_segment_go_to_the_lower_address_except_in_2_12(release: str) -> None:
+    a = allocator(release)
+    places = [a.malloc(n, 512) for n in range(5)]
+    a.free(3)
+    a.free(1)
+    assert a.malloc(5, 512) == places[1]
+
+
+# --- open scopes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("release", "defers"), [("2.9", True), ("2.12", True), ("2.13", False), ("2.14", False)])
+def test_an_open_scope_keeps_finished_frees_waiting_up_to_2_12(release: str, defers: bool) -> None:
+    a = allocator(release)
+    a.malloc(0, 512)
+    a.record_stream(0, 0x5100)
+    a.free(0)
+    a.uses_done(0)
+    a.open_scope(1)
+    a.malloc(1, 512, pool=1)
+    assert a.now.active == (1024 if defers else 512)
+    a.close_scope()
+    a.malloc(2, 512, pool=1)
+    assert a.now.active == 1024

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from snapshots import BASE, FRAME, MIB, RELEASES, entry, segment, small_snapshot, snapshot, write
 
-from fragscope.errors import InputFileError, UnmodelledError, UsageError
+from fragscope.errors import InputFileError, UsageError
 from fragscope.trace import UNKNOWN_STREAM, DecisionKind, RequestKind, Trace
 from fragscope.trace.snapshot import read_snapshot, snapshot_to_trace
 
@@ -203,10 +203,167 @@ def test_the_only_device_with_events_needs_no_choice() -> None:
     assert read(value).device == 1
 
 
-def test_expandable_segments_are_refused_by_name() -> None:
-    with pytest.raises(UnmodelledError) as caught:
-        read(snapshot([entry("segment_map", BASE, 2 * MIB)]))
-    assert caught.value.key == "expandable_segments"
+# --- expandable segments ------------------------------------------------------------------------------------------
+
+
+def mapped(addr: int, size: int, blocks: list[tuple[int, str]]) -> dict[str, Any]:
+    """A contiguous mapped range of an expandable segment at the end of a recording."""
+    return {**segment(addr, size, blocks), "is_expandable": True}
+
+
+def test_mappings_are_decisions_about_the_request_that_needed_them() -> None:
+    e = [
+        entry("segment_map", BASE, 20 * MIB), entry("alloc", BASE, 20 * MIB),
+        entry("segment_map", BASE + 20 * MIB, 20 * MIB), entry("alloc", BASE + 20 * MIB, 20 * MIB),
+        entry("free_requested", BASE, 20 * MIB), entry("free_completed", BASE, 20 * MIB),
+        entry("segment_unmap", BASE, 20 * MIB),
+    ]  # fmt: skip
+    trace = read(snapshot(e, [mapped(BASE + 20 * MIB, 20 * MIB, [(20 * MIB, "active_allocated")])]))
+    assert kinds(trace) == [K.ALLOC, K.ALLOC, K.FREE, K.EMPTY_CACHE]
+    decisions = trace.decisions
+    assert decisions is not None
+    rows = list(zip(decisions.kind.tolist(), decisions.request.tolist(), decisions.size.tolist(), strict=True))
+    assert rows == [
+        (D.SEGMENT_MAP, 0, 20 * MIB), (D.ALLOC, 0, -1), (D.SEGMENT_MAP, 1, 20 * MIB), (D.ALLOC, 1, -1),
+        (D.FREE_REQUESTED, 2, -1), (D.FREE_COMPLETED, 2, -1), (D.SEGMENT_UNMAP, 3, 20 * MIB),
+    ]  # fmt: skip
+    assert trace.final is not None
+    assert [s.expandable for s in trace.final] == [True]
+    assert trace.initial == ()
+
+
+def test_what_was_unmapped_for_a_request_belongs_to_it() -> None:
+    e = [
+        entry("segment_map", BASE, 20 * MIB), entry("alloc", BASE, 20 * MIB), entry("free_requested", BASE, 20 * MIB),
+        entry("free_completed", BASE, 20 * MIB), entry("segment_unmap", BASE, 20 * MIB),
+        entry("segment_map", 2 * BASE, 20 * MIB), entry("alloc", 2 * BASE, 20 * MIB, stream=5),
+    ]  # fmt: skip
+    assert kinds(read(snapshot(e))) == [K.ALLOC, K.FREE, K.RELEASE_SEEN, K.ALLOC]
+
+
+@pytest.mark.parametrize("named", ["", "max_split_size_mb:64", "expandable_segments:True"])
+def test_memory_of_another_kind_means_that_expandable_segments_were_switched(named: str) -> None:
+    e = [
+        entry("segment_alloc", BASE, 20 * MIB), entry("alloc", BASE, 20 * MIB),
+        entry("segment_map", 2 * BASE, 20 * MIB), entry("alloc", 2 * BASE, 20 * MIB),
+        entry("segment_alloc", 3 * BASE, 2 * MIB), entry("alloc", 3 * BASE, 400),
+    ]  # fmt: skip
+    value = snapshot(
+        e,
+        [
+            segment(BASE, 20 * MIB, [(20 * MIB, "active_allocated")]),
+            mapped(2 * BASE, 20 * MIB, [(20 * MIB, "active_allocated")]),
+            segment(3 * BASE, 2 * MIB, [(512, "active_allocated"), (2 * MIB - 512, "inactive")]),
+        ],
+    )
+    value["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"] = named
+    trace = read(value)
+    assert kinds(trace) == [K.ALLOC, K.SETTINGS, K.ALLOC, K.SETTINGS, K.ALLOC]
+    assert trace.requests.size[[1, 3]].tolist() == [1, 0]
+    rest = "max_split_size_mb:64," if named.startswith("max") else ""
+    assert trace.confs == (f"{rest}expandable_segments:False", f"{rest}expandable_segments:True")
+    assert trace.settings.conf == trace.confs[0], "as it began, not as it ended"
+    assert trace.settings.recorded["expandable_segments"] == "False"
+    assert losses(trace)["settings_changes"] == 2
+
+
+# --- private pools ------------------------------------------------------------------------------------------------
+
+
+def in_pool(value: dict[str, Any], pool: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """A snapshot whose last segment is of a private pool."""
+    value["segments"][-1]["segment_pool_id"] = pool
+    return value
+
+
+def test_a_pool_is_made_with_its_first_allocation() -> None:
+    value = small_snapshot("2.12")
+    for e in value["device_traces"][0]:
+        e["pool_id"] = (0, 1)
+    trace = read(in_pool(value))
+    assert kinds(trace) == [K.POOL_CREATE, K.ALLOC, K.ALLOC, K.FREE]
+    assert trace.requests.pool.tolist() == [1, 1, 1, 1]
+    assert losses(trace)["pool_scopes"] == 1
+    assert "pool_ids" not in losses(trace)
+
+
+def test_without_pool_ids_memory_is_of_the_pool_whose_segment_stands_at_its_address() -> None:
+    trace = read(in_pool(small_snapshot("2.11")))
+    assert kinds(trace) == [K.POOL_CREATE, K.ALLOC, K.ALLOC, K.FREE]
+    assert [trace.pools[p] for p in trace.requests.pool] == [(0, 1)] * 4
+    assert losses(trace)["pool_ids"] == 1
+
+
+def test_what_lay_at_that_address_before_the_segment_was_taken_is_of_the_default_pool() -> None:
+    earlier = [
+        entry("segment_alloc", BASE, 2 * MIB), entry("alloc", BASE, 400), entry("free_requested", BASE, 400),
+        entry("free_completed", BASE, 400), entry("segment_free", BASE, 2 * MIB),
+    ]  # fmt: skip
+    value = in_pool(small_snapshot("2.11"))
+    value["device_traces"][0] = earlier + value["device_traces"][0]
+    trace = read(value)
+    assert sum(kind == K.POOL_CREATE for kind in kinds(trace)) == 1
+    allocs = trace.requests.kind == K.ALLOC
+    assert trace.requests.pool[allocs].tolist() == [0, 1, 1]
+
+
+def test_a_pool_was_released_before_its_segments_went_back() -> None:
+    value = small_snapshot("2.12")
+    value["device_traces"][0] = [
+        entry("segment_alloc", BASE, 2 * MIB, release="2.12", pool_id=(0, 1)),
+        entry("alloc", BASE, 400, release="2.12", pool_id=(0, 1)),
+        entry("free_requested", BASE, 400, release="2.12", pool_id=(0, 1)),
+        entry("free_completed", BASE, 400, release="2.12", pool_id=(0, 1)),
+        entry("segment_free", BASE, 2 * MIB, release="2.12", pool_id=(0, 1)),
+    ]
+    value["segments"] = []
+    trace = read(value)
+    assert kinds(trace) == [K.POOL_CREATE, K.ALLOC, K.FREE, K.POOL_RELEASE, K.EMPTY_CACHE]
+    assert trace.requests.pool[-1] == 1
+
+
+# --- recordings that began late -----------------------------------------------------------------------------------
+
+
+def test_what_stood_when_recording_began_comes_first() -> None:
+    value = small_snapshot()
+    value["device_traces"][0] = value["device_traces"][0][3:]  # the free of the first allocation
+    trace = read(value)
+    assert kinds(trace) == [K.START, K.HELD, K.HELD, K.FREE]
+    assert trace.requests.size[1:3].tolist() == [400, 1024]  # of one that lives on, the snapshot says what it asked for
+    assert trace.requests.id.tolist() == [-1, 0, 1, 0]
+    (stood,) = trace.initial
+    assert stood.blocks == (
+        (BASE, 512, "allocated"), (BASE + 512, 1024, "allocated"), (BASE + 1536, 2 * MIB - 1536, "free"),
+    )  # fmt: skip
+    assert losses(trace)["start_state"] == 2
+    assert "late_start" not in losses(trace)
+
+
+def test_a_request_whose_beginning_is_lost_is_part_of_what_stood() -> None:
+    value = small_snapshot()
+    value["device_traces"][0] = value["device_traces"][0][1:]  # it begins after the segment was taken
+    trace = read(value)
+    assert kinds(trace) == [K.START, K.HELD, K.ALLOC, K.FREE]
+
+
+def test_a_recording_from_the_first_allocation_on_has_no_start() -> None:
+    trace = read(small_snapshot())
+    assert trace.initial == ()
+    assert K.START not in kinds(trace)
+    assert "start_state" not in losses(trace)
+
+
+def test_events_that_do_not_lead_to_the_end_are_read_without_a_start_and_said_to() -> None:
+    e = [entry("free_requested", BASE, 400), entry("free_completed", BASE, 400), entry("alloc", BASE, 300)]
+    trace = read(snapshot(e))
+    assert trace.initial == ()
+    (detail,) = (loss.detail for loss in trace.lost if loss.code == "start_state")
+    assert "cannot be found" in detail
+    assert "is not live at the end" in detail
+
+
+# --- what is missing or inconsistent ------------------------------------------------------------------------------
 
 
 def without(path: tuple[Any, ...]) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snapshots import small_snapshot
+from snapshots import BASE, MIB, small_snapshot
 
 from fragscope.errors import InputFileError, UsageError
 from fragscope.trace import (
@@ -64,11 +64,45 @@ def full_trace() -> Trace:
         card="h100-80gb",
         device=3,
         device_total=85_017_493_504,
+        confs=("", "expandable_segments:True"),
         final=(SegmentState(2**46, 2**21, 5, 0, ((2**46, 512, "free"), (2**46 + 512, 2**21 - 512, "pending"))),),
         lost=(Loss("late_start", "began late", 4),),
         placement="recorded",
         source="cuda",
         provenance={"command": "python train.py", "commit": "abc"},
+    )
+
+
+def late_trace() -> Trace:
+    """A Trace whose recording began when two segments stood, one of them a mapped range."""
+    log, decided = RequestLog(), DecisionLog()
+    log.append(RequestKind.START)
+    decided.append(DecisionKind.SEGMENT_ALLOC, -1, BASE, 2 * MIB, 0, 0)
+    decided.append(DecisionKind.SEGMENT_MAP, -1, 2 * BASE, 20 * MIB, 5, 0)
+    for number, (addr, size, stream) in enumerate([(BASE + 512, 400, 0), (2 * BASE, 12 * MIB, 5)]):
+        decided.request = log.append(RequestKind.HELD, id=number, size=size, stream=stream)
+        decided.append(DecisionKind.ALLOC, number, addr, -1, stream, 0)
+    log.append(RequestKind.SETTINGS, size=1)
+    initial = (
+        SegmentState(
+            BASE,
+            2 * MIB,
+            0,
+            0,
+            ((BASE, 512, "free"), (BASE + 512, 512, "allocated"), (BASE + 1024, 2 * MIB - 1024, "free")),
+        ),
+        SegmentState(
+            2 * BASE, 20 * MIB, 5, 0, ((2 * BASE, 12 * MIB, "pending"), (2 * BASE + 12 * MIB, 8 * MIB, "free")), True
+        ),
+    )
+    return Trace(
+        requests=log.finish(),
+        decisions=decided.finish(),
+        confs=("expandable_segments:False", "expandable_segments:True"),
+        initial=initial,
+        lost=(Loss("start_state", "recording began late", 2),),
+        placement="recorded",
+        source="snapshot",
     )
 
 
@@ -100,7 +134,9 @@ def refusal(path: Path) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("make", [full_trace, small, lambda: replace(full_trace(), decisions=None, final=None)])
+@pytest.mark.parametrize(
+    "make", [full_trace, small, late_trace, lambda: replace(full_trace(), decisions=None, final=None)]
+)
 def test_a_trace_comes_back_equal(make: Callable[[], Trace], tmp_path: Path) -> None:
     write_trace(make(), tmp_path / "t.fscope")
     assert equal(load_trace(tmp_path / "t.fscope"), make())
@@ -182,6 +218,15 @@ def small_file() -> bytes:
 # --- files made by hand -------------------------------------------------------------------------------------------
 
 
+def with_initial(change: Callable[[list[Any]], None]) -> dict[str, bytes]:
+    """A file whose segments at the start are changed as they stand in the manifest."""
+    content = members(late_trace())
+    manifest = json.loads(content["manifest.json"])
+    change(manifest["initial"])
+    content["manifest.json"] = json.dumps(manifest).encode()
+    return content
+
+
 def members(trace: Trace | None = None) -> dict[str, bytes]:
     with TemporaryDirectory() as folder:
         write_trace(trace or full_trace(), Path(folder) / "t")
@@ -243,8 +288,11 @@ def test_hand_made_files_are_read_as_those_written(tmp_path: Path) -> None:
         (lambda: with_manifest(observations=[]), "an observation refers"),
         (lambda: with_manifest(settings={"conf": 3}), "damaged settings"),
         (lambda: with_manifest(settings={"conf": "", "memory_fraction": "x"}), "damaged settings"),
-        (lambda: with_manifest(final=[[0, 1, 0, 7, []]]), "a segment at the end"),
-        (lambda: with_manifest(final=[[0, 1, 0, 0, [[0, 1, "asleep"]]]]), "a segment at the end"),
+        (lambda: with_manifest(final=[[0, 1, 0, 7, []]]), "a segment has an unknown pool or block state"),
+        (
+            lambda: with_manifest(final=[[0, 1, 0, 0, [[0, 1, "asleep"]]]]),
+            "a segment has an unknown pool or block state",
+        ),
         (lambda: with_manifest(lost=[["a"]]), "damaged manifest"),
         (lambda: {k: v for k, v in members().items() if k != "requests/size"}, "lacks the column 'requests/size'"),
         (lambda: with_column("requests/kind", [8, 1, 10, 99]), "a request's kind"),
@@ -261,6 +309,52 @@ def test_foreign_lying_and_inconsistent_files_are_refused(
     content: Callable[[], dict[str, bytes]], why: str, tmp_path: Path
 ) -> None:
     assert why in refusal(pack(tmp_path / "t", content()))
+
+
+START_DIFFERS = "what stood at the start is not what its events say"
+NOT_COVERED = "blocks at the start do not cover their segment"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda initial: initial.clear(), START_DIFFERS),
+        (lambda initial: initial.pop(), START_DIFFERS),
+        (lambda initial: initial[1][4][0].__setitem__(2, "free"), START_DIFFERS),
+        (lambda initial: initial[0][4].pop(), "segments at the start overlap or have gaps"),
+        (lambda initial: initial[0][4].pop(0), NOT_COVERED),
+        (lambda initial: initial[0][4][0].__setitem__(1, 1024), NOT_COVERED),
+        (lambda initial: initial[0][4][0].__setitem__(1, 0), NOT_COVERED),
+        (lambda initial: initial[0][4][0].__setitem__(1, -512), NOT_COVERED),
+        (lambda initial: initial[0].__setitem__(1, 4 * MIB), "segments at the start overlap or have gaps"),
+        (lambda initial: initial.reverse(), "segments at the start overlap or have gaps"),
+        (lambda initial: initial[0].__setitem__(3, 7), "unknown pool or block state"),
+        (lambda initial: initial[0][4][0].__setitem__(2, "asleep"), "unknown pool or block state"),
+        (lambda initial: initial[0].__setitem__(5, 3), "damaged manifest"),
+    ],
+)
+def test_an_inconsistent_start_is_refused(change: Callable[[list[Any]], None], why: str, tmp_path: Path) -> None:
+    assert why in refusal(pack(tmp_path / "t", with_initial(change)))
+
+
+def test_a_start_that_is_not_the_first_row_is_refused(tmp_path: Path) -> None:
+    trace = late_trace()
+    columns = {f.name: np.roll(getattr(trace.requests, f.name), 1) for f in fields(trace.requests)}
+    write_trace(replace(trace, requests=replace(trace.requests, **columns)), tmp_path / "t")
+    assert START_DIFFERS in refusal(tmp_path / "t")
+
+
+def test_a_change_to_settings_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    write_trace(replace(late_trace(), confs=("",)), tmp_path / "t")
+    assert "a change of settings refers" in refusal(tmp_path / "t")
+
+
+def test_files_without_a_start_or_confs_are_read(tmp_path: Path) -> None:
+    content = members(small())
+    manifest = json.loads(content["manifest.json"])
+    del manifest["initial"], manifest["confs"]
+    content["manifest.json"] = json.dumps(manifest).encode()
+    assert equal(load_trace(pack(tmp_path / "t", content)), small())
 
 
 def test_two_allocations_with_one_id_are_refused(tmp_path: Path) -> None:

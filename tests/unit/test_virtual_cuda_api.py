@@ -42,7 +42,8 @@ def test_statistics_equal_the_model(card):
     assert torch.cuda.max_memory_allocated() == (3 << 20) + 1024
     assert torch.cuda.memory_reserved() == torch.cuda.max_memory_reserved() == 22 << 20
     stats = torch.cuda.memory_stats()
-    assert {k: stats[k] for k in stats if k.endswith(("current", "peak")) and "inactive" not in k} == {
+    of_all = {k: v for k, v in stats.items() if k.endswith(("all.current", "all.peak")) and "inactive" not in k}
+    assert of_all == {
         "allocated_bytes.all.current": 1024,
         "allocated_bytes.all.peak": (3 << 20) + 1024,
         "active_bytes.all.current": 1024,
@@ -54,7 +55,11 @@ def test_statistics_equal_the_model(card):
         "segment.all.current": 2,
         "segment.all.peak": 2,
         "allocation.all.current": 1,
+        "allocation.all.peak": 2,
+        "active.all.current": 1,
+        "active.all.peak": 2,
     }
+    assert (stats["allocated_bytes.large_pool.freed"], stats["allocation.small_pool.current"]) == (3 << 20, 1)
     assert (stats["num_ooms"], stats["num_alloc_retries"]) == (0, 0)
     torch.cuda.reset_peak_memory_stats()
     assert torch.cuda.max_memory_allocated() == 1024
@@ -66,10 +71,10 @@ def test_statistics_equal_the_model(card):
 
 def test_a_statistic_that_is_not_kept_is_refused_not_zero(card):
     stats = torch.cuda.memory_stats()
-    with pytest.raises(UnsupportedError, match=r"allocation\.small_pool\.peak"):
-        stats["allocation.small_pool.peak"]
+    with pytest.raises(UnsupportedError, match=r"reserved_bytes_by_private_pools\.0_1\.current"):
+        stats["reserved_bytes_by_private_pools.0_1.current"]
     with pytest.raises(UnsupportedError, match=r"test_virtual_cuda_api\.py"):
-        stats.get("allocation.small_pool.peak", 0)
+        stats.get("reserved_bytes_by_private_pools.0_1.current", 0)
     assert stats.get("of_another_library", 7) == 7
 
 

@@ -202,13 +202,13 @@ class VirtualCard:
     def _oom_message(self, e: OutOfMemoryError) -> str:
         """As c10/cuda/CUDACachingAllocator.cpp words it, less what NVML would say about other processes."""
         allocator, s = self.memory.allocator, self.memory.settings
-        meter = allocator.meter
+        now = allocator.now
         allowed = "" if allocator.limit is None else f"{_size(allocator.limit)} allowed; "
         return (
             f"CUDA out of memory. Tried to allocate {_size(e.segment)}. GPU 0 has a total capacity of {_size(s.total)} "
             f"of which {_size(e.free)} is free. {allowed}"
-            f"Of the allocated memory {_size(meter.allocated)} is allocated by PyTorch, and "
-            f"{_size(meter.reserved - meter.allocated)} is reserved by PyTorch but unallocated. If reserved but "
+            f"Of the allocated memory {_size(now.allocated)} is allocated by PyTorch, and "
+            f"{_size(now.reserved - now.allocated)} is reserved by PyTorch but unallocated. If reserved but "
             "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
             f"fragmentation. (virtual {self.card.name})"
         )

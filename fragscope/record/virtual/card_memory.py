@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from fragscope.allocator import (
     FRACTION_UNIT,
     CachingAllocator,
-    Device,
     OutOfMemoryError,
     ReplaySettings,
     parse_conf,
 )
-from fragscope.allocator.blocks import Block
 from fragscope.trace import (
-    DecisionLog,
     Observation,
     RequestKind,
     RequestLog,
@@ -50,20 +47,19 @@ class CardMemory:
 
     def __init__(self, settings: ReplaySettings) -> None:
         self.settings = settings
-        self.log = DecisionLog()
         self.allocator = CachingAllocator(
-            Device(settings.total, settings.capacity),
+            settings.total,
+            settings.capacity,
             settings.rules.rules,
             parse_conf(settings.conf, settings.rules.rules),
             settings.memory_fraction,
-            self.log,
         )
         self.requests = RequestLog()
         self.stacks = StackTable()
         self.phases: list[str] = [""]
         self._phase = 0
         self.observations: list[Observation] = []
-        self._blocks: dict[int, Block] = {}
+        self._streams: dict[int, int] = {}  # of live allocations
         self._uses: list[_Use] = []
         self._recorded_uses: dict[int, set[int]] = {}
         self._next_id = 0
@@ -80,14 +76,15 @@ class CardMemory:
             id_ = self._next_id
             self._next_id += 1
             self.clock += 1
-            self.log.request = self.requests.append(
+            self.allocator.row = self.requests.append(
                 RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
             )
             try:
-                self._blocks[id_] = self.allocator.malloc(size, stream, id_)
+                self.allocator.malloc(id_, size, stream)
             except OutOfMemoryError:
                 self._observe("OutOfMemoryError", stack)
                 raise
+            self._streams[id_] = stream
             return id_
 
     def free(self, id_: int) -> None:
@@ -95,32 +92,29 @@ class CardMemory:
         self._lock.later(id_)
 
     def _free(self, id_: int) -> None:
-        block = self._blocks.pop(id_)
+        stream = self._streams.pop(id_)
         self.clock += 1
-        self.log.request = self.requests.append(
-            RequestKind.FREE, id=id_, stream=block.segment.stream, phase=self._phase
-        )
-        for stream in sorted(self._recorded_uses.pop(id_, ())):
-            self._uses.append(_Use(id_, stream, self.clock))
-        self.allocator.free(block)
+        self.allocator.row = self.requests.append(RequestKind.FREE, id=id_, stream=stream, phase=self._phase)
+        for user in sorted(self._recorded_uses.pop(id_, ())):
+            self._uses.append(_Use(id_, user, self.clock))
+        self.allocator.free(id_)
 
     @property
     def live(self) -> int:
         """Allocations that the program holds."""
-        return len(self._blocks)
+        return len(self._streams)
 
     def address(self, id_: int) -> int:
         """Address of a live allocation."""
-        return self._blocks[id_].addr
+        return self.allocator.block(id_).addr
 
     def record_stream(self, id_: int, stream: int) -> None:
         """Another stream uses the allocation."""
         with self._lock:
-            block = self._blocks[id_]
-            if stream == block.segment.stream:
+            if stream == self._streams[id_]:
                 return
             self.requests.append(RequestKind.RECORD_STREAM, id=id_, stream=stream, phase=self._phase)
-            self.allocator.record_stream(block, stream)
+            self.allocator.record_stream(id_, stream)
             self._recorded_uses.setdefault(id_, set()).add(stream)
 
     def mark(self) -> int:
@@ -146,20 +140,20 @@ class CardMemory:
         waiting = {u.id for u in self._uses}
         for id_ in dict.fromkeys(u.id for u in done):
             if id_ not in waiting:
-                self.log.request = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
+                self.allocator.row = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
                 self.allocator.uses_done(id_)
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``."""
         with self._lock:
             self._finished()
-            self.log.request = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
+            self.allocator.row = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
             self.allocator.empty_cache()
 
     def set_memory_fraction(self, fraction: float) -> None:
         """``torch.cuda.set_per_process_memory_fraction``."""
         with self._lock:
-            self.log.request = self.requests.append(
+            self.allocator.row = self.requests.append(
                 RequestKind.MEMORY_FRACTION, size=round(fraction * FRACTION_UNIT), phase=self._phase
             )
             self.allocator.set_memory_fraction(fraction)
@@ -192,7 +186,7 @@ class CardMemory:
         s = self.settings
         return Trace(
             requests=self.requests.finish(),
-            decisions=self.log.finish(),
+            decisions=self.allocator.decisions(),
             stacks=self.stacks,
             phases=tuple(self.phases),
             observations=tuple(self.observations),

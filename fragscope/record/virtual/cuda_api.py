@@ -235,7 +235,7 @@ class _Cuda:
     def __init__(self, device: VirtualCard) -> None:
         self.device = device
         self.memory = device.memory
-        self._meter = device.memory.allocator.meter
+        self._allocator = device.memory.allocator
         self.Stream: type[_Stream] = type("Stream", (_Stream,), {"_api": self})
         self.Event: type[_Event] = type("Event", (_Event,), {"_api": self})
         self._default = self.Stream(_handle=0)
@@ -518,32 +518,31 @@ class _Cuda:
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         self.check(device)
         self.device.observe("torch.cuda.mem_get_info")
-        return self.memory.allocator.device.free, self.memory.settings.total
+        return self._allocator.free_memory, self.memory.settings.total
 
     def memory_allocated(self, device: Any = None) -> int:
         self.check(device)
         self.device.observe("torch.cuda.memory_allocated")
-        return self._meter.allocated
+        return self._allocator.now.allocated
 
     def memory_reserved(self, device: Any = None) -> int:
         self.check(device)
         self.device.observe("torch.cuda.memory_reserved")
-        return self._meter.reserved
+        return self._allocator.now.reserved
 
     def max_memory_allocated(self, device: Any = None) -> int:
         self.check(device)
         self.device.observe("torch.cuda.max_memory_allocated")
-        return self._meter.program_peak_allocated
+        return self._allocator.peaks(self._allocator.program_peaks).allocated
 
     def max_memory_reserved(self, device: Any = None) -> int:
         self.check(device)
         self.device.observe("torch.cuda.max_memory_reserved")
-        return self._meter.program_peak_reserved
+        return self._allocator.peaks(self._allocator.program_peaks).reserved
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         self.check(device)
-        self._meter.reset_program_peak()
-        self._meter.reset_peak()  # read here only; a case's peaks come from its replay
+        self._allocator.reset_program_peaks()
 
     def reset_accumulated_memory_stats(self, device: Any = None) -> None:
         """Accumulated statistics are not kept."""
@@ -551,28 +550,21 @@ class _Cuda:
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         self.check(device)
         self.device.observe("torch.cuda.memory_stats")
-        m, a = self._meter, self.memory.allocator
+        a = self._allocator
         out = _Statistics(self.device)
-        for key, now, peak in (
-            ("allocated_bytes", m.allocated, m.program_peak_allocated),
-            ("active_bytes", m.active, m.peak_active),
-            ("reserved_bytes", m.reserved, m.program_peak_reserved),
-            ("requested_bytes", m.requested, m.peak_requested),
-            ("inactive_split_bytes", m.inactive_split, m.peak_inactive_split),
-            ("segment", m.segments, m.peak_segments),
-        ):
-            out[f"{key}.all.current"] = now
-            out[f"{key}.all.peak"] = peak
-        out["allocation.all.current"] = self.memory.live
-        out.update(num_alloc_retries=a.retries, num_ooms=a.ooms)
+        for key, figures in a.statistics().items():
+            name = key.replace(".small", ".small_pool").replace(".large", ".large_pool")
+            for part, value in zip(("current", "peak", "allocated", "freed"), figures, strict=True):
+                out[f"{name}.{part}"] = value
+        out.update(num_alloc_retries=a.retries, num_ooms=a.ooms, num_oom_rejections=a.rejections)
         out.update(num_device_alloc=a.calls.alloc, num_device_free=a.calls.free, num_sync_all_streams=a.calls.sync)
         return out
 
     def memory_summary(self, device: Any = None, abbreviated: bool = False) -> str:
         self.check(device)
         self.device.observe("torch.cuda.memory_summary")
-        m = self._meter
-        return f"virtual {self.device.card.name}: allocated {m.allocated}, reserved {m.reserved} bytes"
+        now = self._allocator.now
+        return f"virtual {self.device.card.name}: allocated {now.allocated}, reserved {now.reserved} bytes"
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         if not 0 <= fraction <= 1:

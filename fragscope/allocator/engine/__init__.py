@@ -1,0 +1,1 @@
+"""The allocator model as functions over tables, run interpreted or compiled from the same source."""

@@ -1,0 +1,101 @@
+"""The hot loop: requests in, decisions out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fragscope.allocator.engine.requests import (
+    SERVED,
+    close_scope,
+    free,
+    malloc,
+    open_scope,
+    record_stream,
+    release_cached,
+    release_pool,
+    uses_done,
+)
+from fragscope.allocator.engine.state import (
+    COLUMNS,
+    LOG_ROOM,
+    LOGGED,
+    LOGGING,
+    REQUEST,
+    SPARE_BLOCKS,
+    SPARE_USES,
+    STOP_AT_OOM,
+    State,
+)
+
+# RequestKind.
+NOTHING = 0
+ALLOC = 1
+FREE = 2
+RECORD_STREAM = 3
+USES_DONE = 4
+EMPTY_CACHE = 5
+OBSERVATION = 10
+SCOPE_OPEN = 12
+SCOPE_CLOSE = 13
+POOL_RELEASE = 14
+HELD = 19
+
+HEADROOM = 64
+
+
+def is_full(s: State) -> bool:
+    """Whether the next request might not find room in the tables.
+
+    A release makes at most two blocks of each, and a request adds at most an entry per block and a few to the log.
+    """
+    n = s.n
+    room = 2 * (n[COLUMNS] - n[SPARE_BLOCKS]) + HEADROOM
+    if n[SPARE_BLOCKS] < room or n[SPARE_USES] < 1:
+        return True
+    return bool(n[LOGGING] and n[LOG_ROOM] - n[LOGGED] < room)
+
+
+def decide(s: State, kind: Any, id: Any, size: Any, stream: Any, pool: Any, start: int, stop: int) -> int:
+    """Serve requests from row ``start`` until ``stop``, the tables are full, or a row needs its caller.
+
+    Those are the rows of other kinds than here, and with ``STOP_AT_OOM`` a request that failed.
+
+    Args:
+        s: the allocator.
+        kind: a ``RequestKind`` or ``NOTHING`` per row.
+        id: allocation, smaller than the length of ``s.where``.
+        size: bytes.
+        stream: raw stream handles.
+        pool: numbers of pools, smaller than ``n[POOLS]``.
+        start: first row.
+        stop: row after the last.
+
+    Returns:
+        The row it stopped at.
+    """
+    n = s.n
+    for row in range(start, stop):
+        if is_full(s):
+            return row
+        n[REQUEST] = row
+        k = kind[row]
+        if k == ALLOC:
+            if malloc(s, id[row], size[row], stream[row], pool[row]) != SERVED and n[STOP_AT_OOM]:
+                return row
+        elif k == FREE:
+            free(s, id[row])
+        elif k == RECORD_STREAM:
+            record_stream(s, id[row], stream[row])
+        elif k == USES_DONE:
+            uses_done(s, id[row])
+        elif k == EMPTY_CACHE:
+            release_cached(s, pool[row])
+        elif k == SCOPE_OPEN:
+            open_scope(s, pool[row])
+        elif k == SCOPE_CLOSE:
+            close_scope(s)
+        elif k == POOL_RELEASE:
+            release_pool(s, pool[row])
+        elif k not in (NOTHING, OBSERVATION, HELD):
+            return row
+    return stop
