@@ -252,8 +252,10 @@ class CachingAllocator:
         blocks = sum(len(s.blocks) + 2 for s in segments)
         pools = max((s.pool for s in segments), default=0) + 1
         self._s = tables.with_pools(self._s, pools)
-        while self._s.n[field.SPARE_BLOCKS] < 3 * blocks + loop.HEADROOM or self._s.n[field.LOG_ROOM] < 3 * blocks:
+        while self._s.n[field.SPARE_BLOCKS] < 3 * blocks + loop.HEADROOM:
             self._s = tables.grow(self._s)
+        while self._s.n[field.LOG_ROOM] < 3 * blocks + loop.HEADROOM:
+            self._s = tables.grow_log(self._s)
         restore(self._s, segments, held, maps)
 
     # --- many requests at once ----------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class CachingAllocator:
         """
         row = self._decide(self._s, *columns, start, stop)
         while row < stop and loop.is_full(self._s):
-            self._s = tables.grow(self._s)
+            self._grow()
             row = self._decide(self._s, *columns, row, stop)
         return row
 
@@ -295,9 +297,15 @@ class CachingAllocator:
         """``decide`` returns at the first request that fails."""
         self._s.n[field.STOP_AT_OOM] = 1
 
+    def _grow(self) -> None:
+        if loop.lacks_blocks(self._s):
+            self._s = tables.grow(self._s)
+        else:
+            self._s = tables.grow_log(self._s)
+
     def _make_room(self, id: int) -> None:
         while loop.is_full(self._s):
-            self._s = tables.grow(self._s)
+            self._grow()
         if id >= len(self._s.where):
             self._widen_where(max(id + 1 - len(self._s.where), len(self._s.where)))
 

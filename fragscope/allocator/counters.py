@@ -60,8 +60,9 @@ class PeakWatch:
             s.t[PEAK][slot] = now
 
     def close(self) -> None:
-        """No longer look on."""
-        self._watches.remove(self)
+        """No longer look on; what was seen stays readable until the allocator goes on."""
+        if self in self._watches:
+            self._watches.remove(self)
 
     def slots(self, s: State) -> list[int]:
         """The largest value of every slot."""

@@ -108,7 +108,9 @@ def _predicted(events: list[_Event], base: int, move_at: int) -> list[int]:
             s.t[SEG_FIRST][number] = 0
             out.append(s.t[SEG_ADDR][number])
         else:
-            number = numbers.pop(event.addr)
+            number = numbers.pop(event.addr, -1)
+            if number < 0:  # taken before the recording began
+                continue
             remove_segment(s, number)
             s.t[SEG_FIRST][number] = -1
     return out
@@ -121,7 +123,7 @@ def _order(events: list[_Event], predicted: list[int]) -> float:
     for event in events:
         pool = alive[event.size > _SMALL_SEGMENT]
         if not event.taken:
-            del pool[event.addr]
+            pool.pop(event.addr, None)
             continue
         guess = predicted[position]
         position += 1

@@ -347,7 +347,7 @@ class SpanMeter:
         """The figures from the start of the phase until now."""
         a = self._allocator
         now = a.now
-        return Span(
+        span = Span(
             name=self._name,
             base=self._base,
             end=now,
@@ -359,6 +359,12 @@ class SpanMeter:
             calls=a.calls - self._calls,
             reserved_after_empty_cache=now.reserved - a.releasable,
         )
+        self.close()
+        return span
+
+    def close(self) -> None:
+        """No figures are wanted any more."""
+        self._peaks.close()
 
 
 class _Run:
@@ -408,13 +414,15 @@ class _Run:
                 break
             kind, size, pool = self.columns[0][row], self.columns[2][row], self.columns[4][row]
             if kind == RequestKind.PHASE_BEGIN:
+                if phase is not None:
+                    phase.close()
                 phase = SpanMeter(allocator, self._phase_name(row))
             elif kind == RequestKind.PHASE_END:
                 if phase is not None:
                     self.measured = phase.finish()
                     phase = None
             elif kind == RequestKind.MEMORY_FRACTION:
-                allocator.set_memory_fraction(size / FRACTION_UNIT)
+                self._set_fraction(size / FRACTION_UNIT)
             elif kind == RequestKind.SETTINGS:
                 self._set_conf(self.tape.trace.confs[size])
             elif kind == RequestKind.POOL_CREATE:
@@ -487,6 +495,11 @@ class _Run:
         maps = self.tape.maps[len(initial) - ordinary :]
         self.allocator.give_addresses(self.tape.segments[ordinary:], maps)
         self.allocator.restore(initial, held, maps)
+
+    def _set_fraction(self, fraction: float) -> None:
+        """The program sets its memory fraction; one of the user's choice stays."""
+        if self.settings.memory_fraction in (None, self.tape.trace.settings.memory_fraction):
+            self.allocator.set_memory_fraction(fraction)
 
     def _set_conf(self, text: str) -> None:
         """The program changes its settings; under a conf of the user's choice that one stays."""
@@ -562,6 +575,7 @@ def _assumptions(
         or trace.card not in (None, settings.card)
         or (trace.device_total is not None and trace.device_total != settings.total)
         or (trace.settings.capacity is not None and trace.settings.capacity != settings.capacity)
+        or trace.settings.memory_fraction != settings.memory_fraction
     )
     if observed and changed:
         detail = "the program read memory state; under other settings it might have acted otherwise"

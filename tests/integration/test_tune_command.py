@@ -235,6 +235,8 @@ def test_a_file_that_is_no_trace_exits_with_5(capsys: pytest.CaptureFixture[str]
 WAITING = """
 import sys
 sys.modules["numba"] = None  # interpreted, so that it takes a while
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, tests ignore it
 from fragscope.cli import main
 from fragscope.search import play
 replays = play._Workers.__call__

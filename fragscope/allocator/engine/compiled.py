@@ -33,7 +33,8 @@ _INLINED = frozenset(
         "log", "new_block", "drop_block", "link", "is_split", "is_expandable", "put_idle", "take_idle", "is_held",
         "change_active", "merge", "up", "down", "up_idle", "note_peak", "up_class", "down_class", "change_class",
         "count_up", "count_down", "floor_log2", "round_size", "segment_size", "is_looking_away", "malloc", "search",
-        "candidate", "_should_split", "_hand_out", "free", "_free_block", "process_events", "is_full", "before",
+        "candidate", "_should_split", "_hand_out", "free", "_free_block", "process_events", "is_full", "lacks_blocks",
+        "lacks_log", "before",
     }
 )  # fmt: skip
 
@@ -58,7 +59,11 @@ def compiled_decide() -> Callable[..., int]:
     import numba  # noqa: PLC0415 - optional, and half a second to import
 
     folder = _cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    keeps = True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        keeps = False  # compiled anew in every process
     replaced: dict[int, Any] = {}
     scopes: list[dict[str, Any]] = []
     config: Any = numba.config
@@ -80,7 +85,7 @@ def compiled_decide() -> Callable[..., int]:
                     replaced[id(function)] = compile_(
                         copy,
                         _nrt=False,
-                        cache=function.__name__ == "decide",
+                        cache=keeps and function.__name__ == "decide",
                         forceinline=function.__name__ in _INLINED,
                     )
         for scope in scopes:

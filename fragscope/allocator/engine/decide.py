@@ -44,15 +44,20 @@ HEADROOM = 64
 
 
 def is_full(s: State) -> bool:
-    """Whether the next request might not find room in the tables.
+    """Whether the next request might not find room in the tables."""
+    return lacks_blocks(s) or lacks_log(s)
 
-    A release makes at most two blocks of each, and a request adds at most an entry per block and a few to the log.
-    """
+
+def lacks_blocks(s: State) -> bool:
+    """Whether blocks might lack: a release makes at most two of each."""
     n = s.n
-    room = 2 * (n[COLUMNS] - n[SPARE_BLOCKS]) + HEADROOM
-    if n[SPARE_BLOCKS] < room or n[SPARE_USES] < 1:
-        return True
-    return bool(n[LOGGING] and n[LOG_ROOM] - n[LOGGED] < room)
+    return bool(n[SPARE_BLOCKS] < 2 * (n[COLUMNS] - n[SPARE_BLOCKS]) + HEADROOM or n[SPARE_USES] < 1)
+
+
+def lacks_log(s: State) -> bool:
+    """Whether room for decisions might lack: a request adds at most one or two for each block, and a few."""
+    n = s.n
+    return bool(n[LOGGING] and n[LOG_ROOM] - n[LOGGED] < 2 * (n[COLUMNS] - n[SPARE_BLOCKS]) + HEADROOM)
 
 
 def decide(s: State, kind: Any, id: Any, size: Any, stream: Any, pool: Any, start: int, stop: int) -> int:

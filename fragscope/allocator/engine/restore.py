@@ -33,7 +33,7 @@ from fragscope.allocator.engine.counters import (
     up,
     up_class,
 )
-from fragscope.allocator.engine.driver import follow, take_memory
+from fragscope.allocator.engine.driver import follow, pages
 from fragscope.allocator.engine.expandable import SEGMENT_MAP, range_size
 from fragscope.allocator.engine.memory import SEGMENT_ALLOC
 from fragscope.allocator.engine.requests import ALLOC
@@ -59,6 +59,7 @@ from fragscope.allocator.engine.state import (
     STATE,
     TIE,
     UNMAPPED,
+    USED,
     State,
 )
 from fragscope.trace import SegmentState
@@ -182,7 +183,7 @@ def _close(s: State, within: _Range) -> None:
 
 
 def _reserve(s: State, which: int, size: int) -> None:
-    take_memory(s, size)
+    s.n[USED] += pages(size)  # it was there, whatever capacity a replay is asked for
     s.n[RESERVED] += size
     s.t[SEGMENTS][which // 2] += 1
     up_class(s, RESERVED_BYTES, which, size)

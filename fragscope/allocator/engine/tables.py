@@ -125,10 +125,10 @@ def copied(s: State) -> State:
 
 
 def grow(s: State) -> State:
-    """Twice the room for blocks, and for the log."""
-    columns, room = int(s.n[COLUMNS]), int(s.n[LOG_ROOM])
+    """Twice the room for blocks and what goes with them."""
+    columns = int(s.n[COLUMNS])
     more = columns + _PAD
-    t, d = _wider(s.t, more), _wider(s.d, room)
+    t = _wider(s.t, more)
     for row in _NONE_AT_FIRST:
         t[row][columns:] = _values(t, [NONE] * more)
     for row, count in _STACKS:
@@ -136,8 +136,14 @@ def grow(s: State) -> State:
         t[row][held : held + more] = _values(t, list(range(columns + more - 1, columns - 1, -1)))
         s.n[count] = held + more
     s.n[COLUMNS] = columns + more
+    return s._replace(t=t)
+
+
+def grow_log(s: State) -> State:
+    """Twice the room for decisions."""
+    room = int(s.n[LOG_ROOM])
     s.n[LOG_ROOM] = 2 * room
-    return s._replace(t=t, d=d)
+    return s._replace(d=_wider(s.d, room))
 
 
 def with_pools(s: State, pools: int) -> State:
