@@ -390,7 +390,7 @@ class CachingAllocator:
 
     @property
     def first_oom(self) -> int | None:
-        """Row of the first request that failed."""
+        """Row of the first request that was not served: it failed, or was refused."""
         row = int(self._s.n[field.FIRST_OOM])
         return None if row < 0 else row
 

@@ -142,6 +142,10 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     for row in failed.tolist():
         rounded, free = int(d.size[row]), int(d.addr[row])
         needed = _segment_size(rounded, conf)
+        if conf.expandable_segments:
+            # Pages are mapped for what is missing, which is not known; at most they are these.
+            page = SMALL_SEGMENT if rounded <= SMALL_SIZE else conf.large_segment_size
+            needed = max(needed, -(-rounded // page) * page)
         if free >= needed:
             above = int(reserved[row]) + needed
             limit_below = above if limit_below is None else min(limit_below, above)

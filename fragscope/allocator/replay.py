@@ -584,7 +584,7 @@ def _assumptions(
     if trace.decisions is not None:
         recorded_ooms = int(np.count_nonzero(trace.decisions.kind == DecisionKind.OOM))
     first_oom = run.allocator.first_oom
-    if first_oom is not None and run.allocator.ooms != recorded_ooms:
+    if first_oom is not None and run.allocator.ooms + run.allocator.rejections != recorded_ooms:
         detail = "a request failed that did not fail when recorded; the program would not have gone on unchanged"
         out.append(Assumption("after_oom", "unknown", len(trace.requests) - first_oom, detail))
     return out

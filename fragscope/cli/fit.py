@@ -139,7 +139,7 @@ def _print_text(subject: Subject, fits: list[Fit]) -> None:
         rows.append((
             "-" if f.capacity is None else mib(f.capacity), mib(f.unlimited), f"{f.retries:,}",
             f"{calls.alloc:,}", f"{calls.free:,}", f"{calls.sync:,}", f"{f.tested:,}", "yes" if f.exact else "no",
-            f"{f.conf or 'default'} ({', '.join(f.cards) or 'no known card'})",
+            f"{printable(f.conf) or 'default'} ({', '.join(f.cards) or 'no known card'})",
         ))  # fmt: skip
     for line in aligned(rows):
         click.echo(line)
@@ -157,7 +157,7 @@ def explanation(f: Fit) -> list[str]:
     """What fails just below, and where more memory does not help."""
     from fragscope.units import mib
 
-    name, lines = f.conf or "default", []
+    name, lines = printable(f.conf) or "default", []
     if f.failing and f.lowest is not None and f.capacity is not None:
         lines.append(
             f"{name}: {mib(f.lowest)} MiB run as well, but {len(f.failing):,} of the larger capacities tested fail, "

@@ -223,9 +223,9 @@ def _print_text(file: str, trace: Trace, replays: list[Replay]) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    say(f"{printable(file)}: {len(trace.requests):,} events on device {trace.device}, source {trace.source}")
+    say(f"{printable(file)}: {len(trace.requests):,} events on device {trace.device}, source {printable(trace.source)}")
     for loss in trace.lost:
-        say(f"  not in the file: {loss.detail} ({loss.events:,})")
+        say(f"  not in the file: {printable(loss.detail)} ({loss.events:,})")
     for r in replays:
         s, whole = r.settings, r.whole
         limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"

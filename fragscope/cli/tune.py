@@ -222,9 +222,8 @@ def _print_text(
     for subject in subjects:
         s = subject.settings
         limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"
-        click.echo(
-            f"{printable(subject.name)}: {len(subject.tape.kind):,} events, torch {s.rules.torch}, {s.card}{limit}"
-        )
+        where = f"torch {s.rules.torch}, {printable(s.card)}{limit}"
+        click.echo(f"{printable(subject.name)}: {len(subject.tape.kind):,} events, {where}")
     click.echo(
         f"goal {t.goal}; {len(t.ranked):,} confs tried; reserved, saved and stranded are peaks in MiB, "
         "more is driver calls beyond those as recorded"
@@ -281,7 +280,7 @@ def _label(t: Tuning, trial: Trial, subjects: list[Subject]) -> str:
         confs = {s.settings.conf for s in subjects}
         own = (printable(confs.pop()) or "default") if len(confs) == 1 else "each its own"
         return f"as recorded ({own})"
-    return f"{trial.conf or 'default'}{' (best)' if trial is t.best else ''}"
+    return f"{printable(trial.conf or '') or 'default'}{' (best)' if trial is t.best else ''}"
 
 
 def bound_lines(b: Bound, name: str) -> list[str]:

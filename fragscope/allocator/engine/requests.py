@@ -155,6 +155,7 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
     t, n = s.t, s.n
     n[ALLOCS] += 1
     if size >= TOO_LARGE:
+        _note_failure(s)
         s.where[id] = FAILED
         n[FAILED_SIZE] = size
         return IMPOSSIBLE
@@ -186,20 +187,26 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
                 expandable = False
                 which = t[LIST][block]
     if block == REJECTED:
+        _note_failure(s)
         s.where[id] = FAILED
         n[FAILED_SIZE] = rounded
         return REFUSED
     if block < 0:
         n[OOMS] += 1
         note_peak(s, POOL_IDLE)  # of pages that were mapped before memory ran out
-        if n[FIRST_OOM] < 0:
-            n[FIRST_OOM] = n[REQUEST]
+        _note_failure(s)
         n[FAILED_SIZE] = rounded
         s.where[id] = FAILED
         log(s, OOM, id, n[CAPACITY] - n[USED], rounded, stream, pool)
         return OUT_OF_MEMORY
     _hand_out(s, which, block, rounded, size, id, _should_split(s, which, block, rounded, expandable))
     return SERVED
+
+
+def _note_failure(s: State) -> None:
+    """Remember the first request that was not served, for whatever reason."""
+    if s.n[FIRST_OOM] < 0:
+        s.n[FIRST_OOM] = s.n[REQUEST]
 
 
 def _may_release_oversize(s: State) -> bool:
