@@ -12,7 +12,7 @@ import numpy as np
 
 from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
 from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
-from fragscope.allocator.engine.sizes import MIN_LARGE_ALLOC, ROUND_LARGE, SMALL_SEGMENT, SMALL_SIZE
+from fragscope.allocator.engine.sizes import page_bytes, segment_bytes
 from fragscope.allocator.rules import NEWEST, ChosenRules, rules_for
 from fragscope.errors import UsageError
 from fragscope.trace import DecisionKind, Trace
@@ -141,11 +141,10 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     limit_below, capacity = None, None
     for row in failed.tolist():
         rounded, free = int(d.size[row]), int(d.addr[row])
-        needed = _segment_size(rounded, conf)
+        needed = segment_bytes(rounded, conf.large_segment_size)
         if conf.expandable_segments:
             # Pages are mapped for what is missing, which is not known; at most they are these.
-            page = SMALL_SEGMENT if rounded <= SMALL_SIZE else conf.large_segment_size
-            needed = max(needed, -(-rounded // page) * page)
+            needed = max(needed, page_bytes(rounded, conf.large_segment_size))
         if free >= needed:
             above = int(reserved[row]) + needed
             limit_below = above if limit_below is None else min(limit_below, above)
@@ -155,11 +154,3 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     if limit_below is not None and limit_below <= most:
         limit_below = None  # no single limit explains these failures
     return Limits(most if limit_below is not None else None, limit_below, capacity)
-
-
-def _segment_size(rounded: int, conf: Conf) -> int:
-    if rounded <= SMALL_SIZE:
-        return SMALL_SEGMENT
-    if rounded < MIN_LARGE_ALLOC:
-        return conf.large_segment_size
-    return -(-rounded // ROUND_LARGE) * ROUND_LARGE

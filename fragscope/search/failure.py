@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fragscope.allocator import Conf, ReplaySettings, Tape, parse_conf, replay
-from fragscope.allocator.engine.sizes import MIN_BLOCK, MIN_LARGE_ALLOC, ROUND_LARGE, SMALL_SEGMENT, SMALL_SIZE
+from fragscope.allocator.engine.sizes import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, page_bytes, segment_bytes
 from fragscope.measure import SegmentLayout, layout_at
 from fragscope.trace import Trace
 
@@ -102,10 +102,9 @@ def failure_of(tape: Tape, settings: ReplaySettings, compiled: bool | None = Non
 
 
 def _needed(rounded: int, conf: Conf) -> int:
-    page = SMALL_SEGMENT if rounded <= SMALL_SIZE else conf.large_segment_size
-    if not conf.expandable_segments and rounded >= MIN_LARGE_ALLOC:
-        page = ROUND_LARGE
-    return -(-rounded // page) * page
+    if conf.expandable_segments:
+        return page_bytes(rounded, conf.large_segment_size)
+    return segment_bytes(rounded, conf.large_segment_size)
 
 
 def _frame(trace: Trace, event: int) -> str:

@@ -9,7 +9,6 @@ from fragscope.allocator.engine.state import (
     AGE_BASE,
     BY_BLOCK,
     BY_SEGMENT,
-    COLUMNS,
     CREATED,
     HELD,
     ID,
@@ -260,9 +259,3 @@ def merge(s: State, block: int, neighbour: int) -> int:
     t[SIZE][block] += gained
     drop_block(s, neighbour)
     return gained
-
-
-def columns_in_use(s: State) -> int:
-    """Blocks that exist."""
-    used: int = s.n[COLUMNS] - s.n[SPARE_BLOCKS]
-    return used

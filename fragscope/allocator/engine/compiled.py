@@ -32,8 +32,9 @@ _INLINED = frozenset(
     {
         "log", "new_block", "drop_block", "link", "is_split", "is_expandable", "put_idle", "take_idle", "is_held",
         "change_active", "merge", "up", "down", "up_idle", "note_peak", "up_class", "down_class", "change_class",
-        "count_up", "count_down", "floor_log2", "round_size", "segment_size", "is_looking_away", "malloc", "search",
-        "candidate", "_should_split", "_hand_out", "free", "_free_block", "process_events", "is_full", "lacks_blocks",
+        "count_up", "count_down", "floor_log2", "round_size", "segment_size", "segment_bytes",
+        "is_looking_away", "malloc", "search", "candidate", "_should_split", "_hand_out", "free",
+        "_free_block", "process_events", "is_full", "lacks_blocks",
         "lacks_log", "before",
     }
 )  # fmt: skip

@@ -94,9 +94,3 @@ def change_class(s: State, slot: int, which: int, amount: int) -> None:
         up_class(s, slot, which, amount)
     elif amount < 0:
         down_class(s, slot, which, -amount)
-
-
-def current(s: State, slot: int) -> int:
-    """The value now."""
-    now: int = s.t[UP][slot] - s.t[DOWN][slot]
-    return now

@@ -30,7 +30,6 @@ from fragscope.allocator.engine.state import (
     KEY_STREAM,
     LARGE_SEGMENT,
     LIST,
-    MAPS,
     NEXT,
     NEXT_MAP,
     PREV,
@@ -46,7 +45,6 @@ from fragscope.allocator.engine.state import (
     TOTAL,
     UNMAPPED,
     UNMAPPED_ROOT,
-    UNMAPS,
     State,
 )
 
@@ -146,7 +144,6 @@ def _map(s: State, block: int, size: int) -> bool:
     put_idle(s, block)
     n[RESERVED] += mapped
     n[DRIVER_ALLOCS] += 1
-    n[MAPS] += 1
     n[NEXT_MAP] += 1
     up_class(s, RESERVED_BYTES, which, mapped)
     log(s, SEGMENT_MAP, -1, addr, mapped, t[SEG_STREAM][segment], which // 2)
@@ -188,7 +185,6 @@ def unmap(s: State, block: int) -> None:
     put_unmapped(s, block)
     n[RESERVED] -= unmapped
     n[DRIVER_FREES] += 1
-    n[UNMAPS] += 1
     t[SEGMENTS][which // 2] -= 1
     down_class(s, RESERVED_BYTES, which, unmapped)
     log(s, SEGMENT_UNMAP, -1, addr, unmapped, t[SEG_STREAM][segment], which // 2)

@@ -45,9 +45,19 @@ def round_size(s: State, size: int) -> int:
 
 def segment_size(s: State, rounded: int) -> int:
     """Bytes asked of the driver for a rounded request that no cached block serves."""
+    return segment_bytes(rounded, s.n[LARGE_SEGMENT])
+
+
+def segment_bytes(rounded: int, large_segment: int) -> int:
+    """The same under a given ``large_segment_size``."""
     if rounded <= SMALL_SIZE:
         return SMALL_SEGMENT
     if rounded < MIN_LARGE_ALLOC:
-        large: int = s.n[LARGE_SEGMENT]
-        return large
+        return large_segment
     return (rounded + ROUND_LARGE - 1) // ROUND_LARGE * ROUND_LARGE
+
+
+def page_bytes(rounded: int, large_segment: int) -> int:
+    """Bytes of the pages that are mapped for a rounded request where none of it is mapped yet."""
+    page = SMALL_SEGMENT if rounded <= SMALL_SIZE else large_segment
+    return (rounded + page - 1) // page * page
