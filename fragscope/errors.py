@@ -12,7 +12,9 @@ Only ``fragscope.cli.main`` prints them. Each message is one line: what happened
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 EXIT_PASS = 0
 EXIT_INTERNAL = 1
@@ -80,6 +82,25 @@ class UnsupportedError(FragscopeError):
         super().__init__(f"{what} (at {location})" if location else what)
         self.what = what
         self.location = location
+
+
+_BY_NAME = {
+    c.__name__: c
+    for c in (FragscopeError, UsageError, UnmodelledError, NotMeasuredError, InputFileError, UnsupportedError)
+}
+
+
+def to_plain(error: FragscopeError) -> dict[str, Any]:
+    """An error of this tree as JSON carries it to another process: class, message and attributes, all text."""
+    return {"class": type(error).__name__, "text": str(error), "attributes": vars(error)}
+
+
+def from_plain(plain: Mapping[str, Any]) -> FragscopeError:
+    """The error that ``to_plain`` made this of; one of a class that is not of this tree is a ``FragscopeError``."""
+    kind = _BY_NAME.get(plain["class"], FragscopeError)
+    error = kind.__new__(kind, plain["text"])  # the message is whole, and must not be composed again
+    vars(error).update(plain["attributes"])
+    return error
 
 
 def printable(text: str, limit: int = 400) -> str:

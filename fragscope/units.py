@@ -10,6 +10,9 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
+MOST_MEMORY = 16 * 1024**4
+"""Bytes beyond what any device has, by far: the largest has 0.3 TiB. Larger figures are refused where they come in."""
+
 _FACTORS = {
     "": 1, "B": 1,
     "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
@@ -46,6 +49,18 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
     whole, fraction, unit = match[1], match[2] or "", match[3]
     scaled = int(whole + fraction) * _FACTORS[unit]
     return scaled // int(10 ** len(fraction))
+
+
+def parse_memory(text: str | int, where: str) -> int:
+    """A device's memory as ``parse_bytes`` reads it.
+
+    Raises:
+        UsageError: it is no byte count, or more than ``MOST_MEMORY``.
+    """
+    size = parse_bytes(text, where)
+    if size > MOST_MEMORY:
+        raise UsageError(f"{where}: {text} is more than any device has; {format_bytes(MOST_MEMORY)} are the most")
+    return size
 
 
 def format_bytes(count: int) -> str:

@@ -54,11 +54,14 @@ def recording(name: str) -> Trace:
 
 def begun_late(name: str, share: float) -> Trace:
     """A recording as if it had begun after that share of its entries."""
-    snapshot = pickled(name)
+    return late_part(name, pickled(name), share)
+
+
+def late_part(name: str, snapshot: dict[str, Any], share: float) -> Trace:
+    """The same of a recording that was unpickled before."""
     (entries,) = (e for e in snapshot["device_traces"] if e)
-    snapshot["device_traces"] = [entries[int(len(entries) * share) :]]
-    path = TRACES / f"{name}.pickle.xz"
-    return with_sidecar(snapshot_to_trace(snapshot, path), TRACES / f"{name}.json")
+    cut = {**snapshot, "device_traces": [entries[int(len(entries) * share) :]]}
+    return with_sidecar(snapshot_to_trace(cut, TRACES / f"{name}.pickle.xz"), TRACES / f"{name}.json")
 
 
 def own_settings(trace: Trace) -> ReplaySettings:

@@ -7,16 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from fragscope.trace import DecisionKind, DecisionLog, Observation, RequestKind, RequestLog, Settings, Trace
+from fragscope.trace import (
+    UNKNOWN_SIZE,
+    DecisionKind,
+    DecisionLog,
+    Observation,
+    RequestKind,
+    RequestLog,
+    Settings,
+    Trace,
+)
 
 MIB = 2**20
 
 
 def trace_of(*requests: tuple[Any, ...], torch: str = "2.11.0", failed: Iterable[int] = (), **fields: Any) -> Trace:
     """A trace of ``("alloc", id, bytes[, stream])``, ``("free", id)``, ``("uses", id, stream)``, ``("done", id)``,
-    ``("empty",)``, ``("seen", what)`` and ``("fraction", f)``; requests in the rows ``failed`` failed when recorded."""
+    ``("empty",)``, ``("seen", what)``, ``("fraction", f)`` and ``("conf", text)``; with ``failed`` the requests in
+    these rows failed when recorded and all others were served."""
     log = RequestLog()
     observations = []
+    confs: list[str] = []
     for name, *values in requests:
         match name:
             case "alloc":
@@ -34,14 +45,21 @@ def trace_of(*requests: tuple[Any, ...], torch: str = "2.11.0", failed: Iterable
                 observations.append(Observation(values[0], "loader.py:7"))
             case "fraction":
                 log.append(RequestKind.MEMORY_FRACTION, size=round(values[0] * 10**9))
+            case "conf":
+                log.append(RequestKind.SETTINGS, size=len(confs))
+                confs.append(values[0])
     decisions = DecisionLog()
-    for row in failed:
-        decisions.request = row
-        decisions.append(DecisionKind.OOM, row, 0, 512, 0, 0)
+    failed = set(failed)
+    for row, (name, *values) in enumerate(requests):
+        if failed and name == "alloc":
+            decisions.request = row
+            kind, size = (DecisionKind.OOM, 512) if row in failed else (DecisionKind.ALLOC, UNKNOWN_SIZE)
+            decisions.append(kind, values[0], 0, size, 0, 0)
     values = {
         "requests": log.finish(),
         "decisions": decisions.finish() if failed else None,
         "observations": tuple(observations),
+        "confs": tuple(confs),
         "torch": torch,
         "card": "h100-80gb",
         "settings": Settings(conf=fields.pop("conf", "")),

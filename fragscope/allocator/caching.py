@@ -17,9 +17,11 @@ from fragscope.allocator.engine import decide as loop
 from fragscope.allocator.engine import driver, free_lists, requests, tables
 from fragscope.allocator.engine import state as field
 from fragscope.allocator.engine.compiled import compiled_decide
+from fragscope.allocator.engine.kinds import REQUEST_EMPTY_CACHE
 from fragscope.allocator.engine.restore import restore
 from fragscope.allocator.engine.sizes import SMALL_SIZE, TOO_LARGE, round_size, segment_size
-from fragscope.allocator.engine.state import State
+from fragscope.allocator.engine.tables import Saved
+from fragscope.allocator.ranges import AddressRange
 from fragscope.allocator.rules import Rules, TieBreak
 from fragscope.trace import DECISION_DTYPES, BlockState, Decisions, SegmentState
 
@@ -213,7 +215,14 @@ class CachingAllocator:
     def empty_cache(self, pool: int = 0) -> None:
         """Wait for all streams and return what is idle; with a private pool, only of that one if it is released."""
         self._make_room(0)
-        requests.release_cached(self._s, pool)
+        s = self._s
+        if isinstance(s.n, list):
+            requests.release_cached(s, pool)
+            return
+        row, start = self.row, self.decided
+        nothing = np.zeros(1, dtype=np.int64)
+        self._decide(s, nothing + REQUEST_EMPTY_CACHE, nothing, nothing, nothing, nothing + pool, 0, 1)
+        s.d[field.LOG_REQUEST][start : self.decided] = self.row = row
 
     def create_pool(self, pool: int, *, use_on_oom: bool = False, no_split: bool = False) -> None:
         """``MemPool(...)``: a private pool with one user, or one user more; it stays what it was made as."""
@@ -246,7 +255,7 @@ class CachingAllocator:
         requests.release_pool(self._s, pool)
 
     def restore(
-        self, segments: Sequence[SegmentState], held: Sequence[tuple[int, int, int]], maps: Sequence[int]
+        self, segments: Sequence[SegmentState], held: Sequence[tuple[int, int, int]], ranges: Sequence[AddressRange]
     ) -> None:
         """Hold what a recording began with, before any request; see ``engine.restore``."""
         blocks = sum(len(s.blocks) + 2 for s in segments)
@@ -256,7 +265,7 @@ class CachingAllocator:
             self._s = tables.grow(self._s)
         while self._s.n[field.LOG_ROOM] < 3 * blocks + loop.HEADROOM:
             self._s = tables.grow_log(self._s)
-        restore(self._s, segments, held, maps)
+        restore(self._s, segments, held, ranges)
 
     # --- many requests at once ----------------------------------------------------------------------------------
 
@@ -281,13 +290,21 @@ class CachingAllocator:
             row = self._decide(self._s, *columns, row, stop)
         return row
 
-    def saved(self) -> State:
-        """A copy of everything, for ``restored``."""
-        return tables.copied(self._s)
+    def saved(self, id: int) -> Saved:
+        """What releases and one request for ``id`` will change, for ``exchange``."""
+        n, t = self._s.n, self._s.t
+        ids = {id}
+        block = n[field.FIRST_WAITING]
+        while block >= 0:  # others that can end to live meanwhile
+            ids.add(int(t[field.ID][block]))
+            block = t[field.WAIT_NEXT][block]
+        return tables.saved(self._s, ids, self.decided)
 
-    def restored(self, saved: State) -> None:
-        """Be as it was when the copy was made."""
-        self._s = saved
+    def exchange(self, other: Saved) -> Saved:
+        """Be as it was when that was saved, or would have become from there on; returns how it is now."""
+        now = tables.saved(self._s, other.where, other.start)
+        tables.restore(self._s, other)
+        return now
 
     def trust_addresses(self) -> None:
         """The addresses given are a driver's own: choices by them count as ties only from the first other one on."""
@@ -395,6 +412,21 @@ class CachingAllocator:
         return None if row < 0 else row
 
     @property
+    def failures(self) -> int:
+        """Requests that were not served: OOMs, rejections, and sizes beyond what any device has."""
+        if self.first_oom is None:
+            return 0
+        return int(np.count_nonzero(np.asarray(self._s.where) == field.FAILED))
+
+    def are_failed(self, ids: Any) -> Any:
+        """Which of these allocations were asked for in vain, as an array."""
+        return np.asarray(self._s.where)[ids] == field.FAILED
+
+    def rounded(self, size: int) -> int:
+        """Bytes of the block that serves a request of ``size`` bytes, under the settings in force."""
+        return size if size >= TOO_LARGE else round_size(self._s, size)
+
+    @property
     def address_ties(self) -> int:
         """Choices between equal-size blocks that came down to where the driver put their segments."""
         return int(self._s.n[field.TIES])
@@ -467,10 +499,10 @@ class CachingAllocator:
         return int(self._s.n[field.LOGGED])
 
     def decisions(self, start: int = 0) -> Decisions:
-        """The log, from its row ``start`` on; ids are the caller's."""
+        """The log from row ``start`` on; ids are the caller's. Columns may be the log's own: never change them."""
         columns = {}
         for at, (name, dtype) in enumerate(DECISION_DTYPES.items()):
-            columns[name] = np.array(self._s.d[at][start : self.decided], dtype=dtype)
+            columns[name] = np.asarray(self._s.d[at][start : self.decided], dtype=dtype)
         return Decisions(**columns)
 
     def segments(self) -> tuple[SegmentState, ...]:
@@ -480,22 +512,22 @@ class CachingAllocator:
         for segment in range(int(self._s.n[field.COLUMNS])):
             block = int(t[field.SEG_FIRST][segment])
             stream, pool = int(t[field.SEG_STREAM][segment]), int(t[field.SEG_LIST][segment]) // 2
-            is_expandable = bool(t[field.SEG_PAGE][segment])
+            page = int(t[field.SEG_PAGE][segment])
             blocks: list[tuple[int, int, BlockState]] = []
             while block >= 0:
                 if t[field.STATE][block] == field.UNMAPPED:
-                    out += _range(blocks, stream, pool, is_expandable)
+                    out += _range(blocks, stream, pool, page)
                     blocks = []
                 else:
                     state = _STATES[int(t[field.STATE][block])]
                     blocks.append((int(t[field.ADDR][block]), int(t[field.SIZE][block]), state))
                 block = int(t[field.NEXT][block])
-            out += _range(blocks, stream, pool, is_expandable)
+            out += _range(blocks, stream, pool, page)
         return tuple(sorted(out, key=lambda s: s.addr))
 
 
-def _range(blocks: list[tuple[int, int, BlockState]], stream: int, pool: int, expandable: bool) -> list[SegmentState]:
+def _range(blocks: list[tuple[int, int, BlockState]], stream: int, pool: int, page: int) -> list[SegmentState]:
     if not blocks:
         return []
     start, end = blocks[0][0], blocks[-1][0] + blocks[-1][1]
-    return [SegmentState(start, end - start, stream, pool, tuple(blocks), expandable)]
+    return [SegmentState(start, end - start, stream, pool, tuple(blocks), page)]

@@ -80,6 +80,11 @@ def _reason(trace: Trace, modelled: Decisions, row: int, met: CachingAllocator) 
         )
     if DecisionKind.OOM in ours and DecisionKind.OOM not in theirs:
         return "the model ran out of memory that the recording had: name the card (--card) or its memory (--capacity)"
+    if "start_state" in lost and met.conf.garbage_collection_threshold > 0.0 and _GIVES[0] in theirs + ours:
+        return (
+            "recording began late, and how long memory had been idle by then is not recorded; garbage collection "
+            "goes by it"
+        )
     gave, gives = any(k in _GIVES for k in theirs), any(k in _GIVES for k in ours)
     if gave and not gives:
         return (

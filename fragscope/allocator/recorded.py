@@ -13,9 +13,10 @@ import numpy as np
 from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
 from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
 from fragscope.allocator.engine.sizes import page_bytes, segment_bytes
-from fragscope.allocator.rules import NEWEST, ChosenRules, rules_for
+from fragscope.allocator.rules import NEWEST, ChosenRules, Rules, rules_for
 from fragscope.errors import UsageError
-from fragscope.trace import DecisionKind, Trace
+from fragscope.trace import DecisionKind, Decisions, RequestKind, Trace
+from fragscope.trace.events import Column
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,21 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class StandIn:
+    """A setting that the recording does not name, and what serves in its place.
+
+    Attributes:
+        code: stable identifier; ``assumptions`` says when it matters.
+        of: the setting: ``torch``, ``conf``, ``card``, ``capacity`` or ``limit``.
+        detail: one sentence for people.
+    """
+
+    code: str
+    of: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """What a Trace was recorded under.
 
@@ -44,7 +60,7 @@ class Recorded:
         conf: settings in force at the start.
         memory_fraction: as recorded, None where unknown or never set.
         limits: what its failures tell beyond that.
-        notes: what is assumed, for people.
+        stand_ins: what of this nobody named.
     """
 
     rules: ChosenRules
@@ -53,7 +69,12 @@ class Recorded:
     conf: Conf
     memory_fraction: float | None
     limits: Limits
-    notes: tuple[str, ...]
+    stand_ins: tuple[StandIn, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should name if it is otherwise, a sentence each."""
+        return tuple(s.detail for s in self.stand_ins if s.code in _NOTED)
 
 
 def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | None = None) -> Recorded:
@@ -68,20 +89,26 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
         UsageError: its conf is not such as its release has, or its card is unknown and its memory not told.
         UnmodelledError: the allocator model does not cover its settings.
     """
-    notes = []
+    missing = []
+    lost = {loss.code: loss.detail for loss in trace.lost}
     if rules is None:
         if trace.torch is None:
-            notes.append(f"the file does not name its torch release; the rules of {NEWEST.release} decide (--torch)")
+            detail = f"the file does not name its torch release; the rules of {NEWEST.release} decide (--torch)"
+            missing.append(StandIn("release_assumed", "torch", detail))
+        elif "torch_release" in lost:
+            missing.append(StandIn("release_by_keys", "torch", lost["torch_release"]))
         rules = rules_for(trace.torch or NEWEST.release)
     if rules.assumed:
-        notes.append(f"torch {rules.torch} is newer than the rules known; those of {rules.rules.release} decide")
+        detail = f"torch {rules.torch} is newer than the rules known; those of {rules.rules.release} decide"
+        missing.append(StandIn("rules_assumed", "torch", detail))
+    if "allocator_settings" in lost:
+        missing.append(StandIn("conf_assumed", "conf", lost["allocator_settings"]))
     if card is None:
         if trace.card is None:
-            notes.append(f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)")
+            detail = f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)"
+            missing.append(StandIn("card_assumed", "card", detail))
         card = card_of(trace)
-    conf = (
-        recorded_conf(trace.settings, rules.rules) if not trace.confs else parse_conf(trace.settings.conf, rules.rules)
-    )
+    conf = conf_of(trace, rules.rules)
     limits = Limits()
     if trace.settings.memory_fraction is None:
         limits = limits_from_failures(trace, conf)
@@ -89,12 +116,20 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
     if capacity is None:
         capacity = limits.capacity
         if capacity is not None:
-            notes.append(f"requests failed with {capacity:,} bytes for segments in all: that was there (--capacity)")
+            detail = f"requests failed with {capacity:,} bytes for segments in all: that was there (--capacity)"
+            missing.append(StandIn("capacity_inferred", "capacity", detail))
+        else:
+            detail = f"the file does not say how much was free; what a {card.name} usually has is assumed (--capacity)"
+            missing.append(StandIn("capacity_assumed", "capacity", detail))
     if limits.limit is not None:
-        notes.append(
+        detail = (
             f"requests failed although the driver had memory: a limit of {limits.limit:,} to "
             f"{(limits.limit_below or 0) - 1:,} reserved bytes was in force (--memory-fraction)"
         )
+        missing.append(StandIn("limit_inferred", "limit", detail))
+    elif not knows_fraction(trace):
+        detail = "the file does not say whether a memory fraction was set; none is assumed (--memory-fraction)"
+        missing.append(StandIn("fraction_assumed", "limit", detail))
     return Recorded(
         rules=rules,
         card=card,
@@ -102,8 +137,66 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
         conf=conf,
         memory_fraction=trace.settings.memory_fraction,
         limits=limits,
-        notes=tuple(notes),
+        stand_ins=tuple(missing),
     )
+
+
+_NOTED = {"release_assumed", "rules_assumed", "card_assumed", "capacity_inferred", "limit_inferred"}
+"""Stand-ins that are said on every use; the others are shown where they can matter."""
+
+
+def conf_of(trace: Trace, rules: Rules) -> Conf:
+    """The conf that a Trace was recorded under, as a release reads it.
+
+    Raises:
+        UsageError: it is not such as the release has.
+        UnmodelledError: the allocator model does not cover its settings.
+    """
+    return parse_conf(trace.settings.conf, rules) if trace.confs else recorded_conf(trace.settings, rules)
+
+
+def knows_fraction(trace: Trace) -> bool:
+    """Whether the Trace tells the memory fraction, or that none was set; recordings of a GPU do not."""
+    return trace.settings.memory_fraction is not None or trace.source == "virtual"
+
+
+def failed_rows(trace: Trace) -> Column:
+    """Rows of the requests for memory that failed when recorded, ascending.
+
+    Those that an allocator made no decision about count too: what is refused before the driver is asked
+    (``throw_on_cudamalloc_oom``, impossible sizes) leaves none.
+    """
+    kind, d = trace.requests.kind, trace.decisions
+    if d is None:
+        return np.zeros(0, dtype=np.int64)
+    asked = kind == RequestKind.ALLOC
+    asked[d.request[d.kind == DecisionKind.ALLOC]] = False
+    return np.flatnonzero(asked)
+
+
+def caught_of(trace: Trace, failed: Column) -> tuple[Column, int | None]:
+    """Of requests that failed when recorded, those that the program got over, and the one it ended with.
+
+    Returns:
+        Rows of those after which the program asked for memory again, and the row of the last one if it did not.
+    """
+    asked = np.flatnonzero(trace.requests.kind == RequestKind.ALLOC)
+    if len(failed) and int(asked[-1]) <= int(failed[-1]):
+        return failed[:-1], int(failed[-1])
+    return failed, None
+
+
+def most_reserved(d: Decisions) -> int:
+    """Most bytes that were reserved at once; the recording shows that so much was there."""
+    return int(_reserved(d).max(initial=0))
+
+
+def _reserved(d: Decisions) -> Column:
+    """Reserved bytes after each decision."""
+    signs = np.zeros(len(d), dtype=np.int64)
+    signs[(d.kind == DecisionKind.SEGMENT_ALLOC) | (d.kind == DecisionKind.SEGMENT_MAP)] = 1
+    signs[(d.kind == DecisionKind.SEGMENT_FREE) | (d.kind == DecisionKind.SEGMENT_UNMAP)] = -1
+    return np.cumsum(signs * np.maximum(d.size, 0))
 
 
 def card_of(trace: Trace) -> Card:
@@ -125,6 +218,13 @@ def card_of(trace: Trace) -> Card:
     return Card(trace.card, trace.card, total, total if free is None else free, (0, 0), 0, 0, "the trace")
 
 
+def total_of(trace: Trace) -> int | None:
+    """Bytes of memory of the device that a Trace was recorded on, None where it does not tell."""
+    if trace.device_total is not None:
+        return trace.device_total
+    return next((card.total for card in CARDS.values() if trace.card in (card.name, card.product)), None)
+
+
 def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     """What the recorded failures say about the memory there was."""
     d = trace.decisions
@@ -133,10 +233,7 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     failed = np.flatnonzero(d.kind == DecisionKind.OOM)
     if not len(failed):
         return Limits()
-    signs = np.zeros(len(d), dtype=np.int64)
-    signs[(d.kind == DecisionKind.SEGMENT_ALLOC) | (d.kind == DecisionKind.SEGMENT_MAP)] = 1
-    signs[(d.kind == DecisionKind.SEGMENT_FREE) | (d.kind == DecisionKind.SEGMENT_UNMAP)] = -1
-    reserved = np.cumsum(signs * np.maximum(d.size, 0))
+    reserved = _reserved(d)
     most = int(reserved.max())
     limit_below, capacity = None, None
     for row in failed.tolist():

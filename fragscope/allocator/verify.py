@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from fragscope.allocator.caching import CachingAllocator
 from fragscope.trace import UNKNOWN_SIZE, DecisionKind, Decisions, SegmentState, Trace
+
+Ints = npt.NDArray[np.int64]
+_Row = tuple[int, int, int, int, int, int]  # kind, request, id, address, bytes, stream
+_AT_ONCE = 1 << 20  # rows compared at once; more would take more memory and no less time
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +58,19 @@ def compare(trace: Trace, modelled: Decisions, allocator: CachingAllocator) -> V
     """Compare the decisions of a replay with those recorded in the Trace, and the end states."""
     recorded = trace.decisions
     assert recorded is not None
-    ours, theirs = _rows(modelled), _rows(recorded)
-    mismatches = 0
+    ours, theirs = _order(modelled), _order(recorded)
+    both, compared = min(len(modelled), len(recorded)), max(len(modelled), len(recorded))
+    mismatches, at = compared - both, both
+    for start in range(0, both, _AT_ONCE):
+        part = slice(start, min(start + _AT_ONCE, both))
+        wrong = np.flatnonzero(_differing(recorded, theirs[part], modelled, ours[part]))
+        if len(wrong):
+            at = min(at, start + int(wrong[0]))
+            mismatches += len(wrong)
     first: Difference | None = None
-    for position in range(max(len(ours), len(theirs))):
-        a = theirs[position] if position < len(theirs) else None
-        b = ours[position] if position < len(ours) else None
-        if not _same(a, b):
-            mismatches += 1
-            if first is None:
-                event = (a or b or (0, -1))[1]
-                first = Difference(event, _describe(a), _describe(b))
-    compared = max(len(ours), len(theirs))
+    if mismatches:
+        a, b = _row(recorded, theirs, at), _row(modelled, ours, at)
+        first = Difference((a or b or (0, -1))[1], _describe(a), _describe(b))
     if trace.final is not None:
         end_compared, end_wrong, end_first = _compare_final(trace.final, allocator)
         compared += end_compared
@@ -71,38 +79,38 @@ def compare(trace: Trace, modelled: Decisions, allocator: CachingAllocator) -> V
     return Verification(compared, mismatches, first)
 
 
-_Row = tuple[int, int, int, int, int, int]  # kind, request, id, address, bytes, stream
+def _order(d: Decisions) -> Ints:
+    """Rows with runs of frees completed together sorted: their order is that of a hash table and changes no layout."""
+    order = np.arange(len(d))
+    completed = d.kind == DecisionKind.FREE_COMPLETED
+    goes_on = np.zeros(len(d), dtype=bool)  # the run of the row before
+    goes_on[1:] = completed[1:] & completed[:-1] & (d.request[1:] == d.request[:-1])
+    in_run = goes_on.copy()
+    in_run[:-1] |= goes_on[1:]
+    rows = np.flatnonzero(in_run)
+    run = np.cumsum(~goes_on[rows])
+    order[rows] = rows[np.lexsort((d.stream[rows], d.size[rows], d.addr[rows], d.id[rows], run))]
+    return order
 
 
-def _rows(d: Decisions) -> list[_Row]:
-    columns = (d.kind, d.request, d.id, d.addr, d.size, d.stream)
-    return _in_canonical_order(list(zip(*(c.tolist() for c in columns), strict=True)))
-
-
-def _in_canonical_order(rows: list[_Row]) -> list[_Row]:
-    """Sort runs of frees completed together: their order is that of a hash table and changes no layout."""
-    completed = int(DecisionKind.FREE_COMPLETED)
-    start = 0
-    while start < len(rows):
-        stop = start + 1
-        if rows[start][0] == completed:
-            while stop < len(rows) and rows[stop][0] == completed and rows[stop][1] == rows[start][1]:
-                stop += 1
-            rows[start:stop] = sorted(rows[start:stop])
-        start = stop
-    return rows
-
-
-def _same(recorded: _Row | None, modelled: _Row | None) -> bool:
-    if recorded is None or modelled is None:
-        return False
-    kind, request, id_, addr, size, stream = recorded
-    if (kind, request, id_, stream) != (modelled[0], modelled[1], modelled[2], modelled[5]):
-        return False
-    if size not in (UNKNOWN_SIZE, modelled[4]):
-        return False
+def _differing(recorded: Decisions, theirs: Ints, modelled: Decisions, ours: Ints) -> npt.NDArray[np.bool_]:
+    """Which of two equally long choices of rows do not agree, position by position."""
+    kind, size, addr = recorded.kind[theirs], recorded.size[theirs], recorded.addr[theirs]
+    wrong: npt.NDArray[np.bool_] = kind != modelled.kind[ours]
+    wrong |= (size != UNKNOWN_SIZE) & (size != modelled.size[ours])
     # An OOM's address field holds the driver's free bytes, which other users of the card move.
-    return kind == DecisionKind.OOM or addr == modelled[3]
+    wrong |= (kind != DecisionKind.OOM) & (addr != modelled.addr[ours])
+    for name in ("request", "id", "stream"):
+        wrong |= getattr(recorded, name)[theirs] != getattr(modelled, name)[ours]
+    return wrong
+
+
+def _row(d: Decisions, order: Ints, position: int) -> _Row | None:
+    """A row of the ordered decisions, None past their end."""
+    if position >= len(order):
+        return None
+    at = order[position]
+    return int(d.kind[at]), int(d.request[at]), int(d.id[at]), int(d.addr[at]), int(d.size[at]), int(d.stream[at])
 
 
 def _describe(row: _Row | None) -> str:

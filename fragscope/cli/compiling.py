@@ -11,10 +11,10 @@ def announce_compilation(requests: int) -> None:
     Args:
         requests: rows of the longest trace that is going to be replayed.
     """
-    from fragscope.allocator.engine.compiled import can_compile, compile_now, is_compiled_before
-    from fragscope.allocator.replay import COMPILING_FROM
+    from fragscope.allocator import worth_compiling
+    from fragscope.allocator.engine.compiled import compile_now, is_compiled_before
 
-    if requests < COMPILING_FROM or not can_compile() or is_compiled_before():
+    if not worth_compiling(requests) or is_compiled_before():
         return
     print("fragscope: compiling the allocator model for this machine; that takes a while, once", file=sys.stderr)
     seconds = compile_now()

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fragscope.cli.tune import aligned, progress
-from fragscope.errors import UsageError, printable
+from fragscope.cli.subjects import granted, subject_json
+from fragscope.cli.tables import aligned, markdown_list, markdown_table
+from fragscope.cli.tune import progress
+from fragscope.errors import NotMeasuredError, UsageError, printable
 
 if TYPE_CHECKING:
     from fragscope.search import Failure, Fit, Subject
 
 SCHEMA_VERSION = 1
 _REPLAYS = 60  # a search takes about so many
+_LONGEST = 2000  # characters of a line
 
 
 @click.command()
@@ -30,8 +33,10 @@ _REPLAYS = 60  # a search takes about so many
 )
 @click.option("--assume-unchanged", is_flag=True,
               help="Take the requests as they are although the program learned about memory on the way.")  # fmt: skip
+@click.option("--sidecar", type=click.Path(path_type=str), metavar="JSON",
+              help="What the snapshot leaves out: torch, conf, memory_fraction, total_memory, ...")  # fmt: skip
 @click.option("--device-index", type=click.IntRange(min=0), help="CUDA device, where a snapshot holds several.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
 def command(
     *,
     file: str,
@@ -40,26 +45,30 @@ def command(
     card: str | None,
     total: str | None,
     assume_unchanged: bool,
+    sidecar: str | None,
     device_index: int | None,
     form: str,
 ) -> None:
     """Find the smallest memory for segments in which the requests in TRACE run without an OOM.
 
     The figure is what PyTorch's allocator may take from the driver, in pages of 2 MiB; the CUDA context, NCCL and other
-    users of the device come on top.
+    users of the device come on top. The exit code is 4 where the requests run under none of the confs, however much
+    memory there is.
     """
+    from fragscope.allocator import worth_compiling
     from fragscope.search import Given, fit, load_subject
-    from fragscope.search.play import compile_with, worth_compiling
-    from fragscope.units import parse_bytes
+    from fragscope.search.play import compile_with
+    from fragscope.units import parse_memory
 
     if card is not None and total is not None:
         raise UsageError("--total: --card already says how much the device has")
-    size = None if total is None else parse_bytes(total, "--total")
+    size = None if total is None else parse_memory(total, "--total")
     if size == 0:
         raise UsageError("--total: a device without memory runs nothing")
     with progress() as say:
         say("reading")
-        subject = load_subject(file, Given(torch=release, card=card, total=size, device=device_index))
+        given = Given(torch=release, card=card, total=size, device=device_index, sidecar=sidecar)
+        subject = load_subject(file, given)
         chosen = _different(confs or (subject.settings.conf, "", "expandable_segments:True"), subject)
         compiled = worth_compiling(_REPLAYS * len(chosen) * len(subject.tape.kind))
         if compiled:
@@ -78,8 +87,12 @@ def command(
         print(f"fragscope: {note}", file=sys.stderr)
     if form == "json":
         print(json.dumps(as_json(subject, fits), indent=2))
+    elif form == "markdown":
+        click.echo("\n".join(as_markdown(subject, fits)))
     else:
         _print_text(subject, fits)
+    if all(f.capacity is None for f in fits):
+        raise NotMeasuredError(f"{file}: the requests run under none of these confs, however much memory there is")
 
 
 def _different(confs: tuple[str, ...], subject: Subject) -> list[str]:
@@ -92,20 +105,9 @@ def _different(confs: tuple[str, ...], subject: Subject) -> list[str]:
 
 def as_json(subject: Subject, fits: list[Fit]) -> dict[str, Any]:
     """The answer as published: sizes are integer bytes, keys only ever get more."""
-    s, trace = subject.settings, subject.tape.trace
     return {
         "schema_version": SCHEMA_VERSION,
-        "trace": {
-            "path": subject.name,
-            "source": trace.source,
-            "events": len(trace.requests),
-            "conf": s.conf,
-            "torch": s.rules.torch,
-            "rules": s.rules.rules.release,
-            "card": s.card,
-            "total": s.total,
-            "lost": [asdict(loss) for loss in trace.lost],
-        },
+        "trace": subject_json(subject),
         "fits": [_fit_json(f) for f in fits],
     }
 
@@ -128,36 +130,60 @@ def _fit_json(f: Fit) -> dict[str, Any]:
 
 
 def _print_text(subject: Subject, fits: list[Fit]) -> None:
+    for line in (*_about(subject), *aligned(_table(fits)), *(line for f in fits for line in explanation(f))):
+        click.echo(printable(line, _LONGEST))
+    assumed = _granted(fits)
+    for line in ["taken for granted:", *(f"  {a}" for a in assumed)] if assumed else []:
+        click.echo(printable(line, _LONGEST))
+
+
+def as_markdown(subject: Subject, fits: list[Fit]) -> list[str]:
+    """The same as Markdown; names come from strangers' files and are escaped."""
+    from fragscope.report.markdown import escaped
+
+    head, about = _about(subject)
+    lines = [f"### fragscope fit: {escaped(head)}", "", escaped(about), "", *markdown_table(_table(fits))]
+    why = [line for f in fits for line in explanation(f)]
+    if why:
+        lines += ["", *markdown_list(why)]
+    assumed = _granted(fits)
+    if assumed:
+        lines += ["", "Taken for granted:", "", *markdown_list(assumed)]
+    return lines
+
+
+def _about(subject: Subject) -> tuple[str, str]:
+    events = f"{subject.name}: {len(subject.tape.kind):,} events, torch {subject.settings.rules.torch}"
+    return events, "smallest memory for segments in MiB, and what is reserved where memory is no limit"
+
+
+def _table(fits: list[Fit]) -> list[tuple[str, ...]]:
     from fragscope.units import mib
 
-    s = subject.settings
-    click.echo(f"{printable(subject.name)}: {len(subject.tape.kind):,} events, torch {s.rules.torch}")
-    click.echo("smallest memory for segments in MiB, and what is reserved where memory is no limit")
-    rows = [("smallest", "no limit", "retries", "alloc", "free", "sync", "tested", "exact", "conf and cards it fits")]
+    rows: list[tuple[str, ...]] = [
+        ("smallest", "no limit", "retries", "alloc", "free", "sync", "tested", "exact", "conf and cards it fits")
+    ]
     for f in fits:
         calls = f.calls
         rows.append((
             "-" if f.capacity is None else mib(f.capacity), mib(f.unlimited), f"{f.retries:,}",
             f"{calls.alloc:,}", f"{calls.free:,}", f"{calls.sync:,}", f"{f.tested:,}", "yes" if f.exact else "no",
-            f"{printable(f.conf) or 'default'} ({', '.join(f.cards) or 'no known card'})",
+            f"{f.conf or 'default'} ({', '.join(f.cards) or 'no known card'})",
         ))  # fmt: skip
-    for line in aligned(rows):
-        click.echo(line)
-    for f in fits:
-        for line in explanation(f):
-            click.echo(line)
-    granted = {a.code: a for f in fits for a in f.assumptions}
-    if granted:
-        click.echo("taken for granted:")
-    for a in granted.values():
-        click.echo(f"  {a.code} (effect {a.effect}, {a.events:,} events): {a.detail}")
+    return rows
+
+
+def _granted(fits: list[Fit]) -> list[str]:
+    from fragscope.allocator import merged
+
+    return granted(merged([f.assumptions for f in fits], max))
 
 
 def explanation(f: Fit) -> list[str]:
     """What fails just below, and where more memory does not help."""
     from fragscope.units import mib
 
-    name, lines = printable(f.conf) or "default", []
+    name, lines = f.conf or "default", []
     if f.failing and f.lowest is not None and f.capacity is not None:
         lines.append(
             f"{name}: {mib(f.lowest)} MiB run as well, but {len(f.failing):,} of the larger capacities tested fail, "
@@ -174,7 +200,7 @@ def failure_lines(x: Failure) -> list[str]:
     """What failed and why, for people."""
     from fragscope.units import format_bytes
 
-    at = f" at {printable(x.frame)}" if x.frame else ""
+    at = f" at {x.frame}" if x.frame else ""
     lines = [
         f"event {x.event:,} fails, {format_bytes(x.requested)} on stream {x.stream}{at}",
         f"reserved {format_bytes(x.reserved)}, allocated {format_bytes(x.allocated)}, stranded "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fragscope.cli.compiling import announce_compilation
+from fragscope.cli.subjects import granted, settings_json, trace_json
+from fragscope.cli.tables import markdown_list, markdown_table
 from fragscope.errors import FragscopeError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ SCHEMA_VERSION = 1
 @click.option("--verify", is_flag=True, help="Compare every decision with the recorded one; exit 1 if any differs.")
 @click.option("--strict", is_flag=True, help="Refuse a release newer than the rules known.")
 @click.option("--device-index", type=click.IntRange(min=0), help="CUDA device, where a snapshot holds several.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
 def command(
     *,
     file: str,
@@ -65,11 +67,20 @@ def command(
     An option given several times makes a replay for each value; several options make one for each combination.
     What is not given is taken from the file.
     """
-    from fragscope.allocator import RULES, ReplaySettings, card_named, recorded_under, replay, settle, tape_of
+    from fragscope.allocator import (
+        RULES,
+        ReplaySettings,
+        card_named,
+        knows_fraction,
+        recorded_under,
+        replay,
+        settle,
+        tape_of,
+    )
     from fragscope.trace import load_trace, with_sidecar
-    from fragscope.units import parse_bytes
+    from fragscope.units import parse_memory
 
-    sizes = [parse_bytes(c, "--capacity") for c in capacities]
+    sizes = [parse_memory(c, "--capacity") for c in capacities]
     for given in fractions:
         if not 0.0 <= given <= 1.0:
             raise UsageError(f"--memory-fraction: {given} is not between 0 and 1")
@@ -80,7 +91,7 @@ def command(
     trace = load_trace(file, device_index)
     if sidecar is not None:
         trace = with_sidecar(trace, Path(sidecar))
-    if len(fractions) == 1 and trace.settings.memory_fraction is None:
+    if len(fractions) == 1 and not knows_fraction(trace):
         trace = replace(trace, settings=replace(trace.settings, memory_fraction=fractions[0]))
     # Where one value is given it may also be what the file leaves out; of several none is more likely than the others.
     recorded = recorded_under(
@@ -91,21 +102,23 @@ def command(
     if strict and recorded.rules.assumed:
         raise UsageError(f"--strict: torch {recorded.rules.torch} is newer than the newest rules known")
     if verify:
-        _check_comparable(trace, recorded, confs, sizes)
-    notes = list(recorded.notes)
+        _check_comparable(trace, recorded, confs)
+        _check_named(trace, releases=chosen, cards=profiles, capacities=sizes, fractions=fractions)
     own = ReplaySettings.of(recorded)
     if len(sizes) == 1 and trace.settings.capacity is None and verify:
-        own = replace(own, capacity=sizes[0])
+        own = own.with_capacity(sizes[0])
     announce_compilation(len(trace.requests))
     tape = tape_of(trace)
     if not verify:
         tape = settle(tape, own)
     settings = _product(own, confs=confs, chosen=chosen, cards=profiles, capacities=sizes, fractions=fractions)
     replays = [replay(tape, s, verify=verify) for s in settings]
-    for note in notes:
+    for note in recorded.notes:
         print(f"fragscope: {note}", file=sys.stderr)
     if form == "json":
         print(json.dumps(as_json(file, trace, replays), indent=2))
+    elif form == "markdown":
+        click.echo("\n".join(as_markdown(file, trace, replays)))
     else:
         _print_text(file, trace, replays)
     wrong = [r for r in replays if r.verify is not None and r.verify.mismatches]
@@ -116,7 +129,7 @@ def command(
         )
 
 
-def _check_comparable(trace: Trace, recorded: Recorded, confs: tuple[str, ...], sizes: list[int]) -> None:
+def _check_comparable(trace: Trace, recorded: Recorded, confs: tuple[str, ...]) -> None:
     """Decisions can only be compared under the settings that they were made with."""
     from fragscope.allocator import parse_conf
 
@@ -126,11 +139,37 @@ def _check_comparable(trace: Trace, recorded: Recorded, confs: tuple[str, ...], 
                 f"--verify: the decisions were recorded under conf {recorded.conf.text!r}; "
                 f"a replay under {conf!r} is not expected to equal them"
             )
-    if trace.settings.capacity is not None and any(c != trace.settings.capacity for c in sizes):
-        raise UsageError(
-            f"--verify: the decisions were made with {trace.settings.capacity} bytes to take; "
-            "with another --capacity they are not expected to be equal"
-        )
+
+
+def _check_named(
+    trace: Trace,
+    *,
+    releases: Sequence[ChosenRules],
+    cards: Sequence[Card],
+    capacities: Sequence[int],
+    fractions: Sequence[float],
+) -> None:
+    """What the file itself says of how it was recorded cannot be otherwise; what it leaves out can be named."""
+    from fragscope.allocator import card_of, knows_fraction, rules_for
+
+    named: list[tuple[str, str, bool]] = []
+    if trace.torch is not None and not any(loss.code == "torch_release" for loss in trace.lost):
+        known = rules_for(trace.torch).rules.release
+        named += [("--torch", trace.torch, r.rules.release != known) for r in releases]
+    if trace.card is not None and cards:
+        named += [("--card", trace.card, card.name != card_of(trace).name) for card in cards]
+    if trace.settings.capacity is not None:
+        named += [("--capacity", f"{trace.settings.capacity} bytes", c != trace.settings.capacity) for c in capacities]
+    if knows_fraction(trace):
+        fraction = trace.settings.memory_fraction
+        said = "no memory fraction" if fraction is None else f"{fraction:g}"
+        named += [("--memory-fraction", said, f != fraction) for f in fractions]
+    for option, value, is_other in named:
+        if is_other:
+            raise UsageError(
+                f"--verify: the decisions were made with {printable(value)}; "
+                f"with another {option} they are not expected to be equal"
+            )
 
 
 def _product(
@@ -143,20 +182,18 @@ def _product(
     fractions: tuple[float, ...],
 ) -> Iterator[ReplaySettings]:
     """One setting for each combination; what is not given is that of the recording."""
-    no_card: list[Card | None] = [None]
-    no_capacity: list[int | None] = [None]
     for conf, rules, card, capacity, fraction in itertools.product(
-        confs or (own.conf,), chosen or [own.rules], cards or no_card, capacities or no_capacity, fractions or (None,)
+        confs or (None,), chosen or (None,), cards or (None,), capacities or (None,), fractions or (None,)
     ):
-        settings = replace(own, conf=conf, rules=rules)
-        if card is not None:  # another card has memory of its own
-            settings = replace(settings, card=card.name, total=card.total)
-            if card.name != own.card:
-                settings = replace(settings, capacity=card.free, limit=None)
+        settings = own if conf is None else own.with_conf(conf)
+        if rules is not None:
+            settings = settings.with_rules(rules)
+        if card is not None:
+            settings = settings.with_card(card)
         if capacity is not None:
-            settings = replace(settings, capacity=capacity)
+            settings = settings.with_capacity(capacity)
         if fraction is not None:
-            settings = replace(settings, memory_fraction=fraction, limit=None)
+            settings = settings.with_fraction(fraction)
         yield settings
 
 
@@ -173,30 +210,15 @@ def as_json(file: str, trace: Trace, replays: list[Replay]) -> dict[str, Any]:
     """The answer as published: sizes are integer bytes, keys only ever get more."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "trace": {
-            "path": file,
-            "source": trace.source,
-            "events": len(trace.requests),
-            "device": trace.device,
-            "torch": trace.torch,
-            "card": trace.card,
-            "lost": [asdict(loss) for loss in trace.lost],
-        },
+        "trace": trace_json(file, trace),
         "replays": [_replay_json(r) for r in replays],
     }
 
 
 def _replay_json(r: Replay) -> dict[str, Any]:
-    s, whole = r.settings, r.whole
+    whole = r.whole
     return {
-        "conf": s.conf,
-        "torch": s.rules.torch,
-        "rules": s.rules.rules.release,
-        "card": s.card,
-        "total": s.total,
-        "capacity": s.capacity,
-        "memory_fraction": s.memory_fraction,
-        "limit": s.limit,
+        **settings_json(r.settings),
         "exact": r.exact,
         "events": len(r.trace.requests),
         "peak": asdict(whole.peak),
@@ -216,45 +238,85 @@ def _print_text(file: str, trace: Trace, replays: list[Replay]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fragscope.units import format_bytes, mib
-
     console = Console(highlight=False)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    say(f"{printable(file)}: {len(trace.requests):,} events on device {trace.device}, source {printable(trace.source)}")
-    for loss in trace.lost:
-        say(f"  not in the file: {printable(loss.detail)} ({loss.events:,})")
+    head, *losses = _about(file, trace)
+    say(printable(head))
+    for line in losses:
+        say(f"  {printable(line)}")
     for r in replays:
-        s, whole = r.settings, r.whole
-        limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"
-        if s.limit is not None:
-            limit = f", {format_bytes(s.limit)} may be reserved"
-        title = f"conf {s.conf or 'default'}, torch {s.rules.torch}, {s.card} with {format_bytes(s.capacity)}{limit}"
-        table = Table()
-        table.add_column("MiB")
-        table.add_column("peak", justify="right")
-        table.add_column("end", justify="right")
-        names = ["requested", "allocated", "active", "reserved", "stranded", "inactive_split"]
-        if whole.peak.pool_idle:
-            names.append("pool_idle")
-        for name in names:
-            table.add_row(name, mib(getattr(whole.peak, name)), mib(getattr(whole.end, name)))
         say("")
-        say(printable(title))
+        say(printable(_title(r)))
+        heading, *rows = _peaks(r)
+        table = Table()
+        for number, name in enumerate(heading):
+            table.add_column(name, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
-        calls = whole.calls
-        say(
-            f"segments at most {whole.segments_peak:,}; cudaMalloc {calls.alloc:,}, cudaFree {calls.free:,}, "
-            f"synchronisations {calls.sync:,}; OOMs {len(r.ooms):,}, retries {whole.retries:,}"
-        )
-        say("exact" if r.exact else "not exact:" if r.assumptions else "not exact: the recording shows otherwise")
-        for a in r.assumptions:
-            say(f"  {a.code} (effect {a.effect}, {a.events:,} events): {a.detail}")
-        if r.verify is not None:
-            for line in _verification(r.verify):
-                say(line)
+        for line in _remarks(r):
+            say(line)
+
+
+def as_markdown(file: str, trace: Trace, replays: list[Replay]) -> list[str]:
+    """The same as Markdown; names come from strangers' files and are escaped."""
+    from fragscope.report.markdown import escaped
+
+    head, *losses = _about(file, trace)
+    lines = [f"### fragscope replay: {escaped(head)}", *([""] if losses else []), *markdown_list(losses)]
+    for r in replays:
+        lines += [
+            "",
+            f"#### {escaped(_title(r))}",
+            "",
+            *markdown_table(_peaks(r), words=0),
+            "",
+            *markdown_list(_remarks(r)),
+        ]
+    return lines
+
+
+def _about(file: str, trace: Trace) -> list[str]:
+    events = f"{file}: {len(trace.requests):,} events on device {trace.device}, source {trace.source}"
+    return [events, *(f"not in the file: {loss.detail} ({loss.events:,})" for loss in trace.lost)]
+
+
+def _title(r: Replay) -> str:
+    from fragscope.units import format_bytes
+
+    s = r.settings
+    limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"
+    if s.limit is not None:
+        limit = f", {format_bytes(s.limit)} may be reserved"
+    return f"conf {s.conf or 'default'}, torch {s.rules.torch}, {s.card} with {format_bytes(s.capacity)}{limit}"
+
+
+def _peaks(r: Replay) -> list[tuple[str, str, str]]:
+    """Peaks and ends, the headings first."""
+    from fragscope.units import mib
+
+    names = ["requested", "allocated", "active", "reserved", "stranded", "inactive_split"]
+    if r.whole.peak.pool_idle:
+        names.append("pool_idle")
+    rows = [(name, mib(getattr(r.whole.peak, name)), mib(getattr(r.whole.end, name))) for name in names]
+    return [("MiB", "peak", "end"), *rows]
+
+
+def _remarks(r: Replay) -> list[str]:
+    """What else happened, whether it is exact and what it takes for granted, and how it compares."""
+    whole, calls = r.whole, r.whole.calls
+    first = f" (the first at event {r.ooms[0].event:,})" if r.ooms else ""
+    assumed = granted(r.assumptions)
+    return [
+        f"segments at most {whole.segments_peak:,}; cudaMalloc {calls.alloc:,}, cudaFree {calls.free:,}, "
+        f"synchronisations {calls.sync:,}; OOMs {len(r.ooms):,}{first}, retries {whole.retries:,}",
+        "exact" if r.exact else "not exact:" if assumed else "not exact: the recording shows otherwise",
+        *(f"  {line}" for line in assumed),
+        *([] if r.verify is None else _verification(r.verify)),
+    ]
 
 
 def _verification(v: Verification) -> list[str]:

@@ -256,9 +256,9 @@ def _settings(
     import torch
 
     from fragscope.allocator import DEFAULT_CARD, ReplaySettings, card_named, parse_conf, rules_for
-    from fragscope.units import format_bytes, parse_bytes
+    from fragscope.units import format_bytes, parse_memory
 
-    limit = None if capacity is None else parse_bytes(capacity, "--capacity")
+    limit = None if capacity is None else parse_memory(capacity, "--capacity")
     out = []
     for release, name, conf in itertools.product(
         releases or (config.torch or str(torch.__version__).partition("+")[0],),

@@ -6,23 +6,26 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fragscope.cli.subjects import granted, subject_json
+from fragscope.cli.tables import aligned, markdown_list, markdown_table
 from fragscope.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from fragscope.search import Bound, Goal, Outcome, Subject, Trial, Tuning
+    from fragscope.search import Bound, Figures, Goal, Subject, Trial, Tuning
 
-Orders = dict[str, "list[Outcome]"]
-"""Outcomes of each trace by how equal blocks are told apart."""
+Orders = dict[str, "list[Figures]"]
+"""Figures of each trace, in their order, by how equal blocks are told apart."""
 SCHEMA_VERSION = 1
 _ROWS = 10  # confs shown without --all
 _PACKING_SECONDS = 20.0
+_LONGEST = 2000  # characters of a line
 
 
 @click.command()
@@ -39,9 +42,11 @@ _PACKING_SECONDS = 20.0
 @click.option("--bound-seconds", type=click.FloatRange(min=0), default=_PACKING_SECONDS, show_default=True,
               help="About how long a trace's packing may take; the same value gives the same answer.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes at once; one a core by default.")
+@click.option("--sidecar", "sidecars", multiple=True, type=click.Path(path_type=str), metavar="JSON",
+              help="What the snapshots leave out; one for all TRACEs, or one for each in their order.")  # fmt: skip
 @click.option("--device-index", type=click.IntRange(min=0), help="CUDA device, where a snapshot holds several.")
 @click.option("--all", "show_all", is_flag=True, help="Show every conf that was tried.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
 def command(
     *,
     files: tuple[str, ...],
@@ -54,6 +59,7 @@ def command(
     wants_bound: bool,
     bound_seconds: float,
     jobs: int | None,
+    sidecars: tuple[str, ...],
     device_index: int | None,
     show_all: bool,
     form: str,
@@ -66,21 +72,26 @@ def command(
     """
     from fragscope.search import Given, bound, load_subject, player, tune
     from fragscope.search.tune import MOST_TRIES
-    from fragscope.units import parse_bytes
+    from fragscope.units import parse_memory
 
     if len(set(files)) < len(files):
         raise UsageError("tune: a trace is named twice")
+    if len(sidecars) not in (0, 1, len(files)):
+        raise UsageError(f"--sidecar: give one for all traces or one for each of the {len(files)}, in their order")
     given = Given(
         torch=release,
         card=card,
-        capacity=None if capacity is None else parse_bytes(capacity, "--capacity"),
+        capacity=None if capacity is None else parse_memory(capacity, "--capacity"),
         memory_fraction=fraction,
         device=device_index,
     )
     with progress() as say:
         say("reading")
-        subjects = [load_subject(file, given) for file in files]
-        with player(subjects, given, jobs=jobs or usable_cores(), tries=MOST_TRIES // 2, say=say) as play:
+        said = sidecars if len(sidecars) == len(files) else (sidecars or (None,)) * len(files)
+        subjects = [
+            load_subject(file, replace(given, sidecar=sidecar)) for file, sidecar in zip(files, said, strict=True)
+        ]
+        with player(subjects, jobs=jobs or usable_cores(), tries=MOST_TRIES // 2, say=say) as play:
             say("replaying")
             tuning = tune(subjects, play, goal=goal, keep=keep, found=lambda n: say(f"{n} confs tried"))
         orders = _other_orders(subjects, tuning)
@@ -94,20 +105,32 @@ def command(
         print(f"fragscope: {note}", file=sys.stderr)
     if form == "json":
         print(json.dumps(as_json(subjects, tuning, bounds, orders, show_all=show_all), indent=2))
+    elif form == "markdown":
+        click.echo("\n".join(as_markdown(subjects, tuning, bounds, orders, show_all=show_all)))
     else:
         _print_text(subjects, tuning, bounds, orders, show_all=show_all)
 
 
 def _other_orders(subjects: list[Subject], t: Tuning) -> Orders:
-    """What the best conf does if equal blocks are told apart otherwise, where modelled addresses decided."""
+    """What the best conf does if equal blocks are told apart otherwise, where modelled addresses decided.
+
+    Traces in which they did not decide, since their release goes by something else, keep their figures.
+    """
     from fragscope.search import play_other_orders
 
-    out: Orders = {}
-    if t.best is not None and any(a.code == "tie_by_modelled_address" for a in t.best.assumptions):
-        for subject in subjects:
-            for order, outcome in play_other_orders(subject, t.best.conf).items():
-                out.setdefault(order.value, []).append(outcome)
-    return out
+    if t.best is None:
+        return {}
+    best = t.best
+    played = [
+        play_other_orders(subject, best.conf)
+        if any(a.code == "tie_by_modelled_address" for a in figures.assumptions)
+        else {}
+        for subject, figures in zip(subjects, best.figures, strict=True)
+    ]
+    orders = dict.fromkeys(order for each in played for order in each)
+    return {
+        order.value: [each.get(order, own) for each, own in zip(played, best.figures, strict=True)] for order in orders
+    }
 
 
 def usable_cores() -> int:
@@ -137,7 +160,7 @@ def as_json(
     return {
         "schema_version": SCHEMA_VERSION,
         "goal": t.goal,
-        "traces": [_trace_json(s) for s in subjects],
+        "traces": [subject_json(s) for s in subjects],
         "tried": len(t.ranked),
         "current": _trial_json(t, t.current),
         "best": _trial_json(t, t.best),
@@ -147,27 +170,9 @@ def as_json(
         "export": None if t.best is None else {"variable": t.variable, "conf": t.best.conf},
         "ranked": [_trial_json(t, trial) for trial in (t.ranked if show_all else t.ranked[:_ROWS])],
         "other_orders": [
-            {"order": order, "outcomes": [_outcome_json(o) for o in outcomes]} for order, outcomes in orders.items()
+            {"order": order, "outcomes": [_figures_json(f) for f in figures]} for order, figures in orders.items()
         ],
         "bounds": None if bounds is None else [_bound_json(b) for b in bounds],
-    }
-
-
-def _trace_json(subject: Subject) -> dict[str, Any]:
-    s, trace = subject.settings, subject.tape.trace
-    return {
-        "path": subject.name,
-        "source": trace.source,
-        "events": len(trace.requests),
-        "conf": s.conf,
-        "torch": s.rules.torch,
-        "rules": s.rules.rules.release,
-        "card": s.card,
-        "total": s.total,
-        "capacity": s.capacity,
-        "memory_fraction": s.memory_fraction,
-        "limit": s.limit,
-        "lost": [asdict(loss) for loss in trace.lost],
     }
 
 
@@ -183,17 +188,17 @@ def _trial_json(t: Tuning, trial: Trial | None) -> dict[str, Any] | None:
         "driver_calls": asdict(trial.calls),
         "exact": trial.exact,
         "assumptions": [asdict(a) for a in trial.assumptions],
-        "outcomes": [_outcome_json(o) for o in trial.outcomes],
+        "outcomes": [_figures_json(f) for f in trial.figures],
     }
 
 
-def _outcome_json(o: Outcome) -> dict[str, Any]:
+def _figures_json(f: Figures) -> dict[str, Any]:
     return {
-        "peak": {"reserved": o.reserved, "stranded": o.stranded},
-        "ooms": o.ooms,
-        "retries": o.retries,
-        "driver_calls": asdict(o.calls),
-        "exact": o.exact,
+        "peak": {"reserved": f.reserved, "stranded": f.stranded},
+        "ooms": f.ooms,
+        "retries": f.retries,
+        "driver_calls": asdict(f.calls),
+        "exact": f.exact,
     }
 
 
@@ -217,20 +222,48 @@ def _bound_json(b: Bound) -> dict[str, Any]:
 def _print_text(
     subjects: list[Subject], t: Tuning, bounds: list[Bound] | None, orders: Orders, *, show_all: bool
 ) -> None:
-    from fragscope.units import mib
+    lines = [*_about(subjects, t), *aligned(_table(subjects, t, show_all=show_all)), *_bounds(subjects, bounds)]
+    for line in lines:
+        click.echo(printable(line, _LONGEST))
+    for line in conclusion(t, orders):
+        click.echo(line)
 
+
+def as_markdown(
+    subjects: list[Subject], t: Tuning, bounds: list[Bound] | None, orders: Orders, *, show_all: bool
+) -> list[str]:
+    """The same as Markdown; names come from strangers' files and are escaped."""
+    about, bound = _about(subjects, t), _bounds(subjects, bounds)
+    *remarks, last = conclusion(t, orders)
+    lines = ["### fragscope tune", "", *markdown_list(about), ""]
+    lines += markdown_table(_table(subjects, t, show_all=show_all))
+    lines += ["", *markdown_list(bound)] if bound else []
+    lines += ["", *markdown_list(remarks)] if remarks else []
+    shown = markdown_list([last]) if t.best is None else ["```sh", last, "```"]
+    return [*lines, "", *shown]
+
+
+def _about(subjects: list[Subject], t: Tuning) -> list[str]:
+    lines = []
     for subject in subjects:
         s = subject.settings
         limit = "" if s.memory_fraction is None else f", memory fraction {s.memory_fraction:g}"
-        where = f"torch {s.rules.torch}, {printable(s.card)}{limit}"
-        click.echo(f"{printable(subject.name)}: {len(subject.tape.kind):,} events, {where}")
-    click.echo(
+        lines.append(f"{subject.name}: {len(subject.tape.kind):,} events, torch {s.rules.torch}, {s.card}{limit}")
+    lines.append(
         f"goal {t.goal}; {len(t.ranked):,} confs tried; reserved, saved and stranded are peaks in MiB, "
         "more is driver calls beyond those as recorded"
     )
     if len(subjects) > 1:
-        click.echo("reserved and stranded are the largest of all traces, saved is of the trace where it is least")
-    rows = [("reserved", "saved", "stranded", "OOMs", "retries", "alloc", "free", "sync", "more", "exact", "conf")]
+        lines.append("reserved and stranded are the largest of all traces, saved is of the trace where it is least")
+    return lines
+
+
+def _table(subjects: list[Subject], t: Tuning, *, show_all: bool) -> list[tuple[str, ...]]:
+    from fragscope.units import mib
+
+    rows: list[tuple[str, ...]] = [
+        ("reserved", "saved", "stranded", "OOMs", "retries", "alloc", "free", "sync", "more", "exact", "conf")
+    ]
     before = _count(t.current)
     for trial in _shown(t, show_all=show_all):
         calls = trial.calls
@@ -239,22 +272,12 @@ def _print_text(
             f"{calls.alloc:,}", f"{calls.free:,}", f"{calls.sync:,}", f"{_count(trial) - before:+,}",
             "yes" if trial.exact else "no", _label(t, trial, subjects),
         ))  # fmt: skip
-    for line in aligned(rows):
-        click.echo(line)
-    for subject, b in zip(subjects, bounds or (), strict=False):
-        for line in bound_lines(b, subject.name if len(subjects) > 1 else ""):
-            click.echo(line)
-    for line in conclusion(t, orders):
-        click.echo(line)
+    return rows
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, all columns but the last right-aligned; a terminal may be narrower, and no figure may be cut."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])
-        for row in rows
-    ]
+def _bounds(subjects: list[Subject], bounds: list[Bound] | None) -> list[str]:
+    pairs = zip(subjects, bounds or (), strict=False)
+    return [line for subject, b in pairs for line in bound_lines(b, subject.name if len(subjects) > 1 else "")]
 
 
 def _count(trial: Trial) -> int:
@@ -268,7 +291,7 @@ def _shown(t: Tuning, *, show_all: bool) -> list[Trial]:
     out: list[Trial] = []
     seen: set[object] = set()
     for trial in t.ranked:
-        figures = tuple((o.reserved, o.stranded, o.ooms, o.retries, o.calls, o.exact) for o in trial.outcomes)
+        figures = tuple((f.reserved, f.stranded, f.ooms, f.retries, f.calls, f.exact) for f in trial.figures)
         if (figures not in seen and len(out) < _ROWS) or trial.conf == "":
             seen.add(figures)
             out.append(trial)
@@ -278,16 +301,16 @@ def _shown(t: Tuning, *, show_all: bool) -> list[Trial]:
 def _label(t: Tuning, trial: Trial, subjects: list[Subject]) -> str:
     if trial is t.current:
         confs = {s.settings.conf for s in subjects}
-        own = (printable(confs.pop()) or "default") if len(confs) == 1 else "each its own"
+        own = (confs.pop() or "default") if len(confs) == 1 else "each its own"
         return f"as recorded ({own})"
-    return f"{printable(trial.conf or '') or 'default'}{' (best)' if trial is t.best else ''}"
+    return f"{trial.conf or 'default'}{' (best)' if trial is t.best else ''}"
 
 
 def bound_lines(b: Bound, name: str) -> list[str]:
     """What the bound says, and what it does not."""
     from fragscope.units import mib
 
-    head = f"{printable(name)}: " if name else ""
+    head = f"{name}: " if name else ""
     lines = [
         f"{head}no allocator needs less than {mib(b.lower)} MiB for these requests (live at event {b.event:,}); "
         f"all fit into {mib(b.packed)} MiB if everything is known beforehand "
@@ -317,11 +340,11 @@ def conclusion(t: Tuning, orders: Orders) -> list[str]:
     ):  # fmt: skip
         if other is not None:
             lines.append(f"{name}: {other.conf or 'the default conf'} ({_gain(t, other)})")
-    if t.best.assumptions:
-        lines.append("the best one takes for granted:")
-        lines += [f"  {a.code} (effect {a.effect}, {a.events:,} events): {a.detail}" for a in t.best.assumptions]
+    assumed = granted(t.best.assumptions)
+    if assumed:
+        lines += ["the best one takes for granted:", *(f"  {line}" for line in assumed)]
     if orders:
-        peaks = (f"{mib(max(o.reserved for o in outcomes))} MiB by {order}" for order, outcomes in orders.items())
+        peaks = (f"{mib(max(f.reserved for f in figures))} MiB by {order}" for order, figures in orders.items())
         lines.append(f"  were equal blocks told apart otherwise, it would reserve {' and '.join(peaks)}")
     if t.variable != "PYTORCH_CUDA_ALLOC_CONF":
         lines.append("PYTORCH_CUDA_ALLOC_CONF must not be set: it would win")

@@ -6,17 +6,17 @@ from fragscope.search.fit import Fit, fit
 from fragscope.search.packing import Lives, Packed, Packing, best_fit, first_fit, pack
 from fragscope.search.play import play_one, play_other_orders, player
 from fragscope.search.subject import Given, Subject, load_subject, subject_of
-from fragscope.search.tune import Goal, Outcome, Player, Trial, Tuning, tune
+from fragscope.search.tune import Figures, Goal, Player, Trial, Tuning, tune
 
 __all__ = [
     "Bound",
     "Failure",
+    "Figures",
     "Fit",
     "Given",
     "Goal",
     "Idle",
     "Lives",
-    "Outcome",
     "Packed",
     "Packing",
     "Player",

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fragscope.allocator import Tape
+from fragscope.allocator import Tape, caught_of
 from fragscope.allocator.engine.sizes import MIN_BLOCK, SMALL_SIZE
 from fragscope.search.packing import Ints, Lives, Packed, pack
-from fragscope.search.subject import failed_requests
 from fragscope.trace import RequestKind
 from fragscope.units import MIB
 
@@ -112,9 +111,9 @@ def _lives(tape: Tape) -> tuple[Lives, Ints, Ints, int]:
         requests are left out.
     """
     kind, ids, rows = tape.kind, tape.id, np.arange(len(tape.kind))
-    caught, _ = failed_requests(tape.trace)
+    caught, _ = caught_of(tape.trace, tape.failed)
     begins = (kind == RequestKind.ALLOC) | (kind == RequestKind.HELD)
-    begins[list(caught)] = False
+    begins[caught] = False
     born = np.flatnonzero(begins)
     end = _ends(tape, born)[ids[born]]
     size = np.maximum(1, -(-tape.size[born] // MIN_BLOCK)) * MIN_BLOCK

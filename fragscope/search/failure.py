@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fragscope.allocator import Conf, ReplaySettings, Tape, parse_conf, replay
-from fragscope.allocator.engine.sizes import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, page_bytes, segment_bytes
+from fragscope.allocator.engine.sizes import SMALL_SEGMENT, SMALL_SIZE, page_bytes, segment_bytes
 from fragscope.measure import SegmentLayout, layout_at
 from fragscope.trace import Trace
 
@@ -75,14 +75,10 @@ class Failure:
 def failure_of(tape: Tape, settings: ReplaySettings, compiled: bool | None = None) -> Failure | None:
     """The first request that fails under these settings; None where none does."""
     replayed = replay(tape, settings, stop_at_oom=True, compiled=compiled)
-    if not replayed.whole.ooms:
+    if not replayed.ooms:
         return None
     trace, now = replayed.trace, replayed.whole.end
-    if replayed.ooms:
-        event, rounded = replayed.ooms[0].event, replayed.ooms[0].rounded
-    else:  # refused before anything was released (throw_on_cudamalloc_oom), which leaves no decision
-        event = replay(tape, settings, decisions=False, stop_at_oom=True, compiled=compiled).ooms[0].event
-        rounded = -(-int(trace.requests.size[event]) // MIN_BLOCK) * MIN_BLOCK
+    event, rounded = replayed.ooms[0].event, replayed.ooms[0].rounded
     stream, pool = int(trace.requests.stream[event]), int(trace.requests.pool[event])
     conf = parse_conf(settings.conf, settings.rules.rules)
     return Failure(

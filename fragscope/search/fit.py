@@ -12,19 +12,30 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fragscope.allocator import CARDS, Assumption, DriverCalls, Replay, ReplaySettings, Tape, replay
+from fragscope.allocator import (
+    CARDS,
+    OF_PROGRAM,
+    Assumption,
+    DriverCalls,
+    Replay,
+    ReplaySettings,
+    Tape,
+    caught_of,
+    merged,
+    replay,
+)
+from fragscope.allocator.engine.kinds import NOTHING
 from fragscope.allocator.engine.sizes import TOO_LARGE
 from fragscope.errors import UsageError
 from fragscope.search.failure import Failure, failure_of
-from fragscope.search.subject import Subject, assumptions_of, failed_requests
-from fragscope.trace import RequestKind, Trace
+from fragscope.search.subject import Subject
+from fragscope.trace import RequestKind
 from fragscope.units import MIB
 
 PAGE = 2 * MIB  # what the driver gives memory in
 UNLIMITED = 1 << 50  # bytes: more than any trace asks for
 _NEAR = 16  # pages above an answer that are all tried
 _STEP = 1.05  # factor between the capacities that are tried beyond those
-_GONE = 0  # the kind of a row that asks for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,9 @@ def fit(
             conf is not one of the release.
     """
     tape, assumed = unchanged(subject, assume_unchanged=assume_unchanged)
-    settings = replace(subject.settings, conf=conf, memory_fraction=None, limit=UNLIMITED)
+    settings = (subject.settings if conf == subject.settings.conf else subject.settings.with_conf(conf)).with_limit(
+        UNLIMITED
+    )
     return _Fitting(tape, settings, assumed, compiled, tested).run()
 
 
@@ -99,27 +112,21 @@ def unchanged(subject: Subject, *, assume_unchanged: bool) -> tuple[Tape, tuple[
         UsageError: the program learned about memory on the way, and ``assume_unchanged`` is not given.
     """
     trace = subject.tape.trace
-    caught, fatal = failed_requests(trace)
+    caught, _ = caught_of(trace, subject.tape.failed)
     observed = np.flatnonzero(trace.requests.kind == RequestKind.OBSERVATION)
-    _refuse_if_learned(subject, caught, observed, assume_unchanged)
+    _refuse_if_learned(subject, caught.tolist(), observed, assume_unchanged)
     out = []
-    if caught:
-        detail = "the program caught OOMs; the requests that failed are left out, the others are taken as they are"
-        out.append(Assumption("ooms_caught", "unknown", len(caught), detail))
     if len(observed):
         detail = "the program read the state of memory; it is taken to ask for the same whatever it reads"
         out.append(Assumption("observations", "unknown", len(observed), detail))
     elif trace.source == "snapshot":
         detail = "a snapshot does not show where the program read the state of memory; it is taken to ask for the same"
         out.append(Assumption("observations_unseen", "unknown", len(trace.requests), detail))
-    if fatal is not None:
-        detail = "the recording ends with an OOM; what the program would have asked for then may need more"
-        out.append(Assumption("ends_with_oom", "unknown", 1, detail))
     limits = np.flatnonzero(subject.tape.kind == RequestKind.MEMORY_FRACTION)
     kind = subject.tape.kind.copy()
-    kind[[*caught, *limits.tolist()]] = _GONE
+    kind[[*caught.tolist(), *limits.tolist()]] = NOTHING
     kind[(kind == RequestKind.ALLOC) & (subject.tape.size >= TOO_LARGE)] = (
-        _GONE  # torch refuses these whatever there is
+        NOTHING  # torch refuses these whatever there is
     )
     return replace(subject.tape, kind=kind), tuple(out)
 
@@ -217,7 +224,7 @@ class _Fitting:
         return int(np.cumsum(change).max(initial=0))
 
     def _at(self, capacity: int) -> ReplaySettings:
-        return replace(self._settings, capacity=capacity)
+        return self._settings.with_capacity(capacity)
 
     def _play(self, capacity: int, *, stop: bool = False) -> Replay:
         return replay(
@@ -229,7 +236,7 @@ class _Fitting:
         self, roomy: Replay, capacity: int | None, lowest: int | None, failure: Failure | None, final: Replay
     ) -> Fit:
         failing = sorted(pages * PAGE for pages, runs in self._runs.items() if not runs)
-        found = _program_unchanged(assumptions_of(final, self._tape.trace), self._tape.trace)
+        found = merged([roomy.assumptions, final.assumptions], max)
         return Fit(
             conf=self._settings.conf,
             capacity=capacity,
@@ -242,17 +249,9 @@ class _Fitting:
             calls=final.whole.calls,
             calls_unlimited=roomy.whole.calls,
             cards=() if capacity is None else tuple(n for n, card in CARDS.items() if card.free >= capacity),
-            exact=all(a.effect == "none" for a in found),
-            assumptions=(*found, *self._assumed),
+            exact=all(a.effect == "none" for a in found if a.code not in OF_PROGRAM),
+            assumptions=merged([self._assumed, found], max),
         )
-
-
-def _program_unchanged(assumptions: Sequence[Assumption], trace: Trace) -> tuple[Assumption, ...]:
-    """Without what is said about the program, which this search says itself, and the limit that it lifts."""
-    said = {"observations", "limit_inferred", "ooms_caught"}
-    if trace.decisions is not None:
-        said.add("after_oom")  # fewer requests fail than when recorded; those are left out
-    return tuple(a for a in assumptions if a.code not in said)
 
 
 def _pages(size: int) -> int:

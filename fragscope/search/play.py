@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,41 +17,39 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from fragscope.allocator import Assumption, DriverCalls, TieBreak, replay
-from fragscope.allocator.engine.compiled import can_compile, compile_now, is_compiled_before
-from fragscope.errors import FragscopeError
-from fragscope.search.subject import Given, Subject, assumptions_of
-from fragscope.search.tune import Outcome, Player
+from fragscope.allocator import Assumption, DriverCalls, TieBreak, replay, worth_compiling
+from fragscope.allocator.compiling import COMPILED, INTERPRETED
+from fragscope.allocator.engine.compiled import compile_now, is_compiled_before
+from fragscope.errors import FragscopeError, from_plain
+from fragscope.search.subject import Subject
+from fragscope.search.tune import Figures, Player
 
-_INTERPRETED, _COMPILED = 20e-6, 1.5e-6  # seconds an event, about; it grows with what is live
-_LOADING = 1.0  # seconds until compiled code is there, about
-_COMPILING = 60.0
 _STARTING = 4.0  # seconds of work from which on more processes are worth their start
 
 Progress = Callable[[str], None]
 
 
-def play_one(subject: Subject, conf: str | None, *, compiled: bool | None = None) -> Outcome:
+def play_one(subject: Subject, conf: str | None, *, compiled: bool | None = None) -> Figures:
     """What a trace does under a conf; None is its recorded one.
 
     Raises:
         UnmodelledError: the trace or the conf needs something that the model does not cover.
     """
-    settings = subject.settings if conf is None else replace(subject.settings, conf=conf)
+    settings = subject.settings if conf is None else subject.settings.with_conf(conf)
     replayed = replay(subject.trial, settings, decisions=False, compiled=compiled)
-    whole, assumptions = replayed.whole, assumptions_of(replayed, subject.tape.trace)
-    return Outcome(
+    whole = replayed.whole
+    return Figures(
         reserved=whole.peak.reserved,
         stranded=whole.peak.stranded,
         ooms=whole.ooms,
         retries=whole.retries,
         calls=whole.calls,
-        exact=replayed.exact and all(a.effect == "none" for a in assumptions),
-        assumptions=assumptions,
+        exact=replayed.exact,
+        assumptions=replayed.assumptions,
     )
 
 
-def play_other_orders(subject: Subject, conf: str | None) -> dict[TieBreak, Outcome]:
+def play_other_orders(subject: Subject, conf: str | None) -> dict[TieBreak, Figures]:
     """What a trace does under a conf if equal blocks are told apart in the ways of other releases.
 
     Where the answer depends on addresses that only a driver knows, this shows how much may hang on them. It is no
@@ -67,14 +66,6 @@ def play_other_orders(subject: Subject, conf: str | None) -> dict[TieBreak, Outc
     return out
 
 
-def worth_compiling(events: int, jobs: int = 1) -> bool:
-    """Whether the compiled loop serves so many events sooner, loading or even compiling it included."""
-    if not can_compile():
-        return False
-    gained = events * (_INTERPRETED - _COMPILED) / jobs
-    return gained > (_LOADING if is_compiled_before() else _COMPILING)
-
-
 def compile_with(say: Progress) -> None:
     """Compile the replay loop, or load what was compiled before."""
     if not is_compiled_before():
@@ -84,13 +75,12 @@ def compile_with(say: Progress) -> None:
 
 @contextmanager
 def player(
-    subjects: Sequence[Subject], given: Given, *, jobs: int, tries: int, say: Progress = lambda what: None
+    subjects: Sequence[Subject], *, jobs: int, tries: int, say: Progress = lambda what: None
 ) -> Iterator[Player]:
     """Whatever replays these traces soonest.
 
     Args:
         subjects: the traces; where processes are started, they load them by name.
-        given: what they were loaded with.
         jobs: processes at most.
         tries: confs expected.
         say: told what takes long.
@@ -99,9 +89,9 @@ def player(
     compiled = worth_compiling(events, jobs)
     if compiled:
         compile_with(say)
-    seconds = events * (_COMPILED if compiled else _INTERPRETED)
+    seconds = events * (COMPILED if compiled else INTERPRETED)
     if jobs > 1 and seconds > _STARTING and all(Path(s.name).is_file() for s in subjects):
-        with _Workers([s.name for s in subjects], given, compiled=compiled, jobs=jobs) as workers:
+        with _Workers(subjects, compiled=compiled, jobs=jobs) as workers:
             yield workers
     else:
         yield _Here(subjects, compiled=compiled)
@@ -114,15 +104,15 @@ class _Here:
     subjects: Sequence[Subject]
     compiled: bool
 
-    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Outcome, ...]]:
+    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Figures, ...]]:
         return [tuple(play_one(s, conf, compiled=self.compiled) for s in self.subjects) for conf in confs]
 
 
 class _Workers:
     """Replays in processes of their own, in sessions of their own: Ctrl-C reaches the parent, which ends them."""
 
-    def __init__(self, names: Sequence[str], given: Given, *, compiled: bool, jobs: int) -> None:
-        self._task = {"names": list(names), "given": asdict(given), "compiled": compiled}
+    def __init__(self, subjects: Sequence[Subject], *, compiled: bool, jobs: int) -> None:
+        self._task = {"subjects": [[s.name, asdict(s.given)] for s in subjects], "compiled": compiled}
         self._jobs = jobs
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -146,8 +136,8 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Outcome, ...]]:
-        out: list[tuple[Outcome, ...] | None] = [None] * len(confs)
+    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Figures, ...]]:
+        out: list[tuple[Figures, ...] | None] = [None] * len(confs)
         waiting = iter(range(len(confs)))
         busy: dict[int, int] = {}  # process -> conf
         with selectors.DefaultSelector() as selector:
@@ -159,7 +149,7 @@ class _Workers:
                     number = key.data
                     out[busy.pop(number)] = self._receive(number)
                     self._give(number, waiting, confs, busy)
-        return [outcomes for outcomes in out if outcomes is not None]
+        return [figures for figures in out if figures is not None]
 
     def _give(self, number: int, waiting: Iterator[int], confs: Sequence[str | None], busy: dict[int, int]) -> None:
         at = next(waiting, None)
@@ -167,15 +157,17 @@ class _Workers:
             busy[number] = at
             _send(self._processes[number], confs[at])
 
-    def _receive(self, number: int) -> tuple[Outcome, ...]:
+    def _receive(self, number: int) -> tuple[Figures, ...]:
         process = self._processes[number]
         line = _pipe(process.stdout).readline()
         if not line.endswith(b"\n"):
-            code = process.wait()
             raise FragscopeError(
-                f"a process that replays traces ended unexpectedly (exit code {code}); --jobs 1 needs less memory"
+                f"a process that replays traces {_end_of(process.wait())}; if memory was short, --jobs 1 needs less"
             )
-        return tuple(_outcome(value) for value in json.loads(line))
+        answer = json.loads(line)
+        if "error" in answer:
+            raise from_plain(answer["error"])
+        return tuple(_figures(value) for value in answer["figures"])
 
     def _end(self) -> None:
         for process in self._processes:
@@ -195,15 +187,20 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 def _send(process: subprocess.Popen[bytes], value: Any) -> None:
     pipe = _pipe(process.stdin)
-    try:
+    with suppress(BrokenPipeError):  # it has ended; what it said last, or nothing, is what will be received
         pipe.write(json.dumps(value).encode() + b"\n")
         pipe.flush()
-    except BrokenPipeError:
-        code = process.wait()
-        raise FragscopeError(f"a process that replays traces ended unexpectedly (exit code {code})") from None
 
 
-def _outcome(value: dict[str, Any]) -> Outcome:
+def _end_of(code: int) -> str:
+    """How a process ended, by its return code: negative where a signal ended it."""
+    if code >= 0:
+        return f"ended unexpectedly (exit code {code})"
+    known = {int(s): s.name for s in signal.Signals}
+    return f"was ended by {known.get(-code, f'signal {-code}')}"
+
+
+def _figures(value: dict[str, Any]) -> Figures:
     calls = DriverCalls(**value.pop("calls"))
     assumptions = tuple(Assumption(**a) for a in value.pop("assumptions"))
-    return Outcome(**value, calls=calls, assumptions=assumptions)
+    return Figures(**value, calls=calls, assumptions=assumptions)

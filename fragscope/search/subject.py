@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fragscope.allocator import (
-    Assumption,
-    Replay,
     ReplaySettings,
     Tape,
     card_named,
+    caught_of,
+    knows_fraction,
     recorded_under,
     rules_for,
     settle,
     tape_of,
 )
 from fragscope.errors import UsageError
-from fragscope.trace import DecisionKind, RequestKind, Requests, Trace, load_trace
+from fragscope.trace import RequestKind, Requests, Trace, load_trace, with_sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Given:
         capacity: bytes that segments may take together.
         memory_fraction: per-process memory fraction.
         device: CUDA device index, where a snapshot holds several.
+        sidecar: path of a JSON file that says what the recording leaves out.
     """
 
     torch: str | None = None
@@ -41,6 +43,7 @@ class Given:
     capacity: int | None = None
     memory_fraction: float | None = None
     device: int | None = None
+    sidecar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Subject:
             over, is given back at once where it is served. The program does not free what it never had, and would hold
             ever more in the trial.
         settings: the recorded conf under the rules, card and memory that are wanted.
+        given: what was said about it.
         notes: what is assumed about the recording, for people.
     """
 
@@ -61,6 +65,7 @@ class Subject:
     tape: Tape
     trial: Tape
     settings: ReplaySettings
+    given: Given
     notes: tuple[str, ...]
 
 
@@ -71,7 +76,10 @@ def load_subject(path: str, given: Given) -> Subject:
         InputFileError: the file cannot be used.
         UsageError: what is given does not fit together or to the file, or its settings are not modelled.
     """
-    return subject_of(load_trace(path, given.device), path, given)
+    trace = load_trace(path, given.device)
+    if given.sidecar is not None:
+        trace = with_sidecar(trace, Path(given.sidecar))
+    return subject_of(trace, path, given)
 
 
 def subject_of(trace: Trace, name: str, given: Given | None = None) -> Subject:
@@ -90,23 +98,23 @@ def subject_of(trace: Trace, name: str, given: Given | None = None) -> Subject:
     card = None if given.card is None else card_named(given.card)
     recorded = recorded_under(trace, rules if trace.torch is None else None, card if trace.card is None else None)
     own = ReplaySettings.of(recorded)
-    if fraction is not None and trace.settings.memory_fraction is None:
-        own = replace(own, memory_fraction=fraction, limit=None)
-    settings = own if rules is None else replace(own, rules=rules)
-    if card is not None and card.name != own.card:
-        settings = replace(settings, card=card.name, total=card.total, capacity=card.free, limit=None)
+    if fraction is not None and not knows_fraction(trace):
+        own = own.with_fraction(fraction)
+    settings = own if rules is None else own.with_rules(rules)
+    if card is not None:
+        settings = settings.with_card(card)
     if given.total is not None:
-        settings = replace(settings, total=given.total)
+        settings = settings.with_total(given.total)
     if given.capacity is not None:
-        settings = replace(settings, capacity=given.capacity)
+        settings = settings.with_capacity(given.capacity)
     if fraction is not None:
-        settings = replace(settings, memory_fraction=fraction, limit=None)
+        settings = settings.with_fraction(fraction)
     tape = settle(tape_of(trace), own)
-    caught, _ = failed_requests(trace)
-    return Subject(name, tape, _given_back(tape, caught) if caught else tape, settings, recorded.notes)
+    caught, _ = caught_of(trace, tape.failed)
+    return Subject(name, tape, _given_back(tape, caught) if len(caught) else tape, settings, given, recorded.notes)
 
 
-def _given_back(tape: Tape, rows: Sequence[int]) -> Tape:
+def _given_back(tape: Tape, rows: Any) -> Tape:
     """The Tape with a free after each of these requests."""
     trace, r, d = tape.trace, tape.trace.requests, tape.trace.decisions
     after = np.asarray(rows, dtype=np.int64) + 1
@@ -116,47 +124,6 @@ def _given_back(tape: Tape, rows: Sequence[int]) -> Tape:
     if d is not None:
         d = replace(d, request=d.request + np.searchsorted(after, d.request, side="right"))
     kind = np.insert(tape.kind, after, int(RequestKind.FREE))
+    event = np.insert(np.arange(len(r)), after, after - 1)
     made = tape_of(replace(trace, requests=Requests(**columns), decisions=d))
-    return replace(made, kind=kind, settled=True)
-
-
-def assumptions_of(replayed: Replay, trace: Trace) -> tuple[Assumption, ...]:
-    """What a replay takes for granted, with what a recording leaves open.
-
-    Args:
-        replayed: the replay.
-        trace: as recorded.
-    """
-    out = list(replayed.assumptions)
-    caught, _ = failed_requests(trace)
-    if caught:
-        detail = "the program caught OOMs; what failed then is given back at once where it is served"
-        out = [a for a in out if a.code != "late_start"] if not _late_start(trace) else out
-        out.append(Assumption("ooms_caught", "unknown", len(caught), detail))
-    shown = trace.count(RequestKind.RELEASE_SEEN)
-    if shown:
-        detail = "why memory went back is inferred; calls of empty_cache() that returned nothing are not recorded"
-        out.append(Assumption("inferred_releases", "unknown", shown, detail))
-    return tuple(out)
-
-
-def _late_start(trace: Trace) -> bool:
-    """Whether something is freed that was never asked for."""
-    r = trace.requests
-    begun = r.id[(r.kind == RequestKind.ALLOC) | (r.kind == RequestKind.HELD)]
-    return bool(np.any(~np.isin(r.id[r.kind == RequestKind.FREE], begun)))
-
-
-def failed_requests(trace: Trace) -> tuple[Sequence[int], int | None]:
-    """Requests that failed when recorded.
-
-    Returns:
-        Rows of those after which the program asked for memory again, and the row of the one it ended with, if any.
-    """
-    if trace.decisions is None:
-        return (), None
-    rows = np.unique(trace.decisions.request[trace.decisions.kind == DecisionKind.OOM]).tolist()
-    asked = np.flatnonzero(trace.requests.kind == RequestKind.ALLOC)
-    if rows and len(asked) and int(asked[-1]) <= rows[-1]:
-        return rows[:-1], rows[-1]
-    return rows, None
+    return replace(made, kind=kind, settled=True, total=tape.total, event=event)

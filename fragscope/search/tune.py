@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import add
 from typing import Literal, Protocol
 
-from fragscope.allocator import Assumption, DriverCalls, Rules
+from fragscope.allocator import Assumption, DriverCalls, Rules, merged
 from fragscope.errors import UsageError
 from fragscope.search.candidates import material_of, neighbours, releases_of, singles, together
 from fragscope.search.confs import Choice, choice_of, effective, kept, settings_in, spelled
@@ -25,7 +26,7 @@ _FRONT = 4  # best confs whose neighbourhood is searched
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Figures:
     """What one trace does under one conf; bytes.
 
     Attributes:
@@ -54,53 +55,48 @@ class Trial:
     Attributes:
         conf: the string; None for each trace's recorded conf.
         settings: how many of the settings that are tuned it has.
-        outcomes: one for each trace.
+        figures: one for each trace.
     """
 
     conf: str | None
     settings: int
-    outcomes: tuple[Outcome, ...]
+    figures: tuple[Figures, ...]
 
     @property
     def ooms(self) -> int:
         """Failed requests in all traces."""
-        return sum(o.ooms for o in self.outcomes)
+        return sum(f.ooms for f in self.figures)
 
     @property
     def retries(self) -> int:
         """Requests that released everything cached first, in all traces."""
-        return sum(o.retries for o in self.outcomes)
+        return sum(f.retries for f in self.figures)
 
     @property
     def calls(self) -> DriverCalls:
         """Driver calls of all traces."""
-        calls = [o.calls for o in self.outcomes]
+        calls = [f.calls for f in self.figures]
         return DriverCalls(sum(c.alloc for c in calls), sum(c.free for c in calls), sum(c.sync for c in calls))
 
     @property
     def reserved(self) -> int:
         """The largest peak of reserved bytes."""
-        return max(o.reserved for o in self.outcomes)
+        return max(f.reserved for f in self.figures)
 
     @property
     def stranded(self) -> int:
         """The largest peak of stranded bytes."""
-        return max(o.stranded for o in self.outcomes)
+        return max(f.stranded for f in self.figures)
 
     @property
     def exact(self) -> bool:
         """Whether the figures of all traces are exact."""
-        return all(o.exact for o in self.outcomes)
+        return all(f.exact for f in self.figures)
 
     @property
     def assumptions(self) -> tuple[Assumption, ...]:
-        """What the figures take for granted, each kind once, with the events of all traces."""
-        found: dict[str, Assumption] = {}
-        for a in (a for o in self.outcomes for a in o.assumptions):
-            before = found.get(a.code)
-            events = a.events + (0 if before is None else before.events)
-            found[a.code] = Assumption(a.code, a.effect, events, a.detail)
-        return tuple(found.values())
+        """What the figures take for granted, each kind once, with its worst effect and the events of all traces."""
+        return merged([f.assumptions for f in self.figures], add)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +130,15 @@ class Tuning:
 
         For ``no-oom`` they are reserved bytes.
         """
-        pairs = zip(self.current.outcomes, trial.outcomes, strict=True)
+        pairs = zip(self.current.figures, trial.figures, strict=True)
         return min(_bytes(before, self.goal) - _bytes(after, self.goal) for before, after in pairs)
 
 
 class Player(Protocol):
     """Whatever replays the traces under confs."""
 
-    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Outcome, ...]]:
-        """Outcomes of each conf, one for each trace; None is the trace's recorded conf."""
+    def __call__(self, confs: Sequence[str | None]) -> list[tuple[Figures, ...]]:
+        """Figures of each conf, one for each trace; None is the trace's recorded conf."""
         ...
 
 
@@ -221,20 +217,20 @@ class _Search:
                 self._seen.add(meaning)
                 new.append((choice, text))
         played = self._play([text for _, text in new]) if new else []
-        for (choice, text), outcomes in zip(new, played, strict=True):
-            self._trials[choice] = Trial(text, len(choice), outcomes)
+        for (choice, text), figures in zip(new, played, strict=True):
+            self._trials[choice] = Trial(text, len(choice), figures)
         self._order = sorted(self._trials, key=lambda c: self._rank(self._trials[c]))
         self._found(len(self._trials))
         return bool(new)
 
     def front(self) -> list[Choice]:
-        """The best confs with different outcomes."""
+        """The best confs with different figures."""
         out: list[Choice] = []
-        outcomes: set[object] = set()
+        different: set[object] = set()
         for choice in self._order:
-            seen = tuple((o.reserved, o.stranded, o.ooms, o.calls) for o in self._trials[choice].outcomes)
-            if seen not in outcomes and len(out) < _FRONT:
-                outcomes.add(seen)
+            seen = tuple((f.reserved, f.stranded, f.ooms, f.calls) for f in self._trials[choice].figures)
+            if seen not in different and len(out) < _FRONT:
+                different.add(seen)
                 out.append(choice)
         return out
 
@@ -252,7 +248,7 @@ class _Search:
 
     def answer(self, names: tuple[str, ...], recorded: Sequence[dict[str, str]]) -> Tuning:
         ranked = [self._trials[choice] for choice in self._order]
-        current = Trial(None, max(len(choice_of(values)) for values in recorded), self._current.outcomes)
+        current = Trial(None, max(len(choice_of(values)) for values in recorded), self._current.figures)
         better = [t for t in ranked if self._beats(t)]
         best = better[0] if better else None
         calm = [t for t in better if _count(t.calls) <= _count(current.calls)]
@@ -287,16 +283,16 @@ class _Search:
 
     def _shares(self, trial: Trial) -> tuple[Fraction, ...]:
         """The goal's peak of each trace as a share of its own peak of reserved bytes as recorded, the worst first."""
-        pairs = zip(self._current.outcomes, trial.outcomes, strict=True)
+        pairs = zip(self._current.figures, trial.figures, strict=True)
         shares = (Fraction(_bytes(after, self._goal), max(1, before.reserved)) for before, after in pairs)
         return tuple(sorted(shares, reverse=True))
 
     def _fails_more(self, trial: Trial) -> bool:
-        return any(a.ooms > b.ooms for a, b in zip(trial.outcomes, self._current.outcomes, strict=True))
+        return any(a.ooms > b.ooms for a, b in zip(trial.figures, self._current.figures, strict=True))
 
 
-def _bytes(outcome: Outcome, goal: Goal) -> int:
-    return outcome.stranded if goal == "stranded" else outcome.reserved
+def _bytes(figures: Figures, goal: Goal) -> int:
+    return figures.stranded if goal == "stranded" else figures.reserved
 
 
 def _count(calls: DriverCalls) -> int:

@@ -358,7 +358,7 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
         "ooms": [OomRecord(o.event, o.requested, o.rounded, o.stream) for o in decided.ooms],
         "retries": span.retries,
         "lost": [LossRecord(x.code, x.detail, x.events) for x in trace.lost],
-        "assumptions": [AssumptionRecord(a.code, a.effect, a.events, a.detail) for a in decided.assumptions],  # type: ignore[arg-type]
+        "assumptions": [AssumptionRecord(a.code, a.effect, a.events, a.detail) for a in decided.assumptions],
     }
 
 

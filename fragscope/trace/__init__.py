@@ -2,6 +2,7 @@
 
 from fragscope.trace.events import (
     DECISION_DTYPES,
+    FRACTION_UNIT,
     NO_ID,
     NO_STACK,
     UNKNOWN_SIZE,
@@ -24,6 +25,7 @@ from fragscope.trace.trace import DEFAULT_POOL, BlockState, Loss, Observation, P
 __all__ = [
     "DECISION_DTYPES",
     "DEFAULT_POOL",
+    "FRACTION_UNIT",
     "NO_ID",
     "NO_STACK",
     "UNKNOWN_SIZE",

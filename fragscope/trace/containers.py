@@ -10,8 +10,10 @@ import lzma
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from fragscope.errors import InputFileError
 from fragscope.units import GIB, MIB, format_bytes
@@ -77,20 +79,45 @@ class _Gzip:
 
 
 def first_bytes(path: Path, count: int = 8) -> bytes:
-    """The file's first bytes; an unreadable or empty file is an ``InputFileError``."""
+    """The file's first bytes; an unreadable, special or empty file is an ``InputFileError``."""
+    with _opened(path) as f:
+        head = f.read(count)
+    if not head:
+        raise InputFileError(path, "is empty")
+    return head
+
+
+def read_at_most(path: Path, limit: int, refusal: str) -> bytes:
+    """A regular file's bytes.
+
+    Args:
+        path: the file.
+        limit: bytes it may hold.
+        refusal: what to say of one that holds more.
+
+    Raises:
+        InputFileError: it cannot be read, is a folder, a pipe or a device, or holds more.
+    """
+    with _opened(path) as f:
+        data = f.read(limit + 1)
+    if len(data) > limit:
+        raise InputFileError(path, refusal)
+    return data
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file; a pipe or a device has no size that could bound the reading, and opening one may wait forever."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise InputFileError(path, "is a folder, not a file")
-        if not stat.S_ISREG(mode):  # a pipe or a device has no size that could bound the reading
+        if not stat.S_ISREG(mode):
             raise InputFileError(path, "is not a regular file")
         with path.open("rb") as f:
-            head = f.read(count)
+            yield f
     except OSError as e:
         raise InputFileError(path, (e.strerror or type(e).__name__).lower()) from None
-    if not head:
-        raise InputFileError(path, "is empty")
-    return head
 
 
 def read_unpacked(path: Path) -> bytes:
@@ -110,10 +137,8 @@ def read_unpacked(path: Path) -> bytes:
         return _decompress(path, size, _Gzip)
     if size > MAX_BYTES:
         raise InputFileError(path, f"holds {format_bytes(size)}; at most {format_bytes(MAX_BYTES)} are read")
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise InputFileError(path, (e.strerror or type(e).__name__).lower()) from None
+    with _opened(path) as f:
+        return f.read()
 
 
 def _decompress(path: Path, size: int, new: type[_Xz] | type[_Gzip]) -> bytes:
@@ -121,7 +146,7 @@ def _decompress(path: Path, size: int, new: type[_Xz] | type[_Gzip]) -> bytes:
     parts: list[bytes] = []
     total = 0
     decoder: _Decompressor = new()
-    with path.open("rb") as f:
+    with _opened(path) as f:
         try:
             while True:
                 data = b"" if decoder.pending() else f.read(_CHUNK)

@@ -23,6 +23,7 @@ NO_ID = -1
 NO_STACK = -1
 UNKNOWN_SIZE = -1
 UNKNOWN_STREAM = -1
+FRACTION_UNIT = 10**9  # how MEMORY_FRACTION requests store a fraction as an integer
 
 
 class RequestKind(IntEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fragscope.errors import InputFileError, UsageError
+from fragscope.trace.plausible import check_plausible
 from fragscope.trace.snapshot import read_snapshot
 from fragscope.trace.store import is_fscope, read_trace
 from fragscope.trace.trace import Trace
@@ -24,9 +25,8 @@ def load_trace(path: str | Path, device: int | None = None) -> Trace:
     """
     file = Path(path)
     try:
-        if not is_fscope(file):
-            return read_snapshot(file, device)
-        trace = read_trace(file)
+        trace = read_trace(file) if is_fscope(file) else read_snapshot(file, device)
+        check_plausible(trace, file)
     except MemoryError:
         raise InputFileError(file, "needs more memory than this process may use") from None
     if device is not None and device != trace.device:

@@ -52,7 +52,7 @@ class SegmentState:
 
     Attributes:
         blocks: ``(addr, size, state)`` in address order, state one of ``free``, ``allocated``, ``pending``.
-        expandable: whether it is a contiguous mapped range of an expandable segment.
+        page: bytes that its expandable segment maps at a time; 0 for an ordinary segment.
     """
 
     addr: int
@@ -60,7 +60,12 @@ class SegmentState:
     stream: int
     pool: int
     blocks: tuple[tuple[int, int, BlockState], ...]
-    expandable: bool = False
+    page: int = 0
+
+    @property
+    def expandable(self) -> bool:
+        """Whether it is a contiguous mapped range of an expandable segment."""
+        return self.page > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,58 @@ def test_a_missing_file_and_a_folder_are_bad_files_too(tmp_path: Path, capsys: p
     assert "is a folder" in one_line(capsys, tmp_path)
 
 
+def special(tmp_path: Path) -> dict[str, Path]:
+    """Paths that open, or could be waited for, and hold no file of a bounded size."""
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "huge").open("wb") as f:
+        f.truncate(10 * 2**30)  # a hole, which takes no room
+    return {"fifo": tmp_path / "fifo", "folder": tmp_path, "zero": Path("/dev/zero"), "huge": tmp_path / "huge"}
+
+
+@pytest.mark.parametrize("as_sidecar", [False, True])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fifo", "is not a regular file"),
+        ("zero", "is not a regular file"),
+        ("folder", "is a folder, not a file"),
+        ("huge", "holds 10.00 GiB; at most"),
+    ],
+)
+def test_what_is_no_file_of_a_bounded_size_is_not_read(
+    name: str, why: str, as_sidecar: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = special(tmp_path)[name]
+    good = write(tmp_path / "good.pickle", small_snapshot())
+    assert run(["replay", str(good), "--sidecar", str(path)] if as_sidecar else ["replay", str(path)]) == 5
+    if as_sidecar and name == "huge":
+        why = "is too large for what a recording leaves out"
+    assert why in one_line(capsys, path)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("replay", "--capacity"),
+        ("tune", "--capacity"),
+        ("fit", "--total"),
+        ("replay", "--memory-fraction"),
+        ("tune", "--memory-fraction"),
+    ],
+)
+@pytest.mark.parametrize("value", ["-5", "-0.5", "1e30", "1e308", "nan", "inf", "99999999999 TiB", "9" * 5000, ""])
+def test_sizes_and_fractions_that_no_device_has_are_a_usage_error(
+    command: str, option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "good.pickle", small_snapshot())
+    assert run([command, str(good), f"{option}={value}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert option in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("pack", [bytes, lzma.compress, gzip.compress])
 @pytest.mark.parametrize("arguments", [[], ["--format", "json"], ["--verify"], ["--conf", ""], ["--device-index", "0"]])
 def test_nothing_in_a_file_is_ever_called(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders import TRACES
+from commands import error_of, json_of, markdown_of
 from requests_of import trace_of
 
 from fragscope.allocator import ReplaySettings, recorded_under, replay
@@ -21,18 +21,7 @@ OOM = str(TRACES / "oom-default.pickle.xz")
 MIB = 2**20
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    assert run(["fit", *arguments, "--format", "json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
-    assert run(["fit", *arguments]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
+answer, error = partial(json_of, "fit"), partial(error_of, "fit")
 
 
 def test_json_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +92,49 @@ def test_a_device_of_any_total_can_be_asked_about(capsys: pytest.CaptureFixture[
     value = answer(capsys, *arguments)
     assert value["trace"]["total"] == 400 * MIB
     assert value["fits"][0]["capacity"] == 300 * MIB
+
+
+def test_requests_that_no_memory_serves_end_with_4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_trace(trace_of(("alloc", 0, 4 * MIB), ("alloc", 1, 2**55)), tmp_path / "t.fscope")
+    path = str(tmp_path / "t.fscope")
+    assert run(["fit", path]) == 4
+    out, err = capsys.readouterr()
+    assert "event 1 fails" in out, "what fails is shown all the same"
+    assert err == f"fragscope: {path}: the requests run under none of these confs, however much memory there is\n"
+    assert [f["capacity"] for f in answer(capsys, path, code=4)["fits"]] == [None, None]
+
+
+def test_a_sidecar_says_what_the_snapshot_leaves_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    side = tmp_path / "side.json"
+    side.write_text('{"torch": "2.13.0", "card": "24 GB of something", "total_memory": 25769803776}')
+    value = answer(capsys, MOE, "--conf", "", "--sidecar", str(side))
+    assert (value["trace"]["torch"], value["trace"]["card"]) == ("2.13.0", "24 GB of something")
+    assert value["trace"]["total"] == 24 * 2**30
+    assert run(["fit", MOE, "--conf", "", "--sidecar", str(side)]) == 0
+    assert capsys.readouterr().err == ""
+    assert "no such file" in error(capsys, MOE, "--sidecar", str(tmp_path / "none.json"), code=5)
+
+
+def test_how_memory_was_short_when_recorded_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    """The capacity is what is asked for; a limit that was in force is lifted."""
+    (one,) = answer(capsys, OOM, "--assume-unchanged", "--conf", "expandable_segments:True")["fits"]
+    codes = {a["code"] for a in one["assumptions"]}
+    assert not {"capacity_assumed", "limit_inferred", "after_oom"} & codes
+    assert {"ooms_caught", "inferred_releases"} <= codes
+    assert not one["exact"], "when cached memory was given back is inferred"
+
+
+def test_markdown_has_the_table_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    lines, cells = markdown_of("fit", capsys, MOE)
+    assert lines[0].startswith("### fragscope fit: ")
+    assert cells[0] == ["smallest", "no limit", "retries", "alloc", "free", "sync", "tested", "exact",
+                        "conf and cards it fits"]  # fmt: skip
+    assert cells[1] == ["--:"] * 8 + ["---"]
+    fits = answer(capsys, MOE)["fits"]
+    assert [float(row[0].replace(",", "")) for row in cells[2:]] == [f["capacity"] / MIB for f in fits]
+    assert cells[3][-1] == r"expandable\_segments:True (h100-80gb)"
+    assert any(line.startswith("- default, with ") and " fails, " in line for line in lines)
+    assert any(line.startswith(r"- observations\_unseen (effect unknown") for line in lines)
 
 
 @pytest.mark.parametrize(

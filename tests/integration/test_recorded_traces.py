@@ -23,7 +23,17 @@ from builders import (
     torch_statistics,
 )
 
-from fragscope.allocator import CachingAllocator, Replay, ReplaySettings, SpanMeter, Verification, replay, rules_for
+from fragscope.allocator import (
+    CachingAllocator,
+    Replay,
+    ReplaySettings,
+    SpanMeter,
+    Verification,
+    replay,
+    rules_for,
+    settle,
+    tape_of,
+)
 from fragscope.trace import DecisionKind, RequestKind, Trace, load_trace, write_trace
 
 FP8_VARIANTS, FP8_CONFS = ("orig", "fixed", "newest"), ("default", "split20", "expandable")
@@ -288,6 +298,14 @@ LATE = [
     ("confs/fill-expandable", 0.5), ("confs/fill-split", 0.1), ("confs/graphs-default", 0.5),
     ("confs/graphs-expandable", 0.9), ("confs/oom-explarge32", 0.5), ("confs/oom-fractionkey", 0.9),
     ("confs/oom-gcsplit", 0.5), ("confs/oom-large64", 0.1), ("confs/oom-split64nsr100", 0.9),
+    # Reservations that begin below what is mapped; pools told apart by their pages.
+    ("confs/fill-expandable", 0.95), ("confs/fill-expandable", 0.97), ("confs/graphs-expandable", 0.8),
+    ("confs/oom-explarge32", 0.8),
+    # Blocks rounded up by the conf.
+    ("confs/oom-roundlist", 0.05), ("confs/oom-roundlist", 0.4), ("confs/oom-roundlist", 0.8),
+    # Blocks that kept a rest, found by what was served elsewhere.
+    ("confs/fill-split", 0.75), ("confs/oom-fractionkey", 0.95), ("confs/oom-large64", 0.4),
+    ("confs/oom-large64", 0.45), ("confs/oom-split64nsr100", 0.35), ("confs/oom-split64nsr100", 0.7),
 ]  # fmt: skip
 
 
@@ -304,6 +322,33 @@ def test_a_recording_that_began_late_is_replayed_from_what_stood_then(name: str,
     stats = torch_statistics(name)
     for ours, theirs in STATISTICS.items():
         assert getattr(found.whole.end, ours) == stats[f"{theirs}.current"], ours
+
+
+def test_how_long_memory_was_idle_is_not_recorded_and_garbage_collection_goes_by_it() -> None:
+    late = begun_late("confs/oom-gcsplit", 0.8)
+    found = replay(late, own_settings(late), verify=True)
+    assert found.verify is not None
+    assert found.verify.first is not None
+    assert "how long memory had been idle" in found.verify.first.likely
+    (why,) = (a.detail for a in found.assumptions if a.code == "start_state")
+    assert "how long memory had been idle, which garbage collection goes by" in why
+    assert not found.exact
+
+
+def test_what_if_replays_begin_with_blocks_as_large_as_the_recording_tells() -> None:
+    """The block that was larger than it looks: replaying the recording from its beginning shows it with 7,218,176 B."""
+    late = begun_late("confs/oom-large64", 0.4)
+    own = own_settings(late)
+    told = settle(tape_of(late), own).trace.initial
+    assert (0x7F464D65C600, 6_549_504, "allocated") in {block for s in late.initial for block in s.blocks}
+    ((larger,),) = (
+        [block for block in b.blocks if block[2] == "allocated" and block not in a.blocks]
+        for a, b in zip(late.initial, told, strict=True)
+        if a != b
+    )
+    assert larger[0] == 0x7F464D65C600
+    assert 6_549_504 < larger[1] <= 7_218_176
+    assert verdict(replace(late, initial=told), own).mismatches == 0
 
 
 def test_what_stood_at_the_start_survives_being_stored(tmp_path: Any) -> None:

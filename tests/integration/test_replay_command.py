@@ -8,16 +8,18 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import TRACES
+from commands import error_of, json_of, markdown_of
 from snapshots import BASE, MIB, entry, segment, small_snapshot, snapshot, write
 
 from fragscope.allocator import RULES
 from fragscope.cli import run
-from fragscope.trace import load_trace, write_trace
+from fragscope.trace import Loss, load_trace, write_trace
 
 MOE = str(TRACES / "moe_list_stack-default.pickle.xz")
 OOM = str(TRACES / "oom-default.pickle.xz")
@@ -31,17 +33,7 @@ def sidecar_of(path: str) -> str:
     return path.replace(".pickle.xz", ".json")
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
-    assert run(["replay", *arguments, "--format", "json"]) == code
-    return json.loads(capsys.readouterr().out)
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
-    assert run(["replay", *arguments]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return err
+answer, error = partial(json_of, "replay"), partial(error_of, "replay")
 
 
 def test_json_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,6 +387,100 @@ def test_another_capacity_than_the_files_cannot_be_verified(capsys: pytest.Captu
     path = str(tmp_path / "t.fscope")
     assert "with another --capacity" in error(capsys, path, "--verify", "--capacity", "20 GiB")
     assert answer(capsys, path, "--verify", "--capacity", "10 GiB")["replays"][0]["verify"]["mismatches"] == 0
+
+
+def named(tmp_path: Path, **fields: Any) -> str:
+    """A recording as a file that says more than a snapshot does."""
+    trace = load_trace(NEWEST)
+    settings = replace(trace.settings, memory_fraction=0.9, capacity=70 * 2**30)
+    values = {"torch": "2.11.0+cu130", "card": "NVIDIA H100 80GB HBM3", "settings": settings, "lost": (), **fields}
+    write_trace(replace(trace, **values), tmp_path / "named.fscope")
+    return str(tmp_path / "named.fscope")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--torch", "2.13.0"], "made with 2.11.0+cu130; with another --torch they"),
+        (["--torch", "all"], "made with 2.11.0+cu130; with another --torch they"),
+        (["--memory-fraction", "0.5"], "made with 0.9; with another --memory-fraction they"),
+        (["--capacity", "60 GiB"], "made with 75161927680 bytes; with another --capacity they"),
+    ],
+)
+def test_what_the_file_names_cannot_be_verified_as_something_else(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert said in error(capsys, named(tmp_path), "--verify", *arguments)
+
+
+def test_another_card_than_the_files_cannot_be_verified(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = named(tmp_path, card="other", device_total=24 * 2**30)
+    assert "made with other; with another --card they" in error(capsys, path, "--verify", "--card", "h100-80gb")
+
+
+def test_what_the_file_names_can_be_named_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--torch", "2.11.1", "--card", "h100-80gb", "--memory-fraction", "0.9", "--capacity", "70 GiB"]
+    (one,) = answer(capsys, named(tmp_path), "--verify", *arguments)["replays"]
+    assert one["verify"]["mismatches"] == 0
+    assert one["exact"]
+
+
+def test_what_the_file_leaves_out_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--torch", "2.11.0", "--card", "h100-80gb", "--memory-fraction", "0.9", "--capacity", "70 GiB"]
+    (one,) = answer(capsys, NEWEST, "--verify", *arguments)["replays"]
+    assert one["verify"]["mismatches"] == 0
+    assert one["assumptions"] == []
+
+
+def test_a_virtual_recording_that_set_no_fraction_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = named(tmp_path, source="virtual", settings=replace(load_trace(NEWEST).settings, memory_fraction=None))
+    assert "made with no memory fraction" in error(capsys, path, "--verify", "--memory-fraction", "0.5")
+
+
+# --- what is taken for granted ------------------------------------------------------------------------------------
+
+
+def test_text_names_the_event_that_fails_first_and_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["replay", MOE, "--capacity", "1 GiB"]) == 0
+    text = capsys.readouterr().out
+    (first,) = {o["event"] for o in answer(capsys, MOE, "--capacity", "1 GiB")["replays"][0]["ooms"][:1]}
+    assert f"(the first at event {first:,})" in text
+    assert f"event {first:,} fails, which did not fail when recorded" in text
+    assert "card_assumed" not in text, "no memory fraction is in force"
+
+
+def test_a_replay_says_what_tune_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same requests under the same settings; ``tune`` alone gives back what failed when recorded."""
+    streams = str(TRACES / "streams-default.pickle.xz")
+    (one,) = answer(capsys, streams, "--conf", "expandable_segments:True")["replays"]
+    tuned = json_of("tune", capsys, streams, "--keep", "expandable_segments:True", "--all", "--jobs", "1")
+    (same,) = (t for t in tuned["ranked"] if t["conf"] == "expandable_segments:True")
+    assert same["assumptions"] == one["assumptions"]
+    assert {a["code"] for a in one["assumptions"] if a["effect"] != "none"} == {"deferred_frees", "inferred_releases"}
+    assert same["exact"] is one["exact"] is False
+
+
+def test_what_a_strange_file_says_of_itself_cannot_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = named(tmp_path, lost=(Loss("strange\x1b[2J", "and \x1b[31mred", 1),))
+    assert run(["replay", path]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "strange\\x1b[2J (effect unknown, 1 events): and \\x1b[31mred" in out
+
+
+def test_markdown_has_the_table_of_the_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "a|b<c>`d`@e.fscope"
+    Path(named(tmp_path)).rename(path)
+    lines, cells = markdown_of("replay", capsys, str(path), "--verify")
+    assert lines[0].startswith("### fragscope replay: ")
+    assert "a\\|b&lt;c&gt;\\`d\\`@&#8203;e.fscope" in lines[0]
+    assert cells[:2] == [["MiB", "peak", "end"], ["---", "--:", "--:"]]
+    (one,) = answer(capsys, str(path))["replays"]
+    assert [float(row[1].replace(",", "")) for row in cells if row[0] == "reserved"] == [one["peak"]["reserved"] / MIB]
+    assert "- exact" in lines
+    assert any(line.startswith("- verified: ") and line.endswith("0 mismatches") for line in lines)
 
 
 def test_requests_alone_cannot_be_verified(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import TRACES, torch_statistics
+from commands import error_of, json_of, markdown_of
 from requests_of import trace_of
 
 from fragscope.cli import run
@@ -25,18 +26,7 @@ OOM = str(TRACES / "oom-default.pickle.xz")
 MIB = 2**20
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    assert run(["tune", *arguments, "--format", "json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
-    assert run(["tune", *arguments]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
+answer, error = partial(json_of, "tune"), partial(error_of, "tune")
 
 
 def reserved(name: str) -> int:
@@ -69,7 +59,7 @@ def test_the_cure_of_a_fragmented_load_is_found() -> None:
     """A program that a split limit cost 4 GiB; the card's peaks under these three confs are known from recordings."""
     subject = load_subject(str(TRACES / "fp8-dsv3-tp8.orig.default.pickle.xz"), Given())
     subject = replace(subject, settings=replace(subject.settings, conf="max_split_size_mb:20"))
-    with player([subject], Given(), jobs=1, tries=2) as here:
+    with player([subject], jobs=1, tries=2) as here:
         t = tune([subject], here, most=2)
     assert t.current.reserved == 13426 * MIB
     assert {x.conf: x.reserved for x in t.ranked} == {"": 9038 * MIB, "expandable_segments:True": 8982 * MIB}
@@ -139,6 +129,50 @@ def test_what_may_hang_on_the_order_of_equal_blocks_is_shown(
     assert [o["order"] for o in value["other_orders"]] == ["block order", "segment order"]
     assert run(["tune", *arguments]) == 0
     assert "it would reserve 116.00 MiB by block order and 116.00 MiB by segment order" in capsys.readouterr().out
+
+
+def test_other_orders_stand_in_the_order_of_the_traces(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Only where addresses decide is there another order; a trace of a release that goes by none keeps its figures."""
+    requests = [("alloc", 0, 60 * MIB), ("free", 0), *(("alloc", i, 14 * MIB) for i in range(1, 9))]
+    ties = [("free", 1), ("free", 5), ("alloc", 9, 14 * MIB), ("alloc", 10, 14 * MIB)]
+    for name, torch, tail in (("new", "2.13.0", 200), ("old", "2.11.0", 0)):
+        trace = trace_of(*requests, *ties, ("alloc", 11, (tail + 40) * MIB), conf="max_split_size_mb:20", torch=torch)
+        write_trace(trace, tmp_path / f"{name}.fscope")
+    files = [str(tmp_path / "new.fscope"), str(tmp_path / "old.fscope")]
+    value = answer(capsys, *files, "--keep", "expandable_segments:False")
+    assert [t["torch"] for t in value["traces"]] == ["2.13.0", "2.11.0"]
+    assert [o["order"] for o in value["other_orders"]] == ["block order", "segment order"]
+    for order in value["other_orders"]:
+        assert [o["peak"]["reserved"] for o in order["outcomes"]] == [356 * MIB, 156 * MIB]
+
+
+def test_sidecars_say_what_the_snapshots_leave_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, capacity in (("a", 20), ("b", 30)):
+        (tmp_path / f"{name}.json").write_text(f'{{"capacity": {capacity * 2**30}, "card": "h100-80gb"}}')
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    both = answer(capsys, SPLIT, DEFAULT, "--sidecar", a, "--sidecar", b)
+    assert [t["capacity"] for t in both["traces"]] == [20 * 2**30, 30 * 2**30]
+    monkeypatch.setattr(play, "_STARTING", 0.0)
+    in_processes = answer(capsys, SPLIT, DEFAULT, "--sidecar", a, "--sidecar", b, "--jobs", "2")
+    assert in_processes == both, "processes of their own read them too"
+    one = answer(capsys, SPLIT, DEFAULT, "--sidecar", a)
+    assert [t["capacity"] for t in one["traces"]] == [20 * 2**30, 20 * 2**30]
+    assert "one for each of the 2" in error(capsys, SPLIT, DEFAULT, *(w for _ in range(3) for w in ("--sidecar", a)))
+
+
+def test_markdown_has_the_table_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    lines, cells = markdown_of("tune", capsys, SPLIT)
+    assert cells[0] == ["reserved", "saved", "stranded", "OOMs", "retries", "alloc", "free", "sync", "more", "exact",
+                        "conf"]  # fmt: skip
+    assert cells[1] == ["--:"] * 10 + ["---"]
+    assert cells[2][-1] == r"as recorded (max\_split\_size\_mb:20)"
+    assert cells[2][0] == f"{reserved('fp8-dsv3-tp8.newest.split20') / MIB:,.2f}"
+    export = lines[lines.index("```sh") + 1]
+    assert lines[-1] == "```"
+    assert run(["tune", SPLIT]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == export
 
 
 def test_a_list_is_quoted_for_the_shell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,4 +132,4 @@ def _merged(segment: SegmentState) -> SegmentState:
             blocks[-1] = (blocks[-1][0], blocks[-1][1] + size, "free")
         else:
             blocks.append((addr, size, state))
-    return SegmentState(segment.addr, segment.size, segment.stream, segment.pool, tuple(blocks), segment.expandable)
+    return SegmentState(segment.addr, segment.size, segment.stream, segment.pool, tuple(blocks), segment.page)

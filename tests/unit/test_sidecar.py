@@ -11,7 +11,8 @@ import pytest
 from builders import CONFS, TRACES
 
 from fragscope.errors import InputFileError
-from fragscope.trace import RequestLog, Settings, Trace, with_sidecar
+from fragscope.trace import RequestLog, SegmentState, Settings, Trace, with_sidecar
+from fragscope.units import MIB
 
 TRACE = Trace(
     RequestLog().finish(),
@@ -47,6 +48,20 @@ def test_every_key_has_its_place(tmp_path: Path) -> None:
         device_total=2**34,
         settings=replace(TRACE.settings, conf="expandable_segments:True", memory_fraction=0.25, capacity=2**33),
     )
+
+
+def test_its_conf_says_how_large_the_pages_of_the_large_pool_are(tmp_path: Path) -> None:
+    def ranges(*pages: int) -> tuple[SegmentState, ...]:
+        return tuple(SegmentState(2**40 * n, 2**26, 0, 0, (), page) for n, page in enumerate(pages))
+
+    path = tmp_path / "side.json"
+    path.write_text(json.dumps({"conf": "expandable_segments:True,large_segment_size_mb:32"}))
+    before = replace(TRACE, initial=ranges(0, 2 * MIB, 20 * MIB), final=ranges(20 * MIB))
+    after = with_sidecar(before, path)
+    assert after.initial == ranges(0, 2 * MIB, 32 * MIB)
+    assert after.final == ranges(32 * MIB)
+    path.write_text(json.dumps({"card": "h100-80gb"}))
+    assert with_sidecar(before, path).initial == before.initial
 
 
 def test_what_it_does_not_say_stays(tmp_path: Path) -> None:
@@ -117,7 +132,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == "is a directory"
+    assert refusal(tmp_path) == "is a folder, not a file"
 
 
 def test_a_file_too_large_to_be_one_is_not_read(tmp_path: Path) -> None:

@@ -92,7 +92,12 @@ def late_trace() -> Trace:
             ((BASE, 512, "free"), (BASE + 512, 512, "allocated"), (BASE + 1024, 2 * MIB - 1024, "free")),
         ),
         SegmentState(
-            2 * BASE, 20 * MIB, 5, 0, ((2 * BASE, 12 * MIB, "pending"), (2 * BASE + 12 * MIB, 8 * MIB, "free")), True
+            2 * BASE,
+            20 * MIB,
+            5,
+            0,
+            ((2 * BASE, 12 * MIB, "pending"), (2 * BASE + 12 * MIB, 8 * MIB, "free")),
+            20 * MIB,
         ),
     )
     return Trace(
@@ -296,7 +301,10 @@ def test_hand_made_files_are_read_as_those_written(tmp_path: Path) -> None:
         (lambda: with_manifest(lost=[["a"]]), "damaged manifest"),
         (lambda: {k: v for k, v in members().items() if k != "requests/size"}, "lacks the column 'requests/size'"),
         (lambda: with_column("requests/kind", [8, 1, 10, 99]), "a request's kind"),
-        (lambda: with_column("requests/size", [0, 2**63 - 1, 0, 0]), "a request's size"),
+        (
+            lambda: with_column("requests/size", [0, 2**63 - 1, 0, 0]),
+            "size 9223372036854775807 is not between",
+        ),
         (lambda: with_column("requests/size", [0, -1, 0, 0]), "an allocation has no size"),
         (lambda: with_column("requests/id", [0, -1, 0, 0]), "or one has none"),
         (lambda: with_column("requests/pool", [0, 0, 0, 5]), "a request's pool"),
@@ -330,7 +338,10 @@ NOT_COVERED = "blocks at the start do not cover their segment"
         (lambda initial: initial.reverse(), "segments at the start overlap or have gaps"),
         (lambda initial: initial[0].__setitem__(3, 7), "unknown pool or block state"),
         (lambda initial: initial[0][4][0].__setitem__(2, "asleep"), "unknown pool or block state"),
-        (lambda initial: initial[0].__setitem__(5, 3), "damaged manifest"),
+        (lambda initial: initial[0].__setitem__(5, True), "damaged manifest"),
+        (lambda initial: initial[0].__setitem__(5, 3), "pages of an impossible size"),
+        (lambda initial: initial[1].__setitem__(5, MIB), "pages of an impossible size"),
+        (lambda initial: initial[1].__setitem__(5, 2**60), "pages of an impossible size"),
     ],
 )
 def test_an_inconsistent_start_is_refused(change: Callable[[list[Any]], None], why: str, tmp_path: Path) -> None:

@@ -130,9 +130,7 @@ def assert_layouts_agree(made: Driven) -> None:
     for row, expected in made.segments.items():
         layout = layout_at(trace, row, lives)
         ours = tuple(
-            SegmentState(
-                s.addr, s.size, s.stream, s.pool, tuple((b.addr, b.size, b.state) for b in s.blocks), s.expandable
-            )
+            SegmentState(s.addr, s.size, s.stream, s.pool, tuple((b.addr, b.size, b.state) for b in s.blocks), s.page)
             for s in layout
         )
         assert ours == expected

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fragscope.errors import UsageError
-from fragscope.units import format_bytes, mib, parse_bytes
+from fragscope.units import MOST_MEMORY, format_bytes, mib, parse_bytes, parse_memory
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_people_read_mib_where_engineers_compare_them():
     assert format_bytes(40 * 1024**3) == "40.00 GiB"
     assert format_bytes(-(3 * 1024**2)) == "-3.00 MiB"
     assert mib(1024**2 * 5 // 2) == "2.50"
+
+
+def test_more_memory_than_any_device_has_is_refused() -> None:
+    assert parse_memory("16 TiB", "--capacity") == MOST_MEMORY == 2**44
+    with pytest.raises(UsageError, match=r"--capacity: 17 TiB is more than any device has; 16,384.00 GiB are the most"):
+        parse_memory("17 TiB", "--capacity")

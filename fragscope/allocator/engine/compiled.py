@@ -23,17 +23,19 @@ import numpy as np
 
 from fragscope.allocator.engine.tables import new_state
 
-_MODULES = (
-    "state", "counters", "sizes", "free_lists", "driver", "blocks", "expandable", "memory", "requests", "decide",
+_ENGINE = (
+    "kinds", "state", "counters", "sizes", "free_lists", "driver", "blocks", "expandable", "memory", "requests",
+    "decide",
 )  # fmt: skip
+_MODULES = ("fragscope.trace.sizes", *(f"fragscope.allocator.engine.{name}" for name in _ENGINE))
 
 # What every request goes through; calls cost as much as their work does. The rest is compiled once.
 _INLINED = frozenset(
     {
         "log", "new_block", "drop_block", "link", "is_split", "is_expandable", "put_idle", "take_idle", "is_held",
         "change_active", "merge", "up", "down", "up_idle", "note_peak", "up_class", "down_class", "change_class",
-        "count_up", "count_down", "floor_log2", "round_size", "segment_size", "segment_bytes",
-        "is_looking_away", "malloc", "search", "candidate", "_should_split", "_hand_out", "free",
+        "count_up", "count_down", "floor_log2", "interval_of", "block_bytes", "round_size", "segment_size",
+        "segment_bytes", "is_looking_away", "malloc", "search", "candidate", "_should_split", "_hand_out", "free",
         "_free_block", "process_events", "is_full", "lacks_blocks",
         "lacks_log", "before",
     }
@@ -72,7 +74,7 @@ def compiled_decide() -> Callable[..., int]:
     config.CACHE_DIR = str(folder)
     try:
         for name in _MODULES:
-            module = importlib.import_module(f"fragscope.allocator.engine.{name}")
+            module = importlib.import_module(name)
             scope = dict(vars(module))
             scopes.append(scope)
             for function in vars(module).values():
@@ -108,7 +110,7 @@ def _digest() -> str:
     """Of the sources, the Python and the numba that compile them."""
     digest = hashlib.sha256()
     for name in _MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+        digest.update(Path(str(importlib.import_module(name).__file__)).read_bytes())
     digest.update(repr((sys.version_info[:3], _numba_version())).encode())
     return digest.hexdigest()[:16]
 

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from fragscope.allocator.engine.kinds import (
+    NOTHING,
+    REQUEST_ALLOC,
+    REQUEST_EMPTY_CACHE,
+    REQUEST_FREE,
+    REQUEST_HELD,
+    REQUEST_OBSERVATION,
+    REQUEST_POOL_RELEASE,
+    REQUEST_RECORD_STREAM,
+    REQUEST_SCOPE_CLOSE,
+    REQUEST_SCOPE_OPEN,
+    REQUEST_USES_DONE,
+)
 from fragscope.allocator.engine.requests import (
     SERVED,
     close_scope,
@@ -26,19 +39,6 @@ from fragscope.allocator.engine.state import (
     STOP_AT_OOM,
     State,
 )
-
-# RequestKind.
-NOTHING = 0
-ALLOC = 1
-FREE = 2
-RECORD_STREAM = 3
-USES_DONE = 4
-EMPTY_CACHE = 5
-OBSERVATION = 10
-SCOPE_OPEN = 12
-SCOPE_CLOSE = 13
-POOL_RELEASE = 14
-HELD = 19
 
 HEADROOM = 64
 
@@ -84,23 +84,23 @@ def decide(s: State, kind: Any, id: Any, size: Any, stream: Any, pool: Any, star
             return row
         n[REQUEST] = row
         k = kind[row]
-        if k == ALLOC:
+        if k == REQUEST_ALLOC:
             if malloc(s, id[row], size[row], stream[row], pool[row]) != SERVED and n[STOP_AT_OOM]:
                 return row
-        elif k == FREE:
+        elif k == REQUEST_FREE:
             free(s, id[row])
-        elif k == RECORD_STREAM:
+        elif k == REQUEST_RECORD_STREAM:
             record_stream(s, id[row], stream[row])
-        elif k == USES_DONE:
+        elif k == REQUEST_USES_DONE:
             uses_done(s, id[row])
-        elif k == EMPTY_CACHE:
+        elif k == REQUEST_EMPTY_CACHE:
             release_cached(s, pool[row])
-        elif k == SCOPE_OPEN:
+        elif k == REQUEST_SCOPE_OPEN:
             open_scope(s, pool[row])
-        elif k == SCOPE_CLOSE:
+        elif k == REQUEST_SCOPE_CLOSE:
             close_scope(s)
-        elif k == POOL_RELEASE:
+        elif k == REQUEST_POOL_RELEASE:
             release_pool(s, pool[row])
-        elif k not in (NOTHING, OBSERVATION, HELD):
+        elif k not in (NOTHING, REQUEST_OBSERVATION, REQUEST_HELD):
             return row
     return stop

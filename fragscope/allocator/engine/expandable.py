@@ -21,6 +21,10 @@ from fragscope.allocator.engine.blocks import (
 from fragscope.allocator.engine.counters import RESERVED_BYTES, down_class, up_class
 from fragscope.allocator.engine.driver import give_memory, place_first_mapping, place_range, take_memory
 from fragscope.allocator.engine.free_lists import first_from, following
+from fragscope.allocator.engine.kinds import (
+    DECISION_SEGMENT_MAP,
+    DECISION_SEGMENT_UNMAP,
+)
 from fragscope.allocator.engine.sizes import SMALL_SEGMENT
 from fragscope.allocator.engine.state import (
     ADDR,
@@ -47,9 +51,6 @@ from fragscope.allocator.engine.state import (
     UNMAPPED_ROOT,
     State,
 )
-
-SEGMENT_MAP = 7  # DecisionKind
-SEGMENT_UNMAP = 8
 
 
 def map_for(s: State, which: int, rounded: int, stream: int) -> int:
@@ -93,9 +94,9 @@ def _lowest_candidate(s: State, which: int, rounded: int, stream: int) -> int:
     return -1
 
 
-def range_size(s: State, page: int) -> int:
-    """Bytes of addresses that an expandable segment with such pages reserves: nine eighths of the device's memory."""
-    reach = s.n[TOTAL] + s.n[TOTAL] // 8
+def range_size(total: int, page: int) -> int:
+    """Bytes of addresses that an expandable segment reserves, with such pages: nine eighths of the device's memory."""
+    reach = total + total // 8
     size: int = (reach + page - 1) // page * page
     return size
 
@@ -104,7 +105,7 @@ def _new_range(s: State, which: int, stream: int) -> int:
     """A new expandable segment; returns the unmapped block that covers it."""
     t, n = s.t, s.n
     page = SMALL_SEGMENT if which % 2 == 0 else n[LARGE_SEGMENT]
-    size = range_size(s, page)
+    size = range_size(n[TOTAL], page)
     addr = place_range(s, size)
     segment = new_segment(s, size, stream, which, page)
     t[SEG_ADDR][segment] = addr
@@ -146,7 +147,7 @@ def _map(s: State, block: int, size: int) -> bool:
     n[DRIVER_ALLOCS] += 1
     n[NEXT_MAP] += 1
     up_class(s, RESERVED_BYTES, which, mapped)
-    log(s, SEGMENT_MAP, -1, addr, mapped, t[SEG_STREAM][segment], which // 2)
+    log(s, DECISION_SEGMENT_MAP, -1, addr, mapped, t[SEG_STREAM][segment], which // 2)
     return True
 
 
@@ -187,7 +188,7 @@ def unmap(s: State, block: int) -> None:
     n[DRIVER_FREES] += 1
     t[SEGMENTS][which // 2] -= 1
     down_class(s, RESERVED_BYTES, which, unmapped)
-    log(s, SEGMENT_UNMAP, -1, addr, unmapped, t[SEG_STREAM][segment], which // 2)
+    log(s, DECISION_SEGMENT_UNMAP, -1, addr, unmapped, t[SEG_STREAM][segment], which // 2)
     if t[PREV][block] < 0 and t[NEXT][block] < 0:
         take_unmapped(s, block)
         drop_block(s, block)

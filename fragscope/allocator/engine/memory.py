@@ -28,6 +28,10 @@ from fragscope.allocator.engine.counters import (
 from fragscope.allocator.engine.driver import give_memory, place_segment, remove_segment, take_memory
 from fragscope.allocator.engine.expandable import map_for, unmap
 from fragscope.allocator.engine.free_lists import first, first_from, following, last, preceding
+from fragscope.allocator.engine.kinds import (
+    DECISION_SEGMENT_ALLOC,
+    DECISION_SEGMENT_FREE,
+)
 from fragscope.allocator.engine.sizes import segment_size
 from fragscope.allocator.engine.state import (
     AGE_BASE,
@@ -59,8 +63,6 @@ from fragscope.allocator.engine.state import (
 
 UNLIMITED = 2**63 - 1
 REJECTED = -2  # throw_on_cudamalloc_oom refused the request
-SEGMENT_ALLOC = 1  # DecisionKind
-SEGMENT_FREE = 2
 LARGE_DEFAULT = 1  # free list of the default pool's large blocks
 
 
@@ -100,7 +102,7 @@ def new_memory(s: State, which: int, rounded: int, stream: int, expandable: bool
     if size >= n[MAX_SPLIT]:
         up(s, OVERSIZE_SEGMENTS, 1)
     n[DRIVER_ALLOCS] += 1
-    log(s, SEGMENT_ALLOC, -1, addr, size, stream, pool)
+    log(s, DECISION_SEGMENT_ALLOC, -1, addr, size, stream, pool)
     return block
 
 
@@ -111,7 +113,7 @@ def release_segment(s: State, block: int) -> None:
     which, size = t[LIST][block], t[SIZE][block]
     take_idle(s, block)
     n[DRIVER_FREES] += 1
-    log(s, SEGMENT_FREE, -1, t[SEG_ADDR][segment], size, t[SEG_STREAM][segment], which // 2)
+    log(s, DECISION_SEGMENT_FREE, -1, t[SEG_ADDR][segment], size, t[SEG_STREAM][segment], which // 2)
     remove_segment(s, segment)
     give_memory(s, size)
     n[RESERVED] -= size

@@ -40,6 +40,12 @@ from fragscope.allocator.engine.counters import (
     up_class,
 )
 from fragscope.allocator.engine.free_lists import first, first_from, following, last_before
+from fragscope.allocator.engine.kinds import (
+    DECISION_ALLOC,
+    DECISION_FREE_COMPLETED,
+    DECISION_FREE_REQUESTED,
+    DECISION_OOM,
+)
 from fragscope.allocator.engine.memory import (
     REJECTED,
     collect_garbage,
@@ -127,11 +133,6 @@ from fragscope.allocator.engine.state import (
     State,
 )
 
-ALLOC = 3  # DecisionKind
-FREE_REQUESTED = 4
-FREE_COMPLETED = 5
-OOM = 6
-
 SERVED = 0
 OUT_OF_MEMORY = 1
 REFUSED = 2  # by throw_on_cudamalloc_oom
@@ -197,7 +198,7 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
         _note_failure(s)
         n[FAILED_SIZE] = rounded
         s.where[id] = FAILED
-        log(s, OOM, id, n[CAPACITY] - n[USED], rounded, stream, pool)
+        log(s, DECISION_OOM, id, n[CAPACITY] - n[USED], rounded, stream, pool)
         return OUT_OF_MEMORY
     _hand_out(s, which, block, rounded, size, id, _should_split(s, which, block, rounded, expandable))
     return SERVED
@@ -345,7 +346,7 @@ def _hand_out(s: State, which: int, block: int, rounded: int, requested: int, id
     s.where[id] = block
     change_active(s, segment, size)
     note_peak(s, POOL_IDLE)
-    log(s, ALLOC, id, t[ADDR][block], size, t[SEG_STREAM][segment], which // 2)
+    log(s, DECISION_ALLOC, id, t[ADDR][block], size, t[SEG_STREAM][segment], which // 2)
     count_up(s, ALLOCATION, which, 1)
     up_class(s, ALLOCATED_BYTES, which, size)
     count_up(s, ACTIVE, which, 1)
@@ -371,7 +372,7 @@ def free(s: State, id: int) -> None:
     count_down(s, ALLOCATION, which, 1)
     down_class(s, ALLOCATED_BYTES, which, size)
     down(s, LIVE_REQUESTED, t[REQUESTED][block])
-    log(s, FREE_REQUESTED, id, t[ADDR][block], size, t[SEG_STREAM][t[SEGMENT][block]], which // 2)
+    log(s, DECISION_FREE_REQUESTED, id, t[ADDR][block], size, t[SEG_STREAM][t[SEGMENT][block]], which // 2)
     if size >= n[MAX_SPLIT]:
         down(s, OVERSIZE_ALLOCATIONS, 1)
     if t[USES][block] < 0:
@@ -398,7 +399,7 @@ def _free_block(s: State, block: int) -> None:
     t = s.t
     which, size, segment = t[LIST][block], t[SIZE][block], t[SEGMENT][block]
     requested, id = t[REQUESTED][block], t[ID][block]
-    log(s, FREE_COMPLETED, id, t[ADDR][block], size, t[SEG_STREAM][segment], which // 2)
+    log(s, DECISION_FREE_COMPLETED, id, t[ADDR][block], size, t[SEG_STREAM][segment], which // 2)
     s.where[id] = NONE
     t[STATE][block] = IDLE
     t[ID][block] = -1
@@ -550,20 +551,19 @@ def _take_up_deferred(s: State) -> None:
             _drop_uses(s, block, True)
             _forget_stale(s, block)
             if t[USES][block] < 0:
-                _forget_done(s, block)
                 _end_waiting(s, block)
             else:
                 _drop_uses(s, block, False)
         block = later
+    _forget_done(s)
 
 
-def _forget_done(s: State, block: int) -> None:
+def _forget_done(s: State) -> None:
+    """Of the blocks known to be done, those whose frees were completed otherwise are no longer of interest."""
     t, n = s.t, s.n
-    if t[IS_DONE][block] == 0:
-        return
     kept = 0
     for i in range(n[DONE_COUNT]):
-        if t[DONE][i] != block:
+        if t[IS_DONE][t[DONE][i]]:
             t[DONE][kept] = t[DONE][i]
             kept += 1
     n[DONE_COUNT] = kept
@@ -590,9 +590,9 @@ def synchronize(s: State, pool: int) -> None:
     while block >= 0:
         later = t[WAIT_NEXT][block]
         if pool == 0 or t[LIST][block] // 2 == pool:
-            _forget_done(s, block)
             _end_waiting(s, block)
         block = later
+    _forget_done(s)
 
 
 # --- releases and pools -------------------------------------------------------------------------------------------

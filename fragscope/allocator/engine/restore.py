@@ -34,16 +34,17 @@ from fragscope.allocator.engine.counters import (
     up_class,
 )
 from fragscope.allocator.engine.driver import follow, pages
-from fragscope.allocator.engine.expandable import SEGMENT_MAP, range_size
-from fragscope.allocator.engine.memory import SEGMENT_ALLOC
-from fragscope.allocator.engine.requests import ALLOC
-from fragscope.allocator.engine.sizes import SMALL_SEGMENT, SMALL_SIZE
+from fragscope.allocator.engine.kinds import (
+    DECISION_ALLOC,
+    DECISION_SEGMENT_ALLOC,
+    DECISION_SEGMENT_MAP,
+)
+from fragscope.allocator.engine.sizes import SMALL_SEGMENT
 from fragscope.allocator.engine.state import (
     ADDR,
     ALLOCATED,
     ID,
     IDLE,
-    LARGE_SEGMENT,
     MAX_SPLIT,
     NONE,
     REQUEST,
@@ -53,7 +54,6 @@ from fragscope.allocator.engine.state import (
     SEG_LIST,
     SEG_REGION,
     SEG_SIZE,
-    SEG_STREAM,
     SEGMENTS,
     SIZE,
     STATE,
@@ -62,11 +62,12 @@ from fragscope.allocator.engine.state import (
     USED,
     State,
 )
+from fragscope.allocator.ranges import AddressRange
 from fragscope.trace import SegmentState
 
 
 def restore(
-    s: State, segments: Sequence[SegmentState], held: Sequence[tuple[int, int, int]], maps: Sequence[int]
+    s: State, segments: Sequence[SegmentState], held: Sequence[tuple[int, int, int]], ranges: Sequence[AddressRange]
 ) -> None:
     """Let an empty allocator hold these segments; blocks that are pending are restored as allocated.
 
@@ -77,24 +78,26 @@ def restore(
         s: with room for all of it.
         segments: in address order, blocks covering each; expandable ones are contiguous mapped ranges.
         held: row, id and requested bytes of each block that is not free, in address order.
-        maps: addresses of mappings to come: an expandable segment begins below its lowest mapped range if something is
-            mapped there later.
+        ranges: the addresses that each mapped range lies in, in the order of the ranges.
     """
     s.n[REQUEST] = max(s.n[REQUEST], 0)
     row = s.n[REQUEST]
     for segment in segments:
-        kind = SEGMENT_MAP if segment.expandable else SEGMENT_ALLOC
+        kind = DECISION_SEGMENT_MAP if segment.expandable else DECISION_SEGMENT_ALLOC
         log(s, kind, NONE, segment.addr, segment.size, segment.stream, segment.pool)
     remaining = iter(held)
+    homes = iter(ranges)
+    reserved: AddressRange | None = None
     open_range: _Range | None = None
     for segment in segments:
         if not segment.expandable:
             _ordinary(s, segment, remaining)
             continue
-        if open_range is None or not open_range.may_hold(s, segment):
+        home = next(homes)
+        if open_range is None or home is not reserved:
             if open_range is not None:
                 _close(s, open_range)
-            open_range = _new_range(s, segment, segments, maps, open_range)
+            reserved, open_range = home, _new_range(s, home)
         _mapped(s, segment, open_range, remaining)
     if open_range is not None:
         _close(s, open_range)
@@ -115,35 +118,13 @@ class _Range:
     last: int
     end: int
 
-    def may_hold(self, s: State, segment: SegmentState) -> bool:
-        """Whether a mapped range lies within it."""
-        t = s.t
-        same = t[SEG_STREAM][self.number] == segment.stream and t[SEG_LIST][self.number] // 2 == segment.pool
-        return bool(same and segment.addr < t[SEG_ADDR][self.number] + t[SEG_SIZE][self.number])
 
-
-def _new_range(
-    s: State, first: SegmentState, segments: Sequence[SegmentState], maps: Sequence[int], before: _Range | None
-) -> _Range:
-    """The expandable segment that a mapped range begins: no two overlap, and each is as long as the device is large."""
-    reach = range_size(s, SMALL_SEGMENT)
-    lowest = 0 if before is None else s.t[SEG_ADDR][before.number] + s.t[SEG_SIZE][before.number]
-    base = min((m for m in maps if max(lowest, first.addr - reach) < m < first.addr), default=first.addr)
-    of_this = [
-        r for r in segments
-        if r.expandable and (r.stream, r.pool) == (first.stream, first.pool) and base <= r.addr < base + reach
-    ]  # fmt: skip
-    page = SMALL_SEGMENT if any(_is_small(s, r) for r in of_this) else s.n[LARGE_SEGMENT]
-    which = 2 * first.pool + int(page != SMALL_SEGMENT)
-    number = new_segment(s, range_size(s, page), first.stream, which, page)
-    s.t[SEG_ADDR][number] = base
-    return _Range(number, NONE, base)
-
-
-def _is_small(s: State, segment: SegmentState) -> bool:
-    """The small pool maps pages of 2 MiB and holds small blocks; other ranges are multiples of the large segment."""
-    has_small = any(state != "free" and size <= SMALL_SIZE for _, size, state in segment.blocks)
-    return bool(has_small or segment.size % s.n[LARGE_SEGMENT])
+def _new_range(s: State, reserved: AddressRange) -> _Range:
+    """The expandable segment with these addresses."""
+    which = 2 * reserved.pool + int(reserved.page != SMALL_SEGMENT)
+    number = new_segment(s, reserved.size, reserved.stream, which, reserved.page)
+    s.t[SEG_ADDR][number] = reserved.addr
+    return _Range(number, NONE, reserved.addr)
 
 
 def _ordinary(s: State, segment: SegmentState, held: Iterator[tuple[int, int, int]]) -> None:
@@ -216,7 +197,7 @@ def _blocks(
         s.where[id_] = block
         change_active(s, number, size)
         s.n[REQUEST] = row
-        log(s, ALLOC, id_, t[ADDR][block], t[SIZE][block], segment.stream, segment.pool)
+        log(s, DECISION_ALLOC, id_, t[ADDR][block], t[SIZE][block], segment.stream, segment.pool)
         up_class(s, ALLOCATION, which, 1)
         up_class(s, ALLOCATED_BYTES, which, size)
         up_class(s, ACTIVE, which, 1)

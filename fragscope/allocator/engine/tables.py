@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fragscope.allocator.engine.state import (
     LAST_WAITING,
     LIMIT,
     LOG_ROOM,
+    LOGGED,
     MOVE_AT,
     NEXT_MAP,
     NEXT_RANGE,
@@ -116,24 +118,89 @@ def as_arrays(s: State) -> State:
     )  # fmt: skip
 
 
-def copied(s: State) -> State:
-    """The same state, on its own."""
-    if isinstance(s.n, list):
-        t, d = [row[:] for row in s.t], [row[:] for row in s.d]
-        return State(t, s.n[:], s.f[:], d, s.g, s.where[:])  # given addresses are never changed in place
-    return State(s.t.copy(), s.n.copy(), s.f.copy(), s.d.copy(), s.g, s.where.copy())
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a request for memory, or a release, can change of a state; made by ``saved``, for ``restore``.
+
+    Attributes:
+        t: the columns among which are all in use.
+        n: single numbers.
+        spare: of each stack of free columns, those among them.
+        where: the entries of ``where`` that can change.
+        start: first row of the log that it says something about.
+        log: the log from there on.
+    """
+
+    t: Any
+    n: Any
+    spare: tuple[Any, ...]
+    where: dict[int, int]
+    start: int
+    log: tuple[Any, ...]
+
+
+def saved(s: State, ids: Iterable[int], start: int) -> Saved:
+    """A copy of what can change, of a size that follows from what is held and not from the room there is.
+
+    Args:
+        s: the state.
+        ids: allocations that can begin or end to live.
+        start: row of the log from which on it can change.
+    """
+    used, n = _columns_used(s), s.n
+    below = int(n[COLUMNS]) - used  # of each stack, where the other columns end
+    spare = tuple(s.t[row][below : int(n[count])].copy() for row, count in _STACKS)
+    where = {id_: int(s.where[id_]) for id_ in ids}
+    log = tuple(row[start : int(n[LOGGED])].copy() for row in s.d)
+    t = [row[:used] for row in s.t] if isinstance(s.t, list) else s.t[:, :used].copy()
+    return Saved(t, n.copy(), spare, where, start, log)
+
+
+def restore(s: State, before: Saved) -> None:
+    """Be as it was when saved; room that was made since stays."""
+    t, n = s.t, s.n
+    columns, room, used = int(n[COLUMNS]), int(n[LOG_ROOM]), _columns_used(s)
+    kept = len(before.t[0])
+    for number, row in enumerate(before.t):
+        t[number][:kept] = row
+        if used > kept:
+            t[number][kept:used] = _values(t, [NONE if number in _NONE_AT_FIRST else 0] * (used - kept))
+    n[:] = before.n
+    n[COLUMNS], n[LOG_ROOM] = columns, room
+    for (row, count), spare in zip(_STACKS, before.spare, strict=True):
+        held = columns - kept + len(spare)
+        t[row][: columns - kept] = _downward(t, columns - 1, kept)
+        t[row][columns - kept : held] = spare
+        n[count] = held
+    for id_, block in before.where.items():
+        s.where[id_] = block
+    for column, rows in zip(s.d, before.log, strict=True):
+        column[before.start : before.start + len(rows)] = rows
+
+
+def _columns_used(s: State) -> int:
+    """How many columns, from the first on, hold all that is in use: each stack has the others as it first had them."""
+    n = s.n
+    columns = int(n[COLUMNS])
+    used = max(SLOTS, 2 * int(n[POOLS]))
+    for row, count in _STACKS:
+        held = int(n[count])
+        taken = np.flatnonzero(np.asarray(s.t[row][:held]) != np.arange(columns - 1, columns - 1 - held, -1))
+        used = max(used, columns - (int(taken[0]) if len(taken) else held))
+    return used
 
 
 def grow(s: State) -> State:
     """Twice the room for blocks and what goes with them."""
     columns = int(s.n[COLUMNS])
     more = columns + _PAD
-    t = _wider(s.t, more)
+    t = _wider(s.t, more, columns)
     for row in _NONE_AT_FIRST:
         t[row][columns:] = _values(t, [NONE] * more)
-    for row, count in _STACKS:
+    for row, count in _STACKS:  # the new columns are taken last
         held = int(s.n[count])
-        t[row][held : held + more] = _values(t, list(range(columns + more - 1, columns - 1, -1)))
+        t[row][more : more + held] = t[row][:held].copy()
+        t[row][:more] = _downward(t, columns + more - 1, columns)
         s.n[count] = held + more
     s.n[COLUMNS] = columns + more
     return s._replace(t=t)
@@ -143,7 +210,7 @@ def grow_log(s: State) -> State:
     """Twice the room for decisions."""
     room = int(s.n[LOG_ROOM])
     s.n[LOG_ROOM] = 2 * room
-    return s._replace(d=_wider(s.d, room))
+    return s._replace(d=_wider(s.d, room, int(s.n[LOGGED])))
 
 
 def with_pools(s: State, pools: int) -> State:
@@ -166,13 +233,20 @@ def with_given(s: State, segments: Sequence[tuple[int, int]], maps: Sequence[int
     return s._replace(g=_values(s.g, rows))
 
 
-def _wider(table: Any, columns: int) -> Any:
+def _wider(table: Any, columns: int, used: int) -> Any:
+    """Columns of zeros behind the others, of which only the first ``used`` hold anything."""
     if isinstance(table, list):
         for row in table:
             row.extend([0] * columns)
         return table
-    return np.concatenate([table, np.zeros((len(table), columns), dtype=np.int64)], axis=1)
+    out = np.zeros((len(table), len(table[0]) + columns), dtype=np.int64)  # takes memory as it is written
+    out[:, :used] = table[:, :used]
+    return out
 
 
 def _values(like: Any, values: list[Any]) -> Any:
     return values if isinstance(like, list) else np.array(values, dtype=np.int64)
+
+
+def _downward(like: Any, first: int, last: int) -> Any:
+    return list(range(first, last - 1, -1)) if isinstance(like, list) else np.arange(first, last - 1, -1)
