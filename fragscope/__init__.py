@@ -1,26 +1,61 @@
 """fragscope says what code costs in GPU memory, byte for byte, mostly without a GPU, and gates merges on it."""
 
-from fragscope.errors import (
-    FragscopeError,
-    InputFileError,
-    NotMeasuredError,
-    UnmodelledError,
-    UnsupportedError,
-    UsageError,
-)
-from fragscope.suite.scenario import Case, Scenario, scenario
-from fragscope.trace import Trace, load_trace
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fragscope.errors import (
+        FragscopeError,
+        InputFileError,
+        NotMeasuredError,
+        UnmodelledError,
+        UnsupportedError,
+        UsageError,
+    )
+    from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
+    from fragscope.suite.scenario import Case, Scenario, scenario
+    from fragscope.trace import Trace, load_trace
 
 __all__ = [
     "Case",
     "FragscopeError",
     "InputFileError",
     "NotMeasuredError",
+    "Recorder",
+    "RecorderOptions",
     "Scenario",
+    "Stacks",
     "Trace",
     "UnmodelledError",
     "UnsupportedError",
     "UsageError",
     "load_trace",
+    "phase",
     "scenario",
 ]
+
+# Every pytest session imports this package for its plugin; numpy and the rest are for those who use them.
+_HOMES = {
+    "Recorder": "fragscope.record.cuda",
+    "RecorderOptions": "fragscope.record.cuda",
+    "Stacks": "fragscope.record.cuda",
+    "phase": "fragscope.record.cuda",
+    "Case": "fragscope.suite.scenario",
+    "Scenario": "fragscope.suite.scenario",
+    "scenario": "fragscope.suite.scenario",
+    "Trace": "fragscope.trace",
+    "load_trace": "fragscope.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES.get(name, "fragscope.errors")), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,11 @@
     torch = "2.11"                # the default of --torch
     out = ".fragscope"            # where results go
 
+    [tool.fragscope.pytest]       # the pytest plugin
+    card = "h100-80gb"            # the virtual card of tests that take fragscope_device
+    require = true                # a marked test that cannot be measured fails
+    budget = { peak_reserved = "8 GiB" }   # for every measured test; its own marker wins, metric by metric
+
 Options on the command line win over every key here.
 """
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,23 @@ from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.units import MIB, format_bytes
 
 _FILE_LIMIT = 4 * MIB
-_KEYS = ("scenarios", "budgets", "card", "torch", "out")
+_KEYS = ("scenarios", "budgets", "card", "torch", "out", "pytest")
+_PYTEST_KEYS = ("card", "require", "budget")
+
+
+@dataclass(frozen=True, slots=True)
+class PytestConfig:
+    """The table ``[tool.fragscope.pytest]``; None or empty where it sets nothing.
+
+    Attributes:
+        card: name of the virtual card.
+        require: whether a marked test that cannot be measured fails.
+        budget: limits of every measured test, as they are written.
+    """
+
+    card: str | None = None
+    require: bool | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +57,7 @@ class Config:
         card: name of the default card.
         torch: the torch release whose rules apply by default.
         out: folder for results, absolute.
+        pytest: what the pytest plugin goes by.
     """
 
     root: Path | None = None
@@ -44,6 +66,7 @@ class Config:
     card: str | None = None
     torch: str | None = None
     out: Path | None = None
+    pytest: PytestConfig = field(default_factory=PytestConfig)
 
 
 def load_config(start: Path | None = None) -> Config:
@@ -87,16 +110,10 @@ def _table(file: Path) -> dict[str, Any]:
 
 def _config(file: Path, table: dict[str, Any]) -> Config:
     where = f"{printable(str(file))}: [tool.fragscope]"
-    for key in table:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
-            raise UsageError(f"{where} has no key {printable(repr(key), 80)}; {hint}")
+    _check_keys(where, table, _KEYS)
 
     def text(value: Any, key: str) -> str:
-        if not isinstance(value, str) or not value.strip() or not value.isprintable():
-            raise UsageError(f"{where} {key}: {printable(repr(value), 80)} is not a non-empty string")
-        return value
+        return _text(where, value, key)
 
     def path(key: str) -> Path | None:
         return file.parent / text(table[key], key) if key in table else None
@@ -113,4 +130,33 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
         card=text(table["card"], "card") if "card" in table else None,
         torch=text(table["torch"], "torch") if "torch" in table else None,
         out=path("out"),
+        pytest=_pytest_config(f"{printable(str(file))}: [tool.fragscope.pytest]", table.get("pytest", {})),
     )
+
+
+def _pytest_config(where: str, table: Any) -> PytestConfig:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} is not a table")
+    _check_keys(where, table, _PYTEST_KEYS)
+    require, budget = table.get("require"), table.get("budget", {})
+    if require is not None and not isinstance(require, bool):
+        raise UsageError(f"{where} require: {printable(repr(require), 80)} is neither true nor false")
+    if not isinstance(budget, dict):
+        raise UsageError(
+            f'{where} budget: {printable(repr(budget), 80)} is not a table such as {{ peak_reserved = "8 GiB" }}'
+        )
+    return PytestConfig(_text(where, table["card"], "card") if "card" in table else None, require, budget)
+
+
+def _check_keys(where: str, table: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise UsageError(f"{where} has no key {printable(repr(key), 80)}; {hint}")
+
+
+def _text(where: str, value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise UsageError(f"{where} {key}: {printable(repr(value), 80)} is not a non-empty string")
+    return value

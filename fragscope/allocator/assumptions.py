@@ -96,7 +96,7 @@ def _of_rounding(f: Facts) -> Effect:
 
 
 def _of_start(f: Facts) -> Effect:
-    return "none" if f.is_confirmed and f.trace.initial else "unknown"
+    return "none" if f.trace.initial and (f.is_confirmed or not _unknown_parts(f)) else "unknown"
 
 
 EFFECTS: dict[str, Callable[[Facts], Effect]] = {
@@ -113,6 +113,8 @@ EFFECTS: dict[str, Callable[[Facts], Effect]] = {
     "free_completed": _always,
     "segments_taken": _always,
     "unknown_actions": _always,
+    "gap": _always,
+    "notes": _always,
     "deferred_frees": _of_completions,
     # What stands in for settings that nobody named.
     "release_assumed": _unless_confirmed,
@@ -149,10 +151,21 @@ LOSSES = {
     "free_completed": "free_completed",
     "segments_taken": "segments_taken",
     "unknown_actions": "unknown_actions",
+    "gap": "gap",
+    "not_written": "gap",
+    "notes": "notes",
+    "unknown_notes": "notes",
+    "held_at_start": None,  # the rows say it
+    "torn": None,  # what is there is whole
+    "gave_way": None,
+    "no_tracker": None,
+    "non_torch": None,
+    "non_torch_device_wide": None,
+    "non_torch_samples": None,
     "torch_release": None,
     "allocator_settings": None,
 }
-"""The assumption that each loss makes; None where a stand-in says it, since somebody may have named the setting."""
+"""The assumption that each loss makes; None where something else says it, or where no figure of a replay needs it."""
 
 OF_PROGRAM = frozenset({"observations", "observations_unseen", "after_oom", "ooms_caught", "ends_with_oom"})
 """Codes of what is assumed about the program: that it would have asked for the same."""
@@ -207,17 +220,23 @@ def _of_recording(f: Facts) -> _Found:
         detail = "memory was freed that was never seen allocated; what it held is not in the figures"
         yield "late_start", f.late_frees, detail
     if trace.initial:
-        yield "start_state", trace.count(RequestKind.HELD), _unknown_of_start(f)
+        unknown = "; ".join(_unknown_parts(f)) or "nothing that counts here"
+        yield (
+            "start_state",
+            trace.count(RequestKind.HELD),
+            f"of what stood when recording began is not known: {unknown}",
+        )
 
 
-def _unknown_of_start(f: Facts) -> str:
+def _unknown_parts(f: Facts) -> list[str]:
     """What recordings do not hold of the memory that they began with, as far as it may count here."""
-    unknown = ["where blocks that were freed ended"]
+    # A recorder takes a snapshot when it begins; otherwise what stood is found by undoing what happened.
+    unknown = [] if f.trace.source == "cuda" else ["where blocks that were freed ended"]
     if f.conf.garbage_collection_threshold > 0.0:
         unknown.append("how long memory had been idle, which garbage collection goes by")
     if f.settings.rules.rules.tie_break is not TieBreak.ADDRESS:
         unknown.append("in which order it was made, which decides between equal blocks")
-    return f"what stood when recording began is inferred; not recorded: {'; '.join(unknown)}"
+    return unknown
 
 
 def _of_settings(f: Facts) -> _Found:

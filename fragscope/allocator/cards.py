@@ -51,8 +51,20 @@ CARDS: dict[str, Card] = {
 DEFAULT_CARD = "h100-80gb"
 
 
-def card_named(name: str) -> Card:
+def card_like(product: str, total: int | None) -> Card | None:
+    """The profile of a device by the name CUDA reports and its memory in bytes (None: any); None if there is none."""
+    for card in CARDS.values():
+        if card.product == product and total in (None, card.total):
+            return card
+    return None
+
+
+def card_named(name: str, where: str = "--card") -> Card:
     """The profile of that name.
+
+    Args:
+        name: what the user wrote.
+        where: the place to name in an error.
 
     Raises:
         UsageError: there is none; the nearest names are in the message.
@@ -61,5 +73,5 @@ def card_named(name: str) -> Card:
     if card is None:
         near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"--card: no profile named {name!r}; {hint}known cards: {', '.join(sorted(CARDS))}")
+        raise UsageError(f"{where}: no profile named {name!r}; {hint}known cards: {', '.join(sorted(CARDS))}")
     return card

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
+from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_like, card_named
 from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
 from fragscope.allocator.engine.sizes import page_bytes, segment_bytes
 from fragscope.allocator.rules import NEWEST, ChosenRules, Rules, rules_for
@@ -207,9 +207,9 @@ def card_of(trace: Trace) -> Card:
     """
     if trace.card is None or trace.card in CARDS:
         return card_named(trace.card or DEFAULT_CARD)
-    for card in CARDS.values():
-        if card.product == trace.card and trace.device_total in (None, card.total):
-            return card
+    card = card_like(trace.card, trace.device_total)
+    if card is not None:
+        return card
     total, free = trace.device_total, trace.settings.capacity
     if total is None:
         raise UsageError(

@@ -23,9 +23,11 @@ _COMMANDS = {
     "run": "run scenarios and write results, traces and a report",
     "gate": "hold results against budgets and say pass or fail",
     "report": "one self-contained HTML page, or Markdown, from results",
+    "record": "run any command and record the GPU memory of each of its processes",
     "replay": "decide a trace's requests under other settings, or verify the model against it",
     "tune": "the best allocator conf for traces, found by replaying them under many",
     "fit": "the smallest memory in which a trace's requests run, and what fails below it",
+    "doctor": "what this machine can do: GPU, torch, allocator settings, recording",
 }
 
 

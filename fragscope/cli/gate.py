@@ -27,7 +27,8 @@ def command(results: Path | None, budgets: Path | None, layout: str) -> int:
     Exit codes:
       0  every budget is met
       3  a value is over its budget, or a case ended as its scenario does not declare
-      4  a budget's case was not measured, or nothing was held against a budget
+      4  a budget's case was not measured (skipped, or its recording refutes the model), or nothing was held against a
+         budget
       5  a file cannot be used; the message names the line
     Where both 3 and 4 apply, everything is printed and 3 is the exit code: measuring again would not help.
     """  # noqa: D301  # \b is click's mark for lines that stay as they are

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fragscope.cli.compiling import announce_compilation
+from fragscope.cli.rank_sets import for_each
 from fragscope.cli.subjects import granted, settings_json, trace_json
 from fragscope.cli.tables import markdown_list, markdown_table
 from fragscope.errors import FragscopeError, UsageError, printable
@@ -65,8 +66,14 @@ def command(
     """Decide the requests in FILE (.fscope or a PyTorch memory snapshot) under other settings.
 
     An option given several times makes a replay for each value; several options make one for each combination.
-    What is not given is taken from the file.
+    What is not given is taken from the file. A folder of 'fragscope record' stands for all its recordings.
     """
+    from fragscope.trace.rank_set import expand
+
+    if (paths := expand(file)) != (file,):
+        for_each(paths, "file")
+        return
+
     from fragscope.allocator import (
         RULES,
         ReplaySettings,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from fragscope.errors import (
+    EXIT_INTERNAL,
     EXIT_NOT_MEASURED,
     EXIT_OVER_BUDGET,
     EXIT_PASS,
@@ -27,7 +28,7 @@ from fragscope.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fragscope.allocator import ReplaySettings
+    from fragscope.allocator import Card, ReplaySettings
     from fragscope.config import Config
     from fragscope.results import Case, DeviceKind, Results
     from fragscope.suite.discover import Selection
@@ -79,8 +80,11 @@ def command(
     [tool.fragscope] are searched. NAME, NAME/PRESET and NAME/PRESET/VARIANT choose from what is found; each part may
     be a glob.
 
-    Exit codes: 0 every outcome is the declared one, 3 one is not, 4 something was skipped or nothing was measured,
-    130 interrupted; what is finished then is kept, and --resume goes on from there.
+    On a GPU a case first runs on the virtual device; where it needs more than the card has free now, it is skipped.
+
+    Exit codes: 0 every outcome is the declared one, 3 one is not, 1 the allocator model differs from a recording
+    (please report it), 4 something was skipped or nothing was measured, 130 interrupted; what is finished
+    then is kept, and --resume goes on from there.
     """
     from fragscope.config import load_config
 
@@ -94,11 +98,13 @@ def command(
         kind = _device(device)
         selections = _selections(config, what, preset, variant)
 
+    from fragscope.suite.card_here import ask_card
     from fragscope.suite.plan import plan
     from fragscope.suite.runner import RunOptions, run_plan, usable_cores
 
-    settings = _settings(config, conf, releases, cards or _cards_here(kind), capacity)
     parsed = _overrides(overrides, selections)
+    here = ask_card() if kind == "cuda" else None
+    settings = _settings(config, conf, releases, cards or _profile_of(here), capacity)
     planned = plan(selections, parsed, settings, kind)
     if list_only:
         for case in planned:
@@ -111,6 +117,7 @@ def command(
         jobs=jobs or (usable_cores() if kind == "virtual" else 1),
         timeout=timeout,
         resume=resume,
+        card=here,
         command=("fragscope", *sys.argv[1:]),
     )
     try:
@@ -224,30 +231,17 @@ def _device(choice: str) -> DeviceKind:
     return "cuda"
 
 
-def _cards_here(kind: DeviceKind) -> tuple[str, ...]:
-    """On a GPU, the profile of that GPU; one without a profile gets one for this run."""
-    if kind == "virtual":
+def _profile_of(here: Card | None) -> tuple[str, ...]:
+    """The profile of the card at hand; one without a profile gets one for this run."""
+    if here is None:
         return ()
-    import torch
+    from fragscope.allocator import CARDS
 
-    from fragscope.allocator import CARDS, Card
-
-    properties = torch.cuda.get_device_properties(0)
     for card in CARDS.values():
-        if card.product == properties.name and card.total == properties.total_memory:
+        if card.product == here.product and card.total == here.total:
             return (card.name,)
-    name = properties.name.lower().replace(" ", "-")
-    CARDS[name] = Card(
-        name=name,
-        product=properties.name,
-        total=properties.total_memory,
-        free=torch.cuda.mem_get_info(0)[0],
-        capability=(properties.major, properties.minor),
-        multiprocessors=properties.multi_processor_count,
-        l2=properties.L2_cache_size,
-        source="this machine",
-    )
-    return (name,)
+    CARDS[here.name] = here
+    return (here.name,)
 
 
 def _settings(
@@ -291,7 +285,7 @@ def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[
 
 
 def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
-    from fragscope.report import markdown, results_table, write_html
+    from fragscope.report import markdown, refutation, results_table, write_html
 
     if report:
         try:
@@ -312,6 +306,9 @@ def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
             log = folder / "logs" / f"{case.digest}.log"
             more = f" (log: {log})" if log.is_file() else ""
             click.echo(f"fragscope: {case.outcome}: {case.id}: {case.message or 'no message'}{more}", err=True)
+        if case.refuted:
+            trace = f" (recorded: {folder / case.trace})" if case.trace else ""
+            click.echo(f"fragscope: model: {case.id}: {refutation(case)}; please report it{trace}", err=True)
     written = "results.json, traces" + (", report.html" if report else "")
     took = f"{len(results.cases)} case{'s' * (len(results.cases) != 1)} in {results.run.seconds:.1f} s"
     click.echo(f"fragscope: {took}; wrote {written} to {folder}", err=True)
@@ -321,6 +318,8 @@ def _exit_code(results: Results) -> int:
     unexpected = [c for c in results.cases if not c.as_expected]
     if any(c.outcome != "skipped" for c in unexpected):
         return EXIT_OVER_BUDGET
+    if any(c.refuted for c in results.cases):
+        return EXIT_INTERNAL  # as for ``fragscope replay --verify``: the fault is ours
     if unexpected or not results.run.complete or not any(c.measured for c in results.cases):
         return EXIT_NOT_MEASURED
     return EXIT_PASS

@@ -66,10 +66,14 @@ def command(
 ) -> None:
     """Find the conf under which the worst of the TRACEs needs least, by replaying them under many.
 
-    TRACEs are .fscope files or PyTorch memory snapshots. Fewer OOMs come first, then the peak relative to each trace's
-    own as recorded, then fewer driver calls beyond those as recorded, then fewer settings. The last line can be pasted
-    into a shell.
+    TRACEs are .fscope files, PyTorch memory snapshots, or folders of 'fragscope record', which stand for all their
+    recordings. Fewer OOMs come first, then the peak relative to each trace's own as recorded, then fewer driver calls
+    beyond those as recorded, then fewer settings. The last line can be pasted into a shell.
     """
+    from fragscope.trace.rank_set import expand
+
+    files = tuple(path for file in files for path in expand(file))
+
     from fragscope.search import Given, bound, load_subject, player, tune
     from fragscope.search.tune import MOST_TRIES
     from fragscope.units import parse_memory

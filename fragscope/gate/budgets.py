@@ -32,7 +32,7 @@ import tomllib
 from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.gate.toml_lines import KeyLines, TooNestedError, find_lines
@@ -50,22 +50,76 @@ _WILDCARD = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads them; "[" wi
 _SYNTAX_LINE = re.compile(r" ?\(at (?:line (\d+), column \d+|end of document)\)")
 
 
-def metric_value(case: Case, metric: str) -> int:
-    """A case's value of one of ``METRICS``, bytes."""
+class Bytes(Protocol):
+    """Counters at one moment, or the largest value of each; bytes."""
+
+    @property
+    def requested(self) -> int:
+        """Asked for by the program."""
+
+    @property
+    def allocated(self) -> int:
+        """In blocks handed out."""
+
+    @property
+    def reserved(self) -> int:
+        """Held from the driver."""
+
+    @property
+    def stranded(self) -> int:
+        """Idle beside live blocks."""
+
+
+class Figures(Protocol):
+    """What has the values that limits are set on: a case of a results file, or what a replay says of a phase."""
+
+    @property
+    def peak(self) -> Bytes:
+        """The largest value of each counter."""
+
+    @property
+    def end(self) -> Bytes:
+        """When it was over."""
+
+    @property
+    def transient(self) -> int:
+        """Needed only on the way."""
+
+    @property
+    def retained(self) -> int:
+        """Left behind; negative where more was freed."""
+
+
+def metric_value(figures: Figures, metric: str) -> int:
+    """The value of one of ``METRICS``, bytes."""
     match metric:
         case "peak_requested":
-            return case.peak.requested
+            return figures.peak.requested
         case "peak_allocated":
-            return case.peak.allocated
+            return figures.peak.allocated
         case "peak_reserved":
-            return case.peak.reserved
+            return figures.peak.reserved
         case "transient":
-            return case.transient
+            return figures.transient
         case "retained":
-            return case.retained
+            return figures.retained
         case "stranded":
-            return case.end.stranded
+            return figures.end.stranded
     raise ValueError(metric)
+
+
+def parse_limit(metric: str, value: object) -> int:
+    """A limit as it is written: bytes as an integer, or a size such as ``"2 GiB"``.
+
+    Raises:
+        UsageError: it is no byte count, negative, or beyond any memory; names the metric.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UsageError(f"{metric}: {quoted(value)} is not a byte count; write an integer or a size such as '2 GiB'")
+    limit = parse_bytes(value, metric)
+    if limit > _LARGEST:
+        raise UsageError(f"{metric}: the limit is beyond any memory; at most {_LARGEST} bytes")
+    return limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +276,7 @@ class _Reader:
     def budgets(self, content: dict[str, Any]) -> list[Budget]:
         for key in content:
             if key != "budget":
-                raise self._error((key,), f"unknown table {_quoted(key)}; {_nearest(key, ('budget',))}")
+                raise self._error((key,), f"unknown table {quoted(key)}; {nearest(key, ('budget',))}")
         tables = content.get("budget", {})
         if not isinstance(tables, dict):
             raise self._error(("budget",), 'budget is not a table; write [budget."scenario/preset/variant"]')
@@ -235,7 +289,7 @@ class _Reader:
                 continue
             for index, table in enumerate(value):
                 if not isinstance(table, dict):
-                    raise self._error((*path, index), f"budget.{_quoted(pattern)} holds something that is no table")
+                    raise self._error((*path, index), f"budget.{quoted(pattern)} holds something that is no table")
                 found.append(self._budget((*path, index), pattern, table))
         # Tables may be written in any order, and a dotted key may come back to an earlier one.
         return sorted(found, key=lambda b: b.line)
@@ -248,11 +302,11 @@ class _Reader:
         if pattern.count("/") < 2:
             raise self._error(
                 path,
-                f"budget.{_quoted(pattern)} has fewer than three parts; a budget's name is a quoted glob over "
+                f"budget.{quoted(pattern)} has fewer than three parts; a budget's name is a quoted glob over "
                 'scenario/preset/variant, such as "moe-fp8-shuffle/*/*"',
             )
         if not isinstance(value, dict | list) or value == []:
-            raise self._error(path, f"budget.{_quoted(pattern)} is not a table of limits")
+            raise self._error(path, f"budget.{quoted(pattern)} is not a table of limits")
 
     def _budget(self, path: tuple[str | int, ...], pattern: str, table: dict[str, Any]) -> Budget:
         limits: dict[str, Limit] = {}
@@ -264,39 +318,30 @@ class _Reader:
                 narrowing[key] = self._narrowing((*path, key), key, value)
             else:
                 known = (*METRICS, *NARROWING)
-                raise self._error((*path, key), f"unknown key {_quoted(key)}; {_nearest(key, known)}")
+                raise self._error((*path, key), f"unknown key {quoted(key)}; {nearest(key, known)}")
         if not limits:
             raise self._error(
-                path, f"budget.{_quoted(pattern)} states no limit; give at least one of {', '.join(METRICS)}"
+                path, f"budget.{quoted(pattern)} states no limit; give at least one of {', '.join(METRICS)}"
             )
         return Budget(pattern=pattern, limits=limits, line=self._lines.of(*path), **narrowing)
 
     def _limit(self, path: tuple[str | int, ...], key: str, value: object) -> int:
         try:
-            limit = _bytes_of(value, key)
+            return parse_limit(key, value)
         except UsageError as e:
             raise self._error(path, str(e)) from None
-        if limit > _LARGEST:
-            raise self._error(path, f"{key}: the limit is beyond any memory; at most {_LARGEST} bytes")
-        return limit
 
     def _narrowing(self, path: tuple[str | int, ...], key: str, value: object) -> str:
         if not isinstance(value, str):
-            raise self._error(path, f"{key}: {_quoted(value)} is not a string; write it in quotes")
+            raise self._error(path, f"{key}: {quoted(value)} is not a string; write it in quotes")
         if key == "device" and value not in get_args(DeviceKind):
-            raise self._error(path, f"device: unknown device {_quoted(value)}; {_nearest(value, get_args(DeviceKind))}")
+            raise self._error(path, f"device: unknown device {quoted(value)}; {nearest(value, get_args(DeviceKind))}")
         if key != "conf" and not value:
             raise self._error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
         return value
 
     def _error(self, path: tuple[str | int, ...], reason: str) -> InputFileError:
         return InputFileError(self._file, f"line {self._lines.of(*path)}: {reason}")
-
-
-def _bytes_of(value: object, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UsageError(f"{key}: {_quoted(value)} is not a byte count; write an integer or a size such as '2 GiB'")
-    return parse_bytes(value, key)
 
 
 def _same_conf(a: str, b: str) -> bool:
@@ -312,12 +357,14 @@ def _is_release(release: str, wanted: str) -> bool:
     return release == wanted or (release.startswith(wanted) and release[len(wanted)] in ".+")
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """What to write instead of an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
-def _quoted(value: object) -> str:
+def quoted(value: object) -> str:
+    """A value from a file as one harmless word."""
     try:
         return printable(repr(value), 120)
     except ValueError:  # an integer with more digits than Python converts

@@ -1,15 +1,16 @@
 """Holding results against budgets.
 
-A budget means that its cases must be measured. So a budget that matches nothing, a matched case without figures and
-an incomplete run are all *not measured*, never a pass. An outcome that the scenario does not declare fails by
-itself, budget or not, with two exceptions: a case under a budget that has no figures is reported as not measured and
-only there, and a skipped case never ran, so that it has no outcome anyone could have declared.
+A budget means that its cases must be measured. So a budget that matches nothing, a matched case without figures, one
+whose figures its own recording refutes, and an incomplete run are all *not measured*, never a pass. An outcome that the
+scenario does not declare fails by itself, budget or not, with two exceptions: a case under a budget that has no figures
+is reported as not measured and only there, and a skipped case never ran, so that it has no outcome anyone could have
+declared.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fragscope.errors import InputFileError, printable
 from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, case_name, metric_value
@@ -57,11 +58,11 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
         elif reason is None:
             held += 1
             found = _checks(case, named, limits, budgets.file)
-            checks.extend(c for c in found if c.over or case.outcome != "oom")
-            short = [c for c in found if not c.over and case.outcome == "oom"]
-            if short:  # a lower bound that is over a limit says so; one within it says nothing
-                metrics = ", ".join(c.metric for c in short)
-                why = f"ended in an out-of-memory error: {metrics} would have been larger than what was reached"
+            vain = _why_within_means_nothing(case)
+            checks.extend(c for c in found if c.over or not vain)
+            short = [c for c in found if vain and not c.over]
+            if short:
+                why = vain.format(metrics=", ".join(c.metric for c in short))
                 not_measured.append(NotMeasured(case=named, budget=short[0].budget, reason=why))
         else:
             first = min((budget for _, budget in limits.values()), key=lambda b: b.line)
@@ -152,7 +153,14 @@ def _shown(name: str) -> str:
 def _checks(case: Case, named: CaseName, limits: _Resolved, file: str) -> list[Check]:
     operators = sorted({op.op for op in case.estimated_ops})
     unknown = sorted({a.code for a in case.assumptions if a.effect == "unknown"})
-    caveats = _caveats(case, operators, unknown)
+    uncertain = caveats(
+        exact=case.exact,
+        operators=operators,
+        assumptions=[(a.code, a.effect) for a in case.assumptions],
+        lost=[loss.code for loss in case.lost],
+        mismatches=case.verify.mismatches if case.verify is not None else 0,
+        ended_in_oom=case.outcome == "oom",
+    )
     return [
         Check(
             case=named,
@@ -165,30 +173,53 @@ def _checks(case: Case, named: CaseName, limits: _Resolved, file: str) -> list[C
             exact=case.exact,
             estimated_ops=operators,
             assumptions=unknown,
-            caveats=caveats,
+            caveats=uncertain,
         )
         for metric, (limit, budget) in limits.items()
     ]
 
 
-def _caveats(case: Case, operators: list[str], unknown: list[str]) -> list[str]:
-    caveats: list[str] = []
+def caveats(
+    *,
+    exact: bool,
+    operators: Iterable[str] = (),
+    assumptions: Iterable[tuple[str, str]] = (),
+    lost: Iterable[str] = (),
+    mismatches: int = 0,
+    ended_in_oom: bool = False,
+) -> list[str]:
+    """Everything that keeps figures from being certain, for people.
+
+    Args:
+        exact: what the measurement itself says.
+        operators: whose hidden temporaries are unknown.
+        assumptions: code and effect of each.
+        lost: codes of what the recording lacks.
+        mismatches: decisions in which the model differs from the recording.
+        ended_in_oom: the phase ended early.
+    """
+    found: list[str] = []
+    operators = sorted(set(operators))
+    by_effect: dict[str, set[str]] = {}
+    for code, effect in assumptions:
+        by_effect.setdefault(effect, set()).add(code)
+    unknown, bounded = (sorted(by_effect.get(effect, ())) for effect in ("unknown", "bounded"))
     if operators:
         more = f" and {len(operators) - _SHOWN_OPS} more" if len(operators) > _SHOWN_OPS else ""
-        caveats.append(f"estimated: hidden temporaries of {', '.join(operators[:_SHOWN_OPS])}{more} are unknown")
+        found.append(f"estimated: hidden temporaries of {', '.join(operators[:_SHOWN_OPS])}{more} are unknown")
     if unknown:
-        caveats.append(f"{'' if operators else 'estimated: '}assumed with unknown effect: {', '.join(unknown)}")
-    if not case.exact and not caveats and case.outcome != "oom":
-        bounded = sorted({a.code for a in case.assumptions if a.effect == "bounded"})
+        found.append(f"{'' if operators else 'estimated: '}assumed with unknown effect: {', '.join(unknown)}")
+    if not exact and not found and not ended_in_oom:
         because = f"assumed with bounded effect: {', '.join(bounded)}" if bounded else "the results do not say why"
-        caveats.append(f"estimated: {because}")
-    if case.lost:
-        caveats.append(f"the recording lacks {', '.join(sorted({loss.code for loss in case.lost}))}")
-    if case.verify is not None and case.verify.mismatches:
-        caveats.append(f"the model differs from the recording in {case.verify.mismatches} decisions")
-    if case.outcome == "oom":
-        caveats.append("the phase ended in an out-of-memory error: a lower bound")
-    return caveats
+        found.append(f"estimated: {because}")
+    codes = sorted(set(lost))
+    if codes:
+        found.append(f"the recording lacks {', '.join(codes)}")
+    if mismatches:
+        found.append(f"the model differs from the recording in {mismatches} decisions")
+    if ended_in_oom:
+        found.append("the phase ended in an out-of-memory error: a lower bound")
+    return found
 
 
 def _why_not_measured(case: Case) -> str | None:
@@ -198,6 +229,19 @@ def _why_not_measured(case: Case) -> str | None:
     if case.peak == Peak() and case.end == Peak() and case.allocs == 0:
         return f"has no figures (outcome {case.outcome}{f': {case.message}' if case.message else ''})"
     return None
+
+
+def _why_within_means_nothing(case: Case) -> str:
+    """Why values that are within their limits say nothing, with a place for ``{metrics}``; ``""`` where they do.
+
+    Values over their limits stand: what an OOM cut short is over already.
+    """
+    if case.outcome == "oom":
+        return "ended in an out-of-memory error: {metrics} would have been larger than what was reached"
+    if case.verify is not None and case.refuted:
+        differ = f"{case.verify.mismatches:,} of {case.verify.compared:,}"
+        return f"the model differs from the recording in {differ} comparisons: {{metrics}} may not be what the card had"
+    return ""
 
 
 def _why_unmatched(budget: Budget, by_name: dict[str, list[Case]]) -> str:

@@ -39,7 +39,7 @@ def as_markdown(verdict: Verdict) -> str:
     if verdict.over:
         lines += ["", "| case | metric | budget | value | excess | stated in | |", "|---|---|--:|--:|--:|---|---|"]
     for check in verdict.over:
-        limit, value, excess = _sizes(check)
+        limit, value, excess = _sizes(check.limit, check.value)
         caveats = "; ".join(check.caveats)
         cells = [_code(check.case.name), _code(check.metric), limit, value, excess, _code(check.budget.place)]
         cells.append(_code(caveats) if caveats else "")
@@ -78,27 +78,36 @@ def summary(verdict: Verdict) -> str:
 
 
 def _over_line(check: Check) -> str:
-    limit, value, excess = _sizes(check)
-    return _columns(
-        "over",
-        check.case.name,
-        check.metric,
-        f"budget {limit}",
-        f"value {value}",
-        f"excess {excess}",
-        _place(check.budget),
-        *check.caveats,
-    )
+    where = (check.budget.place, *check.caveats)
+    return comparison_line("over", check.case.name, check.metric, check.limit, check.value, *where)
 
 
-def _sizes(check: Check) -> tuple[str, str, str]:
+def comparison_line(word: str, name: str, metric: str, limit: int, value: int, place: str, *caveats: str) -> str:
+    """One value held against one limit.
+
+    Args:
+        word: how it came out: ``over`` or ``within``.
+        name: of what was measured; "" where that is clear.
+        metric: one of ``METRICS``.
+        limit: bytes.
+        value: bytes.
+        place: where the limit is stated.
+        caveats: what keeps the value from being certain.
+    """
+    budget, shown, excess = _sizes(limit, value)
+    over = [f"excess {excess}"] if value > limit else []
+    columns = (word, *([name] if name else []), metric, f"budget {budget}", f"value {shown}", *over)
+    return _columns(*columns, f"[{_plain(place)}]", *caveats)
+
+
+def _sizes(limit_bytes: int, value_bytes: int) -> tuple[str, str, str]:
     """Budget, value and excess; in bytes where rounding would make budget and value look equal."""
-    limit, value = format_bytes(check.limit), format_bytes(check.value)
-    if limit == value:
-        limit, value = f"{check.limit:,} B", f"{check.value:,} B"
-    excess = format_bytes(check.excess)
-    if check.limit:
-        percent = 100 * check.excess / check.limit
+    limit, value = format_bytes(limit_bytes), format_bytes(value_bytes)
+    if limit == value and limit_bytes != value_bytes:
+        limit, value = f"{limit_bytes:,} B", f"{value_bytes:,} B"
+    excess = format_bytes(value_bytes - limit_bytes)
+    if limit_bytes:
+        percent = 100 * (value_bytes - limit_bytes) / limit_bytes
         excess += f" (+{percent:,.1f} %)" if percent >= 0.1 else " (+<0.1 %)"
     return limit, value, excess
 

@@ -6,7 +6,7 @@ in its own way. The table and Markdown need nothing beyond the core; the page ne
 
 from fragscope.report.html import write_html
 from fragscope.report.markdown import markdown
-from fragscope.report.summary import Group, Row, Summary, summarize
+from fragscope.report.summary import Group, Row, Summary, refutation, summarize
 from fragscope.report.table import results_table
 
-__all__ = ["Group", "Row", "Summary", "markdown", "results_table", "summarize", "write_html"]
+__all__ = ["Group", "Row", "Summary", "markdown", "refutation", "results_table", "summarize", "write_html"]

@@ -47,7 +47,7 @@ def _table(group: Group) -> list[str]:
         for row in group.rows
         if row.message and not (row.case.as_expected and row.case.outcome == "ok")
     ]
-    messages += [f"- {escaped(row.variant)}: {escaped(row.pool_note)}" for row in group.rows if row.pool_note]
+    messages += [f"- {escaped(row.variant)}: {escaped(note)}" for row in group.rows for note in row.notes]
     return [*lines, "", *messages] if messages else lines
 
 

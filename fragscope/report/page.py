@@ -26,7 +26,7 @@ from fragscope.report.figures import (
 )
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
 from fragscope.report.pools import Breakdown, PoolShare, breakdown
-from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, summarize
+from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, refutation, summarize
 from fragscope.report.table import HEADINGS
 from fragscope.report.table import figures as table_figures
 from fragscope.report.traces import Recording, Unavailable, open_recording
@@ -223,9 +223,10 @@ def _notes(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]
     out += [("failed", f"a request for {format_bytes(o.requested)} at event {o.event:,}") for o in case.ooms[:3]]
     if len(case.ooms) > 3:
         out.append(("failed", f"and {len(case.ooms) - 3} more requests"))
-    if case.verify is not None and case.verify.mismatches:
-        first = f": {printable(case.verify.first)}" if case.verify.first else ""
-        out.append(("model", f"{case.verify.mismatches} of {case.verify.compared} decisions differ{first}"))
+    if case.refuted:
+        out.append(("model", refutation(case)))
+    if case.precheck is not None and case.precheck.note:
+        out.append(("before", printable(case.precheck.note)))
     out += [("estimated", f"{printable(e.op, 80)} called {e.calls:,} times {printable(e.where, 120)}".strip())
             for e in case.estimated_ops]  # fmt: skip
     out += [

@@ -73,7 +73,13 @@ class Row:
         return f"{case.outcome} (declared: {case.expected_outcome})"
 
     @property
-    def pool_note(self) -> str:
+    def notes(self) -> tuple[str, ...]:
+        """What no column of the comparison shows, a printable line each."""
+        before = self.case.precheck.note if self.case.precheck is not None else ""
+        return tuple(filter(None, (refutation(self.case), printable(before), self._pool_note)))
+
+    @property
+    def _pool_note(self) -> str:
         """What is idle in private pools, which no column of the comparison shows; empty where nothing ever was."""
         peak, end = self.case.peak.pool_idle, self.case.end.pool_idle
         if not self.case.measured or not peak:
@@ -135,6 +141,15 @@ def summarize(results: Results) -> Summary:
     """Group the cases and say what came out."""
     groups = _groups(results.cases)
     return Summary(_facts(results), _warnings(results), _headlines(results, groups), groups)
+
+
+def refutation(case: Case) -> str:
+    """Where the allocator model and the card part, as one printable line; empty where they do not."""
+    if case.verify is None or not case.verify.mismatches:
+        return ""
+    first = f"; first: {printable(case.verify.first)}" if case.verify.first else ""
+    differ = f"the allocator model differs from the recording in {case.verify.mismatches:,} of "
+    return f"{differ}{case.verify.compared:,} comparisons, and the figures are the model's{first}"
 
 
 def _complete(case: Case) -> bool:
@@ -219,9 +234,10 @@ def _warnings(results: Results) -> tuple[str, ...]:
     rough = [c for c in cases if c.measured and not c.exact]
     if rough:
         out.append(f"{len(rough)} of {len(cases)} cases are marked {ESTIMATED}: their figures are not exact.")
-    wrong = [c for c in cases if c.verify is not None and c.verify.mismatches]
-    if wrong:
-        out.append(f"In {len(wrong)} cases the allocator model differs from what was recorded.")
+    refuted = [c for c in cases if c.refuted]
+    if refuted:
+        where = f"{len(refuted)} of {len(cases)} cases"
+        out.append(f"In {where} the allocator model differs from what was recorded: their figures are not the card's.")
     lossy = [c for c in cases if c.lost]
     if lossy:
         out.append(f"The recordings of {len(lossy)} cases are not complete; what is lost is listed with each.")

@@ -40,8 +40,8 @@ class _Report:
             for row in group.rows:
                 if row.message and not (row.case.as_expected and row.case.outcome == "ok"):
                     yield Text(f"{row.variant}: {row.message}")
-                if row.pool_note:
-                    yield Text(f"{row.variant}: {row.pool_note}")
+                for note in row.notes:
+                    yield Text(f"{row.variant}: {note}")
             yield Text()
         if self.summary.groups:
             notes = "MiB; against original: difference of transient"

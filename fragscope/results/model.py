@@ -65,11 +65,33 @@ class AssumptionRecord(msgspec.Struct, frozen=True):
 
 
 class VerifyRecord(msgspec.Struct, frozen=True):
-    """Comparison of the model with recorded decisions."""
+    """Comparison of the model with what a card's allocator did, and with PyTorch's own figures of the phase.
+
+    Attributes:
+        compared: decisions, blocks at the end and figures that were compared.
+        mismatches: how many differ. If any does, the case's figures are the model's and not the card's.
+        first: the first difference.
+    """
 
     compared: int
     mismatches: int
     first: str | None = None
+
+
+class PrecheckRecord(msgspec.Struct, frozen=True):
+    """What the model said of a case before it was run on a card; bytes.
+
+    Attributes:
+        needs: most that it would hold from the driver at once; None where that could not be told.
+        free: of the card, beside a CUDA context.
+        exact: ``needs`` is all of it, and not a part or an estimate.
+        note: why it was run although it was not known to fit, or was known not to; ``""`` where it was known to fit.
+    """
+
+    needs: int | None
+    free: int
+    exact: bool
+    note: str = ""
 
 
 class LossRecord(msgspec.Struct, frozen=True):
@@ -107,6 +129,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         base, end_live: allocated bytes when the phase began and ended.
         transient: peak allocated beyond base and end.
         retained: end minus base.
+        precheck: what was known of its need before it ran on a card; None on the virtual device, and for a case that
+            is declared to run out of memory.
         message: one line about what went wrong.
         seconds: wall time of the recording or replay.
         trace: path of the Trace, relative to the results file.
@@ -146,6 +170,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     retries: int = 0
     numeric: dict[str, Any] | None = None
     verify: VerifyRecord | None = None
+    precheck: PrecheckRecord | None = None
     lost: list[LossRecord] = []
     assumptions: list[AssumptionRecord] = []
     findings: list[dict[str, Any]] = []
@@ -158,6 +183,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     def measured(self) -> bool:
         """Whether the figures mean anything: the phase ran to its end, or to the OOM that ended it."""
         return self.outcome in ("ok", "oom", "wrong", "hazard", "overflow")
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the recording shows that the model, and with it the figures, is wrong."""
+        return self.verify is not None and self.verify.mismatches > 0
 
     @property
     def as_expected(self) -> bool:

@@ -38,9 +38,14 @@ class PlannedCase:
     digest: str
 
     @property
-    def recording(self) -> tuple[str, tuple[tuple[str, Value], ...], str]:
-        """Cases with equal values here can share one recording."""
-        return (self.selection.name, self.values, self.device)
+    def recording(self) -> tuple[str, tuple[tuple[str, Value], ...], str, str]:
+        """Cases with equal values here can share one recording.
+
+        On a card each conf is recorded: its allocator reads the conf once a process, and what it does under one is
+        there to be measured.
+        """
+        conf = self.settings.conf if self.device == "cuda" else ""
+        return (self.selection.name, self.values, self.device, conf)
 
 
 def plan(

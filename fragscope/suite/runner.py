@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fragscope.allocator import card_named
+from fragscope.allocator import Card, card_named
 from fragscope.errors import printable
-from fragscope.results import Case, Outcome, Results, Run, save_results
+from fragscope.results import Case, Outcome, PrecheckRecord, Results, Run, save_results
 from fragscope.suite.journal import Journal, finished_cases, locked
 from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
+from fragscope.suite.precheck import Need, asks_for_plenty, judge, run_need
 from fragscope.suite.process import log_path, place_in_log, report_path
 from fragscope.suite.server import Job, WorkerServer
 from fragscope.suite.worker import CaseTask, Report, Task, bare_case, run_task
@@ -36,6 +37,7 @@ class RunOptions:
         jobs: worker processes at once.
         timeout: seconds a recording may take.
         resume: take valid results of an earlier run in the same folder.
+        card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
     """
 
@@ -44,6 +46,7 @@ class RunOptions:
     jobs: int
     timeout: float
     resume: bool
+    card: Card | None = None
     command: tuple[str, ...] = ()
 
 
@@ -150,6 +153,8 @@ class _PlanRun:
         self._held: dict[str, list[Case]] = {}  # cases by scenario whose numeric step is not over
         self._tasks: dict[str, Task] = {}
         self._planned: dict[str, PlannedCase] = {}
+        self._needs: dict[str, Need] = {}  # on the card at hand, by digest of a recording's first case
+        self._prechecks: dict[Any, PrecheckRecord] = {}  # by what cases share a recording by
         self._journal: Journal | None = None
 
     @contextlib.contextmanager
@@ -171,16 +176,19 @@ class _PlanRun:
         groups: dict[Any, list[PlannedCase]] = {}
         for planned in todo:
             groups.setdefault(planned.recording, []).append(planned)
-        recordings = [self._recording_job(group) for group in groups.values()]
+        recordings = [self._first_job(group) for group in groups.values()]
         with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
             server.run([*numeric, *recordings], self._ended, self._started)
 
     def _started(self, job: Job) -> None:
         task = self._tasks[job.key]
-        self._progress.started(f"numerics of {task.scenario}" if job.target is run_numeric else task.cases[0].id)
+        what = {run_numeric: f"numerics of {task.scenario}", run_need: f"need of {task.cases[0].id}"}
+        self._progress.started(what.get(job.target, task.cases[0].id))
 
     def _ended(self, job: Job) -> Iterable[Job]:
-        return self._numeric_ended(job) if job.target is run_numeric else self._recording_ended(job)
+        if job.target is run_numeric:
+            return self._numeric_ended(job)
+        return self._need_ended(job) if job.target is run_need else self._recording_ended(job)
 
     # --- numeric steps --------------------------------------------------------------------------------------------
 
@@ -204,6 +212,42 @@ class _PlanRun:
             self._finish(case)
         return ()
 
+    # --- what cases need of a card --------------------------------------------------------------------------------
+
+    def _first_job(self, group: Sequence[PlannedCase]) -> Job:
+        """The recording itself, unless it has to fit a card first. One that is to run out of memory need not."""
+        task = self._task(group)
+        if task.device == "virtual" or task.card is None or task.expect == "oom":
+            return self._recording_job(group)
+        return self._need_job(task, plenty=False)
+
+    def _need_job(self, task: Task, *, plenty: bool) -> Job:
+        key = f"need-{'with-plenty-' if plenty else ''}{task.cases[0].digest}"
+        self._tasks[key] = task
+        return Job(key, run_need, (task, plenty, key))
+
+    def _need_ended(self, job: Job) -> Iterable[Job]:
+        task = self._tasks[job.key]
+        assert task.card is not None
+        digest = task.cases[0].digest
+        need: Need | None = _read(report_path(task.out, job.key), Need)
+        if digest not in self._needs:
+            if need is None:
+                need = Need("timeout" if job.timed_out else "crash", f"the process {_how_it_ended(job, task)}")
+            self._needs[digest] = need
+            if asks_for_plenty(need, task.card):
+                return [self._need_job(task, plenty=True)]
+            judgement = judge(need, task.card)
+        else:
+            judgement = judge(self._needs[digest], task.card, need)
+        group = [self._planned[c.id] for c in task.cases]
+        self._prechecks[group[0].recording] = judgement.record
+        if not judgement.skip:
+            return [self._recording_job(group)]
+        for wanted in task.cases:
+            self._finish(bare_case(task, wanted, "skipped", judgement.skip, versions().get("torch", "")))
+        return ()
+
     # --- recordings -----------------------------------------------------------------------------------------------
 
     def _task(self, group: Sequence[PlannedCase]) -> Task:
@@ -223,6 +267,7 @@ class _PlanRun:
             cases=tuple(CaseTask(p.id, p.digest, p.settings) for p in group),
             out=self._options.out,
             timeout=self._options.timeout,
+            card=self._options.card,
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:
@@ -245,6 +290,7 @@ class _PlanRun:
         return [self._recording_job([self._planned[i]]) for i in report.again]
 
     def _finish(self, case: Case) -> None:
+        case = msgspec.structs.replace(case, precheck=self._prechecks.get(self._planned[case.id].recording))
         if case.scenario in self._held:
             self._held[case.scenario].append(case)
             return

@@ -16,9 +16,19 @@ from typing import Any
 import msgspec
 import torch
 
-from fragscope.allocator import Counters, Replay, ReplaySettings, Span, Verification, card_named, replay
-from fragscope.errors import FragscopeError, UnmodelledError, UnsupportedError, UsageError, printable
-from fragscope.record.cuda import CudaRecorder, PhaseStatistics
+from fragscope.allocator import (
+    Card,
+    Counters,
+    Replay,
+    ReplaySettings,
+    Span,
+    card_named,
+    replay,
+)
+from fragscope.errors import FragscopeError, UnsupportedError, UsageError, printable
+from fragscope.measure import non_torch
+from fragscope.record.cuda import PhaseStatistics, RecorderOptions, Stacks
+from fragscope.record.cuda import Recorder as CudaRecorder
 from fragscope.record.virtual import VirtualDevice
 from fragscope.results import (
     AfterEmptyCache,
@@ -39,9 +49,12 @@ from fragscope.suite.process import enter, innermost, leave, log_path, report_pa
 from fragscope.suite.scenario import Case as ScenarioCase
 from fragscope.suite.scenario import Recorder, Scenario, SkipCase, Value
 from fragscope.suite.sources import loaded_sources
+from fragscope.suite.verification import installed_rules, verified_recording
 from fragscope.trace import DecisionKind, RequestKind, Trace, write_trace
 from fragscope.trace.containers import write_atomically
 from fragscope.units import format_bytes
+
+_SAMPLE_EVERY = 0.25  # seconds between samples of device memory outside the allocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,11 @@ class CaseTask:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One recording, and the cases it may serve. The first case's settings are those it is recorded under."""
+    """One recording, and the cases it may serve. The first case's settings are those it is recorded under.
+
+    Attributes:
+        card: the card at hand and what is free of it, for a recording on CUDA.
+    """
 
     file: Path
     root: Path
@@ -70,6 +87,7 @@ class Task:
     cases: tuple[CaseTask, ...]
     out: Path
     timeout: float
+    card: Card | None = None
 
 
 class Report(msgspec.Struct):
@@ -98,29 +116,32 @@ def record(task: Task) -> Report:
     """Run the variant on its device and decide the recording under every setting."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    recording = _on_cuda(task) if task.device == "cuda" else _on_virtual(task)
+    recording = _on_cuda(task) if task.device == "cuda" else on_virtual(task, _virtual_device(task))
     sources = loaded_sources(task.file)
     trace = recording.trace
     observed = trace is not None and trace.count(RequestKind.OBSERVATION) > 0
     cases: list[Case] = []
     again: list[str] = []
+    verified: VerifyRecord | None = None
     for position, wanted in enumerate(task.cases):
         decided = None
         if trace is not None:
-            first = position == 0
             try:
-                decided = replay(trace, wanted.settings, verify=first and task.device == "cuda")
-            except UnmodelledError as e:
+                if position == 0 and task.device == "cuda":
+                    verified = verified_recording(trace, task.card, recording.statistics)
+                decided = replay(trace, wanted.settings)
+            except UsageError as e:  # the model does not cover what was recorded
                 recording = replace(recording, trace=None, outcome="unsupported", message=printable(str(e), 600))
                 trace = None
         if position and (decided is None or observed or recording.outcome != "ok" or decided.ooms):
             again.append(wanted.id)
             continue
         elapsed = time.perf_counter() - began
-        result = _result(task, wanted, recording, decided, sources, elapsed)
-        if decided is not None:
+        result = _result(task, wanted, recording, decided, verified, sources, elapsed)
+        if decided is not None and trace is not None:
             file = task.out / "traces" / f"{wanted.digest}.fscope"
-            write_trace(decided.trace, file)
+            # Where the model is wrong, what the card did is what there is to see, and to report.
+            write_trace(trace if position == 0 and result.refuted else decided.trace, file)
             result = msgspec.structs.replace(result, trace=str(file.relative_to(task.out)))
         cases.append(result)
         began = time.perf_counter()
@@ -128,7 +149,7 @@ def record(task: Task) -> Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recording:
+class Recording:
     """What running a variant gave.
 
     Attributes:
@@ -143,9 +164,13 @@ class _Recording:
     statistics: PhaseStatistics | None = None
 
 
-def _on_virtual(task: Task) -> _Recording:
+def _virtual_device(task: Task) -> VirtualDevice:
     settings = task.cases[0].settings
-    device = VirtualDevice(card_named(settings.card), settings, task.root)
+    return VirtualDevice(card_named(settings.card), settings, task.root)
+
+
+def on_virtual(task: Task, device: VirtualDevice) -> Recording:
+    """Run the variant on a virtual device, whatever device the task is for."""
     recorder = _PhaseRecorder(device.memory)
     with device:
         outcome, message, measured = _run_body(task, recorder)
@@ -153,22 +178,25 @@ def _on_virtual(task: Task) -> _Recording:
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
     if outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
         estimated += [EstimatedOp(f"caught: {what}", n, where) for what, (n, where) in sorted(device.refused.items())]
-    return _Recording(trace, outcome, message, estimated)
+    return Recording(trace, outcome, message, estimated)
 
 
-def _on_cuda(task: Task) -> _Recording:
+def _on_cuda(task: Task) -> Recording:
     # The allocator reads its settings when CUDA is first used, which is now; the user's own must not mix in.
     settings = task.cases[0].settings
-    rules = settings.rules.rules
+    rules = installed_rules().rules
     for variable in (*rules.conf_variables, *rules.conf.variables_in_part):
         os.environ.pop(variable, None)
     if settings.conf:
         os.environ[rules.conf_variables[0]] = settings.conf
-    cuda = CudaRecorder()
+    cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
+    cuda.start()
     recorder = _PhaseRecorder(cuda)
     outcome, message, measured = _run_body(task, recorder)
-    trace = cuda.finish(_provenance(task)) if measured else None
-    return _Recording(trace, outcome, message, [], cuda.statistics)
+    if not measured:
+        cuda.discard()
+        return Recording(None, outcome, message, [])
+    return Recording(cuda.stop(_provenance(task)), outcome, message, [], cuda.statistics)
 
 
 def _run_body(task: Task, recorder: _PhaseRecorder) -> tuple[Outcome, str, bool]:
@@ -271,8 +299,9 @@ def _provenance(task: Task) -> dict[str, str]:
 def _result(
     task: Task,
     wanted: CaseTask,
-    recording: _Recording,
+    recording: Recording,
     decided: Replay | None,
+    verified: VerifyRecord | None,
     sources: dict[str, str],
     seconds: float,
 ) -> Case:
@@ -281,13 +310,15 @@ def _result(
     facts: dict[str, Any] = {}
     if decided is not None and decided.measured is not None:
         facts = _figures(decided, decided.measured, decided.trace)
-        facts["exact"] = decided.exact and not recording.estimated and recording.outcome == "ok"
+        right = verified is None or not verified.mismatches
+        facts["exact"] = right and decided.exact and not recording.estimated and recording.outcome == "ok"
+        facts["verify"] = verified
+        outside = None if recording.trace is None else non_torch(recording.trace)
+        facts["non_torch_peak"] = None if outside is None else outside.peak
         if outcome == "ok" and task.device == "cuda" and decided.measured.ooms and not _failed_when_recorded(recording):
             # A card cannot be made smaller; that the program would have failed is known from the replay alone.
             outcome, oom = "oom", decided.ooms[0]
             message = f"replayed: {format_bytes(oom.requested)} do not fit within {format_bytes(settings.capacity)}"
-        if decided.verify is not None:
-            facts["verify"] = _verified(decided.verify, decided.measured, recording.statistics)
     return msgspec.structs.replace(
         bare_case(task, wanted, outcome, message, str(torch.__version__)),
         estimated_ops=recording.estimated,
@@ -321,26 +352,9 @@ def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torc
     )
 
 
-def _failed_when_recorded(recording: _Recording) -> bool:
+def _failed_when_recorded(recording: Recording) -> bool:
     decisions = recording.trace.decisions if recording.trace is not None else None
     return decisions is not None and bool((decisions.kind == DecisionKind.OOM).any())
-
-
-def _verified(decisions: Verification, span: Span, statistics: PhaseStatistics | None) -> VerifyRecord:
-    """The model against what the GPU's allocator did, and against PyTorch's own statistics of the phase."""
-    compared, wrong = decisions.compared, decisions.mismatches
-    first = None
-    if decisions.first is not None:
-        d = decisions.first
-        first = f"event {d.event}: recorded {d.recorded}, modelled {d.modelled}"
-    if statistics is not None:
-        for what, theirs, ours in (("peak", statistics.peak, span.peak), ("end", statistics.end, span.end)):
-            for name, value in theirs.items():
-                compared += 1
-                if getattr(ours, name) != value:
-                    wrong += 1
-                    first = first or f"{what} {name}: PyTorch says {value}, the model {getattr(ours, name)}"
-    return VerifyRecord(compared, wrong, first)
 
 
 def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fragscope.trace.load import load_trace
 from fragscope.trace.sidecar import with_sidecar
 from fragscope.trace.store import write_trace
 from fragscope.trace.trace import DEFAULT_POOL, BlockState, Loss, Observation, PoolId, SegmentState, Settings, Trace
+from fragscope.trace.window import OwnRequests, own_requests
 
 __all__ = [
     "DECISION_DTYPES",
@@ -37,6 +38,7 @@ __all__ = [
     "Frame",
     "Loss",
     "Observation",
+    "OwnRequests",
     "PoolId",
     "RequestKind",
     "RequestLog",
@@ -47,6 +49,7 @@ __all__ = [
     "StackTable",
     "Trace",
     "load_trace",
+    "own_requests",
     "with_sidecar",
     "write_trace",
 ]

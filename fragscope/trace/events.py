@@ -69,6 +69,9 @@ class RequestKind(IntEnum):
     """Recording began when the allocator already held the segments of ``Trace.initial``; the first row, if any."""
     HELD = 19
     """``id`` was live then, ``size`` bytes asked for; one row for each such block, in the order of their addresses."""
+    NON_TORCH = 20
+    """Device memory in use was sampled: ``size`` bytes, of this process or of the whole device
+    (``Trace.provenance``), the allocator's own among them."""
 
 
 class DecisionKind(IntEnum):

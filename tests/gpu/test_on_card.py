@@ -24,8 +24,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 NAMES = ["moe-fp8-shuffle/qwen3-30b-a3b-tp1"]
-if importlib.util.find_spec("flashinfer") is None:
-    pytestmark.append(pytest.mark.skip(reason="the shipped scenarios need flashinfer"))
+SHIPPED = pytest.mark.skipif(
+    importlib.util.find_spec("flashinfer") is None, reason="the shipped scenarios need flashinfer"
+)
 
 
 def run(out: Path, device: str) -> dict[str, Case]:
@@ -39,6 +40,7 @@ def on_card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return run(tmp_path_factory.mktemp("cuda"), "cuda")
 
 
+@SHIPPED
 def test_every_decision_of_the_card_is_the_models(on_card):
     for name, case in on_card.items():
         assert case.verify is not None
@@ -46,10 +48,12 @@ def test_every_decision_of_the_card_is_the_models(on_card):
         assert case.verify.compared > 100
 
 
+@SHIPPED
 def test_numerics_on_the_card_agree_with_the_reference(on_card):
     assert all(c.numeric is not None and c.numeric["agree"] and c.numeric["device"] == "cuda" for c in on_card.values())
 
 
+@SHIPPED
 def test_the_virtual_device_asks_for_the_same(on_card, tmp_path):
     virtual = run(tmp_path, "virtual")
     assert set(virtual) == set(on_card)
@@ -62,6 +66,58 @@ def test_the_virtual_device_asks_for_the_same(on_card, tmp_path):
             assert other.peak == case.peak
 
 
+TOO_LARGE = """
+import fragscope
+import torch
+
+@fragscope.scenario("too-large", presets={"one": {}})
+def _(case):
+    base = torch.empty(10 * 2**40, dtype=torch.uint8, device="cuda")
+    with case.measure():
+        pass
+
+@fragscope.scenario("fits", presets={"one": {}})
+def _(case):
+    with case.measure():
+        kept = torch.empty(12 * 2**20, dtype=torch.uint8, device="cuda")
+"""
+
+
+def test_what_cannot_fit_this_card_is_skipped_and_the_rest_runs_under_each_conf(tmp_path):
+    (tmp_path / "scenario_sizes.py").write_text(TOO_LARGE)
+    confs = ["", "expandable_segments:True"]
+    command = [
+        sys.executable,
+        "-m",
+        "fragscope",
+        "run",
+        str(tmp_path),
+        "--device",
+        "cuda",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--no-report", *(word for conf in confs for word in ("--conf", conf))]
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=500, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    cases = load_results(tmp_path / "out").cases
+    skipped = [c for c in cases if c.scenario == "too-large"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    for case in skipped:
+        assert (case.outcome, case.trace) == ("skipped", None)
+        assert case.message.startswith("needs 10,485,760 MiB, card has "), case.message
+        assert case.precheck is not None
+        assert 0 < case.precheck.free < total
+    fits = [c for c in cases if c.scenario == "fits"]
+    assert [c.conf for c in fits] == [c.conf for c in skipped] == confs
+    for case in fits:
+        reserved = 20 if case.conf else 12  # MiB: an expandable segment of the large pool is mapped in pages of 20
+        assert (case.outcome, case.peak.reserved) == ("ok", reserved * 2**20), case.message
+        assert case.verify is not None
+        assert (case.verify.mismatches, case.verify.first) == (0, None)
+
+
+@SHIPPED
 def test_footprints_recorded_earlier_still_hold(tmp_path):
     """For the release and card at hand; another release may well differ, and then the table needs its recording."""
     stored = json.loads((ROOT / "tests" / "data" / "footprints" / "h100-torch-2.11.0.json").read_text())

@@ -244,6 +244,22 @@ def test_an_undeclared_outcome_fails_although_its_figures_are_within(outcome):
     assert verdict.cases_held == 1
 
 
+def test_what_a_recording_refutes_can_be_over_a_limit_but_never_within_it():
+    case = _case(exact=False, verify=VerifyRecord(1000, 7, "event 3: recorded a, modelled b"))
+    within = _gate(ANY, case)
+    assert (within.exit_code, within.checks) == (4, [])
+    (line, _) = as_text(within).splitlines()
+    assert line.startswith(
+        "not measured  moe/v3/list  the model differs from the recording in 7 of 1,000 comparisons: "
+    )
+    assert "retained may not be what the card had" in line
+    assert "7 of 1,000" in as_markdown(within)
+    verdict = _gate('[budget."moe/*/*"]\ntransient = 49\n', case)
+    assert verdict.exit_code == 3
+    assert "the model differs from the recording in 7 decisions" in as_text(verdict).splitlines()[0]
+    assert _gate(ANY, _case(verify=VerifyRecord(1000, 0))).exit_code == 0
+
+
 def test_an_outcome_that_was_declared_and_did_not_happen_is_undeclared():
     assert _gate(ANY, _case(outcome="ok", expected_outcome="oom")).exit_code == 3
 
@@ -323,7 +339,6 @@ def test_cases_that_share_a_name_are_told_apart_by_id():
         ({"assumptions": [AssumptionRecord("free-order", "bounded", 2)]}, ["estimated", "bounded effect: free-order"]),
         ({}, ["estimated"]),
         ({"lost": [LossRecord("ring-overflow", "first 10 events")]}, ["ring-overflow"]),
-        ({"verify": VerifyRecord(100, 7)}, ["7 decisions"]),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_exact_is_compared_and_called_so(limit, changes, words):

@@ -57,6 +57,12 @@ def test_cases_that_differ_in_settings_only_share_a_recording() -> None:
     assert one.recording == other.recording != preset.recording
 
 
+def test_on_a_card_each_conf_is_recorded_and_rules_share() -> None:
+    settings = [SETTINGS, replace(SETTINGS, rules=rules_for("2.13.0")), replace(SETTINGS, conf="max_split_size_mb:64")]
+    one, newer, conf = plan([selection()], {}, settings, "cuda")
+    assert one.recording == newer.recording != conf.recording
+
+
 def test_a_digest_is_stable() -> None:
     assert digest() == digest()
     assert digest(n="1") == digest()  # the preset's own value

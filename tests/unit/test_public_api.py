@@ -12,12 +12,12 @@ import pytest
 import fragscope
 
 PUBLIC = {
-    "Case", "FragscopeError", "InputFileError", "NotMeasuredError", "Scenario", "Trace", "UnmodelledError",
-    "UnsupportedError", "UsageError", "load_trace", "scenario",
+    "Case", "FragscopeError", "InputFileError", "NotMeasuredError", "Recorder", "RecorderOptions", "Scenario", "Stacks",
+    "Trace", "UnmodelledError", "UnsupportedError", "UsageError", "load_trace", "phase", "scenario",
 }  # fmt: skip
 ROOMS = [
     "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
-    "fragscope.report", "fragscope.search",
+    "fragscope.report", "fragscope.search", "fragscope.doctor",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from fragscope.report.figures import LINE_POINTS, map_figure, map_scale, raster,
 from fragscope.report.memory_map import Canvas, CellState, address_ranges, cell_shares
 from fragscope.report.pools import MOST_SHARES, breakdown, places
 from fragscope.report.traces import Recording, Unavailable, open_recording
-from fragscope.results import Peak, Results
+from fragscope.results import Peak, PrecheckRecord, Results, VerifyRecord
 from fragscope.trace import write_trace
 
 MIB = 2**20
@@ -323,6 +323,23 @@ def test_a_trace_that_contradicts_its_case_is_named(tmp_path: Path) -> None:
     case = case_of(result, trace="t.fscope", base=1, peak=msgspec.structs.replace(case_of(result).peak, allocated=7))
     seen = page(results_of([case]), tmp_path)
     assert "it shows a peak allocated of 7,616.05 MiB, the results say 7 B" in seen.words
+
+
+def test_what_a_card_showed_of_the_model_is_a_note_of_its_case(tmp_path: Path) -> None:
+    refuted = bare_case(
+        device="cuda",
+        exact=False,
+        verify=VerifyRecord(2000, 3, "peak reserved: <b>"),
+        precheck=PrecheckRecord(None, 5, False, "it was run without knowing what it needs"),
+    )
+    write_html(results_of([refuted]), tmp_path, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert (
+        '<li class="bad"><b>model</b> the allocator model differs from the recording in 3 of 2,000 comparisons' in text
+    )
+    assert "peak reserved: &lt;b&gt;" in text
+    assert "<b>before</b> it was run without knowing what it needs" in text
+    assert "In 1 of 1 cases the allocator model differs" in text
 
 
 def test_a_page_without_figures_needs_no_script(tmp_path: Path) -> None:

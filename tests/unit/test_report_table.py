@@ -15,7 +15,7 @@ from fragscope.cli import run
 from fragscope.cli.report import command
 from fragscope.report import markdown, results_table, summarize
 from fragscope.report.markdown import escaped
-from fragscope.results import Peak, Results, save_results
+from fragscope.results import Peak, PrecheckRecord, Results, VerifyRecord, save_results
 
 GIB = 1024**3
 MIB = 1024**2
@@ -92,6 +92,31 @@ def test_what_is_idle_in_private_pools_is_said_under_the_table() -> None:
         assert note in " ".join(shown(results, width).split())
     assert f"- {escaped(note)}" in markdown(results)
     assert "plain: idle" not in shown(results, 130)
+
+
+def test_where_model_and_card_part_is_said_under_the_table() -> None:
+    case = bare_case(device="cuda", exact=False, verify=VerifyRecord(2000, 3, "peak reserved: PyTorch says 5\x1b"))
+    results = results_of([case, bare_case(variant="b", role="fixed", device="cuda", verify=VerifyRecord(10, 0))])
+    note = (
+        "list-stack: the allocator model differs from the recording in 3 of 2,000 comparisons, and the figures are the "
+        "model's; first: peak reserved: PyTorch says 5\\x1b"
+    )
+    warning = "In 1 of 2 cases the allocator model differs from what was recorded: their figures are not the card's."
+    for width in (80, 130):
+        said = " ".join(shown(results, width).split())
+        assert note in said
+        assert f"! {warning}" in said
+        assert "b: the allocator" not in said
+    assert f"- {escaped(note)}" in markdown(results)
+    assert f":warning: {escaped(warning)}" in markdown(results)
+
+
+def test_what_was_run_without_being_known_to_fit_is_said_under_the_table() -> None:
+    run = bare_case(device="cuda", precheck=PrecheckRecord(None, 5, False, "it was run without knowing what it needs"))
+    known = bare_case(variant="b", role="fixed", device="cuda", precheck=PrecheckRecord(4, 5, True))
+    for text in (shown(results_of([run, known]), 130), markdown(results_of([run, known]))):
+        assert text.count("list-stack: it was run without knowing what it needs") == 1
+        assert "b: " not in text
 
 
 def test_what_a_reader_must_know_comes_with_the_figures() -> None:

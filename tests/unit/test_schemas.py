@@ -10,11 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from fragscope.doctor import Diagnosis
 from fragscope.gate.verdict import Verdict
 from fragscope.results import Results
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
-PUBLISHED = {"results.schema.json": Results, "verdict.schema.json": Verdict}
+PUBLISHED = {
+    "doctor.schema.json": Diagnosis,
+    "results.schema.json": Results,
+    "verdict.schema.json": Verdict,
+}
 
 
 def dedented(value: Any) -> Any:

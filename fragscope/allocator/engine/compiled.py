@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fragscope.allocator.engine.tables import new_state
+from fragscope.cache import cache_folder
 
 _ENGINE = (
     "kinds", "state", "counters", "sizes", "free_lists", "driver", "blocks", "expandable", "memory", "requests",
@@ -101,8 +101,7 @@ def compiled_decide() -> Callable[..., int]:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("FRAGSCOPE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "fragscope" / "compiled" / _digest()
+    return cache_folder() / "compiled" / _digest()
 
 
 @cache

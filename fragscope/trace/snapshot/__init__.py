@@ -4,7 +4,6 @@ A snapshot lists what the allocator did; what the program asked for is read out 
 ``Trace.lost``.
 """
 
-from fragscope.trace.snapshot.marks import PhaseMark
-from fragscope.trace.snapshot.read import read_snapshot, snapshot_to_trace
+from fragscope.trace.snapshot.read import read_snapshot, snapshot_to_trace, state_before
 
-__all__ = ["PhaseMark", "read_snapshot", "snapshot_to_trace"]
+__all__ = ["read_snapshot", "snapshot_to_trace", "state_before"]

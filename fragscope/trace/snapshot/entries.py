@@ -27,7 +27,6 @@ from fragscope.trace.events import (
     RequestLog,
 )
 from fragscope.trace.snapshot.losses import Inferred
-from fragscope.trace.snapshot.marks import PhaseMark
 from fragscope.trace.snapshot.pools import Pools
 from fragscope.trace.snapshot.shape import ACTIONS, MAX_SIZE, Checker
 from fragscope.trace.snapshot.skipped import Skipped
@@ -70,6 +69,12 @@ class EntryReader:
         self.decisions = DecisionLog()
         self.stacks = Stacks(check)
         self.phases = [""]
+        # What a recorder's notes say (``notes.NotedReader``); snapshots have none.
+        self._uses: dict[int, set[int]] = {}  # id -> streams that it was seen used on
+        self._noted_pools: set[int] = set()  # pools whose making and release is noted
+        self._notes_settings = False
+        self._in_release = False
+        self._has_gap = False
         self._live: dict[int, int] = {}  # address -> id
         self._pending: dict[int, int] = {}  # address -> id whose free was requested but has not completed
         # The free read last, until what follows tells whether it was deferred, and whether its completion followed.
@@ -124,7 +129,7 @@ class EntryReader:
             if self._completes_open:
                 if action not in self._within_malloc:
                     self._close_free(deferred=False)
-            elif action == "free_completed" and entry.get("addr") == free.addr:
+            elif action == "free_completed" and entry.get("addr") == free.addr and not self._is_used(free):
                 self._completes_open = True
                 return
             else:
@@ -137,20 +142,17 @@ class EntryReader:
             self._close_free(deferred=not self._completes_open)
         self._explicit_release()
 
-    def mark(self, boundary: PhaseMark) -> None:
-        """A phase begins or ends between two entries."""
-        self.finish()
-        if boundary.kind == RequestKind.PHASE_BEGIN:
-            self.phases.append(boundary.name)
-        self.requests.append(boundary.kind, phase=len(self.phases) - 1)
-
     # One handler per action.
 
     def _alloc(self, entry: Mapping[str, Any], where: str) -> None:
         addr, size, stream, pool = self._place(entry, where)
         if addr in self._live:
-            left_out = " (frees are not recorded: skip_actions?)" if self._skipped.all_frees else ""
-            raise InputFileError(self.check.path, f"{where}: allocates {addr:#x}, which is still allocated{left_out}")
+            if not self._has_gap:
+                left_out = " (frees are not recorded: skip_actions?)" if self._skipped.all_frees else ""
+                raise InputFileError(
+                    self.check.path, f"{where}: allocates {addr:#x}, which is still allocated{left_out}"
+                )
+            self.requests.append(RequestKind.FREE, id=self._live.pop(addr), stream=stream, pool=pool)
         id_ = self._new_id()
         self._begin_malloc(id_, size, stream, pool, entry, where)
         self.decisions.append(DecisionKind.ALLOC, id_, addr, UNKNOWN_SIZE, stream, pool)
@@ -186,9 +188,11 @@ class EntryReader:
         assert free is not None
         self._open_free, self._completes_open = None, False
         if deferred:
-            self.requests.append(RequestKind.RECORD_STREAM, id=free.id, stream=UNKNOWN_STREAM, pool=free.pool)
+            if not self._is_used(free):
+                self.requests.append(RequestKind.RECORD_STREAM, id=free.id, stream=UNKNOWN_STREAM, pool=free.pool)
+                self.inferred.uses += 1
             self._pending[free.addr] = free.id
-            self.inferred.uses += 1
+        self._uses.pop(free.id, None)
         self.decisions.request = self.requests.append(
             RequestKind.FREE, id=free.id, stream=free.stream, pool=free.pool, stack=free.stack
         )
@@ -196,6 +200,10 @@ class EntryReader:
         decide(DecisionKind.FREE_REQUESTED, free.id, free.addr, UNKNOWN_SIZE, free.stream, free.pool)
         if not deferred:
             decide(DecisionKind.FREE_COMPLETED, free.id, free.addr, UNKNOWN_SIZE, free.stream, free.pool)
+
+    def _is_used(self, free: _OpenFree) -> bool:
+        """Whether another stream is known to use it, so that its free must have been deferred."""
+        return any(stream != free.stream for stream in self._uses.get(free.id, ()))
 
     def _close_completed_free(self, size: int, stream: int, *, waited: bool) -> None:
         """Write a free whose completion followed at once, before a request of ``size`` bytes.
@@ -272,7 +280,8 @@ class EntryReader:
     def _begin_malloc(self, id_: int, size: int, stream: int, pool: int, entry: Mapping[str, Any], where: str) -> None:
         """Write the request whose entries have been gathered, and what led to it."""
         took, failed = self._took, entry.get("action") == "oom"
-        deferring = pool > 0 and self._scopes_defer and not self._releases_in_part
+        inferring = pool > 0 and pool not in self._noted_pools and self._scopes_defer
+        deferring = inferring and not self._releases_in_part
         if deferring and self._released and took:
             # Inside a scope nothing is released for a request: the program did it before.
             took_from = next(i for i, s in enumerate(self._segments) if not _is_release(s[0]))
@@ -296,7 +305,7 @@ class EntryReader:
         if not waited:
             self._announce_uses(announced)
         released = self._released and not failed
-        in_scope = pool > 0 and self._scopes_defer and (released or failed) and not announced
+        in_scope = inferring and (released or failed) and not announced
         self._note_pools(pool)
         if in_scope:
             self.requests.append(RequestKind.SCOPE_OPEN, pool=pool)
@@ -317,7 +326,7 @@ class EntryReader:
     def _note_toggle(self, pool: int) -> None:
         """Memory of another kind than before means that expandable segments were switched on or off."""
         is_mapped = any(kind == DecisionKind.SEGMENT_MAP for kind, *_ in self._segments)
-        if pool:  # a pool with an allocator of its own never maps
+        if pool or self._notes_settings:  # a pool with an allocator of its own never maps
             return
         if self._maps is not None and self._maps != is_mapped:
             self.requests.append(RequestKind.SETTINGS, size=int(is_mapped))
@@ -328,7 +337,8 @@ class EntryReader:
 
     def _note_pools(self, requested: int) -> None:
         """Private pools that a request needs or that must have been released by now."""
-        for pool in sorted({p for kind, _, _, _, p in self._segments if p and _is_release(kind)}):
+        released = {p for kind, _, _, _, p in self._segments if p and _is_release(kind)}
+        for pool in sorted(released - self._noted_pools):
             if pool in self._made_pools and not (pool == requested and self._releases_in_part):
                 self._made_pools.discard(pool)
                 self.requests.append(RequestKind.POOL_RELEASE, pool=pool)
@@ -341,15 +351,19 @@ class EntryReader:
         """Entries gathered so far belong to no allocation: the program called ``empty_cache()``."""
         if self._open_free is not None and self._completes_open:
             self._close_free(deferred=False)
-        if not self._completed and not self._segments:
+        if self._in_release or (not self._completed and not self._segments):
             return
+        self._write_release(inferred=True)
+
+    def _write_release(self, *, inferred: bool) -> None:
+        """The entries gathered so far belong to a release of cached memory."""
         self._announce_uses(self._completed)
         self._note_pools(0)
         released = {pool for kind, _, _, _, pool in self._segments if _is_release(kind)}
         # The end of a MemPool returns that pool alone.
         only = released.pop() if len(released) == 1 else 0
         self.decisions.request = self.requests.append(RequestKind.EMPTY_CACHE, pool=only)
-        self.inferred.releases += 1
+        self.inferred.releases += inferred
         self._write_gathered()
 
     def _announce_uses(self, completed: Sequence[tuple[int, int, int, int, int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ from fragscope.trace.containers import read_unpacked
 from fragscope.trace.pickles import load_plain_pickle
 from fragscope.trace.snapshot.beginning import first_whole, start_of
 from fragscope.trace.snapshot.entries import EntryReader
-from fragscope.trace.snapshot.marks import PhaseMark
 from fragscope.trace.snapshot.pools import Pools, PrivateRanges
-from fragscope.trace.snapshot.segments import final_segments
+from fragscope.trace.snapshot.segments import final_segments, live_at_end
 from fragscope.trace.snapshot.settings import (
     CONF_KEY,
     conf_of,
@@ -25,7 +24,7 @@ from fragscope.trace.snapshot.settings import (
 )
 from fragscope.trace.snapshot.shape import Checker
 from fragscope.trace.snapshot.skipped import skipped_in
-from fragscope.trace.start import ContradictionError, StartState, large_page
+from fragscope.trace.start import ContradictionError, StartState, large_page, size_rules, start_state
 from fragscope.trace.trace import Loss, Trace
 
 _KNOWN_KEYS = frozenset(
@@ -48,14 +47,13 @@ def read_snapshot(path: Path, device: int | None = None) -> Trace:
     return snapshot_to_trace(value, path, device)
 
 
-def snapshot_to_trace(value: Any, path: Path, device: int | None = None, marks: Sequence[PhaseMark] = ()) -> Trace:
+def snapshot_to_trace(value: Any, path: Path, device: int | None = None) -> Trace:
     """Turn a decoded snapshot into a Trace; arguments and errors as ``read_snapshot``.
 
     Args:
         value: the decoded snapshot.
         path: the file, for errors.
         device: CUDA device to take where the snapshot holds several.
-        marks: phase boundaries, in order.
     """
     check = Checker(path)
     top = check.mapping(value, "the file")
@@ -84,14 +82,9 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None, marks: 
     if started is not None:
         reader.begin(started)
         first = first_whole(entries, skipped)
-    boundaries = list(marks)
     for number, entry in enumerate(entries[first:], first):
-        while boundaries and boundaries[0].position <= number:
-            reader.mark(boundaries.pop(0))
         reader.take(number, check.mapping(entry, f"event {number}"))
     reader.finish()
-    for boundary in boundaries:
-        reader.mark(boundary)
     lost = reader.inferred.losses() + skipped.losses(None if started is None else reader.inferred.held)
     unknown = sorted(str(k) for k in top if k not in _KNOWN_KEYS)
     if unknown:
@@ -122,6 +115,31 @@ def snapshot_to_trace(value: Any, path: Path, device: int | None = None, marks: 
         source="snapshot",
         provenance={"file": path.name},
     )
+
+
+def state_before(value: Any, device: int, position: int) -> StartState | None:
+    """What stood before the entry at a position of a decoded snapshot; None for nothing.
+
+    Args:
+        value: a snapshot that began with its process.
+        device: CUDA device index.
+        position: entries that came before.
+
+    Raises:
+        ContradictionError: the entries do not lead from there to what stands at the end.
+    """
+    path = Path("the snapshot")
+    check = Checker(path)
+    entries, segments = value["device_traces"][device], value["segments"]
+    pools = Pools(check, PrivateRanges(check, entries, segments, device))
+    settings = value.get("allocator_settings", {})
+    final = final_segments(check, segments, device, pools, large_page(conf_of(settings)))
+
+    def pool_of(number: int, entry: Mapping[str, Any]) -> int:
+        return pools.of(number, entry, f"event {number}", entry["addr"])
+
+    live = live_at_end(check, segments, device)
+    return start_state(final, live, entries[position:], pool_of, size_rules(settings, conf_of(settings)))
 
 
 def _choose_device(check: Checker, traces: Sequence[Sequence[Any]], segments: Sequence[Any], device: int | None) -> int:

@@ -1,0 +1,97 @@
+"""What a recorder noted between entries: the requests that entries alone leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fragscope.errors import InputFileError
+from fragscope.trace.chunks import GAP, NOTE, RELEASED
+from fragscope.trace.events import NO_ID, RequestKind
+from fragscope.trace.snapshot.entries import EntryReader
+from fragscope.trace.snapshot.pools import Pools
+from fragscope.trace.snapshot.shape import Checker
+from fragscope.trace.snapshot.skipped import Skipped
+from fragscope.trace.trace import Observation, PoolId
+
+_ROWS = {int(kind) for kind in RequestKind}
+
+
+class NotedReader(EntryReader):
+    """Reads entries with notes between them.
+
+    Attributes:
+        observations: what ``OBSERVATION`` rows refer to.
+        confs: what ``SETTINGS`` rows refer to.
+        gaps: how often events were lost.
+        lost_events: how many of them, as far as that is known.
+        unknown_notes: notes of kinds that this version does not know.
+    """
+
+    def __init__(
+        self, check: Checker, pools: Pools, texts: Sequence[str], *, scopes_defer: bool, releases_in_part: bool
+    ) -> None:
+        super().__init__(check, pools, Skipped(), scopes_defer=scopes_defer, releases_in_part=releases_in_part)
+        self.observations: list[Observation] = []
+        self.confs: list[str] = []
+        self.gaps = 0
+        self.lost_events = 0
+        self.unknown_notes = 0
+        self._texts = texts
+
+    def note(self, kind: int, *, addr: int, size: int, stream: int, pool: PoolId, text: int) -> None:
+        """Something happened after the entries read so far; ``kind`` as in ``trace.chunks``."""
+        if self._open_free is not None:
+            self._close_free(deferred=not self._completes_open)
+        if kind == GAP:
+            self.gaps += 1
+            self.lost_events += max(size, 0)
+            self._has_gap = True
+        elif kind == RELEASED:
+            if self._in_release:
+                self._in_release = False
+                self._write_release(inferred=False)
+        elif kind - NOTE in _ROWS:
+            self._row(RequestKind(kind - NOTE), addr, size, stream, self._pools.number(pool), text)
+        else:
+            self.unknown_notes += 1
+
+    def _row(self, kind: RequestKind, addr: int, size: int, stream: int, pool: int, text: int) -> None:
+        append = self.requests.append
+        if kind == RequestKind.EMPTY_CACHE:
+            self._explicit_release()
+            self._in_release = True
+        elif kind == RequestKind.RECORD_STREAM:
+            id_ = self._live.get(addr)
+            if id_ is not None:
+                self._uses.setdefault(id_, set()).add(stream)
+                append(kind, id=id_, stream=stream)
+        elif kind == RequestKind.OBSERVATION:
+            what, _, where = self._text(text).partition("\n")
+            append(kind, size=len(self.observations))
+            self.observations.append(Observation(what, where))
+        elif kind == RequestKind.SETTINGS:
+            self._notes_settings = True
+            append(kind, size=len(self.confs))
+            self.confs.append(self._text(text))
+        elif kind == RequestKind.PHASE_BEGIN:
+            self.phases.append(self._text(text))
+            append(kind, phase=len(self.phases) - 1)
+        elif kind == RequestKind.PHASE_END:
+            append(kind, phase=len(self.phases) - 1)
+        elif kind in (RequestKind.POOL_CREATE, RequestKind.SCOPE_OPEN):
+            if pool == 0:  # of a capture that failed
+                return
+            if pool not in self._made_pools:
+                self._made_pools.add(pool)
+            self._noted_pools.add(pool)
+            append(kind, size=size, pool=pool)
+        elif kind in (RequestKind.SCOPE_CLOSE, RequestKind.POOL_RELEASE):
+            if pool in self._noted_pools:  # else it was made before the recording, which inference tells of
+                append(kind, pool=pool)
+        else:
+            append(kind, id=NO_ID, size=size, stream=max(stream, 0), pool=pool)
+
+    def _text(self, number: int) -> str:
+        if not 0 <= number < len(self._texts):
+            raise InputFileError(self.check.path, f"a note refers to text {number}, which the recording does not hold")
+        return self._texts[number]

@@ -1,0 +1,316 @@
+"""The recorder, on a CUDA that plays real recordings: what it stores is what happened, whatever goes wrong."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import pickle
+import tempfile
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fragscope import NotMeasuredError, Recorder, RecorderOptions, Stacks, UsageError, load_trace, phase
+from fragscope.allocator import ReplaySettings, recorded_under, replay, settle, tape_of
+from fragscope.record.cuda.fake import FakeCuda
+from fragscope.trace import RequestKind, Trace
+from fragscope.trace.chunks import RECORD
+from fragscope.trace.snapshot import snapshot_to_trace
+
+TRACES = Path(__file__).parents[1] / "data" / "traces"
+PLAYED = ["train_vit-default", "train_vit-expandable", "streams-default", "fp8-dsv3-tp8.newest.split20"]
+NO_COMPILER = "no C++ compiler is on PATH"
+
+
+@cache
+def snapshot(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = pickle.loads(lzma.decompress((TRACES / f"{name}.pickle.xz").read_bytes()))
+    return loaded
+
+
+def recorded(cuda: FakeCuda, *, at_first: int = 0, **options: Any) -> Trace:
+    """All that happens after the first so many events, recorded."""
+    cuda.play(at_first)
+    with Recorder(RecorderOptions(**options), edge=cuda) as recorder:
+        cuda.play()
+    assert recorder.trace is not None
+    return recorder.trace
+
+
+def verified(trace: Trace) -> tuple[int, int]:
+    settings = ReplaySettings.of(recorded_under(trace))
+    verify = replay(settle(tape_of(trace), settings), settings, verify=True).verify
+    assert verify is not None
+    return verify.compared, verify.mismatches
+
+
+def same_columns(ours: Any, theirs: Any) -> None:
+    for field in fields(ours):
+        if field.name not in ("stack", "thread"):
+            assert np.array_equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_a_recording_from_the_start_is_what_the_snapshot_says(name):
+    trace = recorded(FakeCuda(snapshot(name)))
+    theirs = snapshot_to_trace(snapshot(name), Path(name), 0)
+    same_columns(trace.requests, theirs.requests)
+    same_columns(trace.decisions, theirs.decisions)
+    assert trace.final == theirs.final
+    assert trace.initial == ()
+
+
+@pytest.mark.parametrize("name", PLAYED)
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_a_recording_that_begins_late_knows_what_stood_then(name, share):
+    cuda = FakeCuda(snapshot(name))
+    entries = snapshot(name)["device_traces"][0]
+    # A snapshot is never taken in the middle of what one request causes.
+    first = next(i for i in range(int(share * len(entries)), len(entries)) if entries[i - 1]["action"] == "alloc")
+    trace = recorded(cuda, at_first=first)
+    assert trace.initial
+    compared, mismatches = verified(trace)
+    assert mismatches == 0
+    assert compared > 20
+
+
+def test_without_the_tracker_the_history_gives_the_same():
+    name = "train_vit-default"
+    tracked = recorded(FakeCuda(snapshot(name)))
+    from_history = recorded(FakeCuda(snapshot(name), no_tracker=NO_COMPILER))
+    same_columns(from_history.requests, tracked.requests)
+    same_columns(from_history.decisions, tracked.decisions)
+    assert [x.code for x in from_history.lost if x.code not in {t.code for t in tracked.lost}] == [
+        "no_tracker",
+        "pool_ids",
+    ]
+
+
+def test_what_a_short_history_loses_is_counted_exactly():
+    name = "fp8-dsv3-tp8.newest.split20"
+    entries = snapshot(name)["device_traces"][0]
+    trace = recorded(FakeCuda(snapshot(name), no_tracker=NO_COMPILER), max_entries=40)
+    (gap,) = [x for x in trace.lost if x.code == "gap"]
+    # The ring holds the last 40 entries, one of which is the snapshot that was taken when recording ended.
+    assert gap.events == len(entries) - 39
+
+
+@pytest.mark.parametrize("no_tracker", [None, NO_COMPILER], ids=["tracker", "history"])
+def test_stacks_are_those_of_the_events(no_tracker):
+    name = "train_vit-default"
+    trace = recorded(FakeCuda(snapshot(name), no_tracker=no_tracker), stacks=Stacks.PYTHON)
+    theirs = snapshot_to_trace(snapshot(name), Path(name), 0)
+    ours = [trace.stacks[i] for i in trace.requests.stack.tolist()]
+    assert ours == [theirs.stacks[i] for i in theirs.requests.stack.tolist()]
+    assert any(ours)
+
+
+def test_stacks_are_given_up_where_the_program_changed_the_history():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(RecorderOptions(stacks=Stacks.PYTHON), edge=cuda) as recorder:
+        cuda.play(500)
+        cuda.start_history("python", 1000)  # the program begins a history of its own
+        cuda.play(100)
+    trace = recorder.trace
+    assert trace is not None
+    with_stack = np.flatnonzero(trace.requests.stack >= 0)
+    assert len(with_stack)
+    before = trace.decisions.request[400]
+    assert with_stack.min() > before
+
+
+@pytest.mark.parametrize("no_tracker", [None, NO_COMPILER], ids=["tracker", "history"])
+def test_phases_stand_between_the_right_events(no_tracker):
+    cuda = FakeCuda(snapshot("train_vit-default"), no_tracker=no_tracker)
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(101)
+        with phase("load"):
+            cuda.play(57)
+        cuda.play(300)
+    trace = recorder.trace
+    assert trace is not None
+    assert trace.phases == ("", "load")
+    marks = {int(k): i for i, k in enumerate(trace.requests.kind) if k in (8, 9)}
+    entries = snapshot("train_vit-default")["device_traces"][0]
+    allocs = [e["action"] == "alloc" for e in entries]
+    ours = trace.requests.kind == RequestKind.ALLOC
+    assert np.count_nonzero(ours[: marks[8]]) == sum(allocs[:101])
+    assert np.count_nonzero(ours[marks[8] : marks[9]]) == sum(allocs[101:158])
+
+
+def test_a_phase_without_a_recorder_does_nothing():
+    with phase("nobody listens"):
+        pass
+
+
+def test_noted_releases_are_the_programs_and_not_inferred():
+    name = "streams-default"
+    entries = snapshot(name)["device_traces"][0]
+    first = next(i for i, e in enumerate(entries) if e["action"] == "segment_free")
+    last = first
+    while entries[last]["action"] == "segment_free":
+        last += 1
+    while entries[first - 1]["action"] == "free_completed" and entries[first - 2]["action"] != "free_requested":
+        first -= 1
+    cuda = FakeCuda(snapshot(name))
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(first)
+        cuda.empty_cache(last - first)
+    trace = recorder.trace
+    assert trace is not None
+    assert trace.count(RequestKind.EMPTY_CACHE) == 1
+    assert trace.count(RequestKind.RELEASE_SEEN) == 0
+    assert not [x for x in trace.lost if x.code == "empty_cache"]
+    assert verified(trace)[1] == 0
+
+
+def test_observations_are_kept_with_their_place():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(50)
+        cuda.observe("torch.cuda.mem_get_info", "loader.py:12")
+    assert recorder.trace is not None
+    (seen,) = recorder.trace.observations
+    assert (seen.what, seen.where) == ("torch.cuda.mem_get_info", "loader.py:12")
+
+
+def test_what_was_written_opens_when_the_program_was_killed(tmp_path):
+    folder = tmp_path / "rank0"
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(RecorderOptions(keep=folder), edge=cuda)
+    recorder.start()
+    cuda.play(1000)
+    trace = load_trace(folder)  # as it stands, with nothing stopped
+    recorder.stop()
+    assert trace.final is None
+    assert "torn" in {x.code for x in trace.lost}
+    allocs = sum(e["action"] == "alloc" for e in snapshot("train_vit-default")["device_traces"][0][:1000])
+    assert trace.count(RequestKind.ALLOC) == allocs
+
+
+def test_a_kept_recording_opens_again_as_it_was(tmp_path):
+    folder = tmp_path / "recording"
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    trace = recorded(cuda, keep=folder, stacks=Stacks.PYTHON)
+    again = load_trace(folder)
+    same_columns(again.requests, trace.requests)
+    assert again.provenance == trace.provenance
+    assert again.lost == trace.lost
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_program():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    cuda.tracker().room = 700  # type: ignore[attr-defined]
+    trace = recorded(cuda)
+    (loss,) = [x for x in trace.lost if x.code == "not_written"]
+    assert "no space left on device" in loss.detail
+    assert "700 events" in loss.detail
+    assert loss.events > 1000
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(NotMeasuredError, match=r"cannot be written|permission denied"):
+        Recorder(RecorderOptions(keep=folder / "x"), edge=FakeCuda(snapshot("train_vit-default"))).start()
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(NotMeasuredError, match="needs an empty folder"):
+        Recorder(RecorderOptions(keep=tmp_path), edge=FakeCuda(snapshot("train_vit-default"))).start()
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_no_card_is_one_line():
+    cuda = FakeCuda(snapshot("train_vit-default"), unavailable="no CUDA device is available to this process")
+    with pytest.raises(NotMeasuredError, match="nothing can be recorded: no CUDA device"):
+        Recorder(edge=cuda).start()
+    Recorder(edge=FakeCuda(snapshot("train_vit-default"))).start  # noqa: B018 - the next one is not blocked
+
+
+def test_one_recorder_at_a_time():
+    first = Recorder(edge=FakeCuda(snapshot("train_vit-default")))
+    first.start()
+    try:
+        with pytest.raises(UsageError, match="another recorder"):
+            Recorder(edge=FakeCuda(snapshot("train_vit-default"))).start()
+        with pytest.raises(UsageError, match="recording already"):
+            first.start()
+    finally:
+        with pytest.raises(Exception, match="no events"):
+            first.stop()
+
+
+def test_a_recorder_that_gives_way_keeps_what_it_has(tmp_path):
+    outer_cuda, inner_cuda = FakeCuda(snapshot("train_vit-default")), FakeCuda(snapshot("train_vit-default"))
+    outer = Recorder(RecorderOptions(keep=tmp_path / "outer", gives_way=True), edge=outer_cuda)
+    outer.start()
+    outer_cuda.play(300)
+    with Recorder(edge=inner_cuda) as inner:
+        inner_cuda.play(50)
+    assert inner.trace is not None
+    trace = outer.stop()
+    assert "gave_way" in {x.code for x in trace.lost}
+    allocs = sum(e["action"] == "alloc" for e in snapshot("train_vit-default")["device_traces"][0][:300])
+    assert trace.count(RequestKind.ALLOC) == allocs
+    assert load_trace(tmp_path / "outer").count(RequestKind.ALLOC) == allocs
+
+
+def test_nothing_allocated_is_said():
+    with (
+        pytest.raises(Exception, match="nothing was allocated"),
+        Recorder(edge=FakeCuda(snapshot("train_vit-default"))),
+    ):
+        pass
+
+
+def test_the_programs_own_error_comes_through():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(edge=cuda)
+    with pytest.raises(ZeroDivisionError), recorder:
+        cuda.play(100)
+        1 / 0  # noqa: B018
+    assert recorder.trace is not None
+
+
+def test_what_is_discarded_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(RecorderOptions(stacks=Stacks.PYTHON), edge=cuda)
+    recorder.start()
+    cuda.play(10)
+    assert list(tmp_path.iterdir())
+    recorder.discard()
+    assert not list(tmp_path.iterdir())
+    assert not cuda.is_history_on()
+    recorder.start()  # and the next one may begin
+    recorder.discard()
+
+
+def test_as_a_decorator_each_call_is_recorded():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(edge=cuda)
+
+    @recorder
+    def step(events: int) -> str:
+        cuda.play(events)
+        return "done"
+
+    assert step(100) == "done"
+    first = recorder.trace
+    assert step(200) == "done"
+    assert first is not None
+    assert recorder.trace is not None
+    assert len(recorder.trace.requests) != len(first.requests)
+
+
+def test_a_record_is_64_bytes():
+    assert RECORD.itemsize == 64  # tracker.cpp asserts the same
