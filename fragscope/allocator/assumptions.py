@@ -155,7 +155,6 @@ LOSSES = {
     "not_written": "gap",
     "notes": "notes",
     "unknown_notes": "notes",
-    "held_at_start": None,  # the rows say it
     "torn": None,  # what is there is whole
     "gave_way": None,
     "no_tracker": None,

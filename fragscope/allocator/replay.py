@@ -15,7 +15,6 @@ from fragscope.allocator.assumptions import Assumption, assumptions_of
 from fragscope.allocator.caching import CachingAllocator
 from fragscope.allocator.compiling import worth_compiling
 from fragscope.allocator.conf import Conf, parse_conf
-from fragscope.allocator.counters import Counters
 from fragscope.allocator.difference import explained
 from fragscope.allocator.engine.kinds import NOTHING
 from fragscope.allocator.facts import Facts, has_other_conf
@@ -249,7 +248,7 @@ class _Run:
             row = allocator.decide(self.columns, row, rows)
             if row == rows:
                 break
-            kind, size, pool = self.columns[0][row], self.columns[2][row], self.columns[4][row]
+            kind, size = self.columns[0][row], self.columns[2][row]
             if kind == RequestKind.PHASE_BEGIN:
                 if phase is not None:
                     phase.close()
@@ -263,13 +262,13 @@ class _Run:
             elif kind == RequestKind.SETTINGS:
                 self._set_conf(self.tape.trace.confs[size])
             elif kind == RequestKind.POOL_CREATE:
-                allocator.create_pool(int(pool), use_on_oom=bool(size & 1), no_split=bool(size & 2))
+                self._create_pool(row)
             elif kind == RequestKind.RELEASE_SEEN:
                 if row + 1 == until:
                     break
                 row = self._settle_release(row)
             elif kind == RequestKind.START:
-                self._restore()
+                row = self._restore()
             elif kind == RequestKind.CAPTURE_BEGIN:
                 allocator.begin_capture()
             elif kind == RequestKind.CAPTURE_END:
@@ -326,9 +325,19 @@ class _Run:
             out.setdefault(request, []).append((kind, addr))
         return out
 
-    def _restore(self) -> None:
-        """What stood when recording began; the addresses given for it are used up."""
+    def _create_pool(self, row: int) -> None:
+        size, pool = int(self.columns[2][row]), int(self.columns[4][row])
+        self.allocator.create_pool(pool, use_on_oom=bool(size & 1), no_split=bool(size & 2))
+
+    def _restore(self) -> int:
+        """What stood when recording began; the addresses given for it are used up. Returns the last row that tells it.
+
+        All of it stood at once: pools come before their memory, and what was laid out on the way is no peak.
+        """
         requests, initial = self.tape.trace.requests, self.tape.trace.initial
+        told = requests.start_rows
+        for row in np.flatnonzero(requests.kind[:told] == RequestKind.POOL_CREATE).tolist():
+            self._create_pool(row)
         rows = np.flatnonzero(requests.kind == RequestKind.HELD)
         ids = [self.columns[1][row] for row in rows.tolist()]
         held = list(zip(rows.tolist(), map(int, ids), requests.size[rows].tolist(), strict=True))
@@ -337,6 +346,9 @@ class _Run:
         self.allocator.give_addresses(self.tape.segments[ordinary:], maps)
         ranges = ranges_of(self.tape.trace, self.tape.total or self.settings.total)
         self.allocator.restore(initial, held, ranges)
+        self._whole.close()
+        self._whole = SpanMeter(self.allocator, "")
+        return told - 1
 
     def _set_fraction(self, fraction: float) -> None:
         """The program sets its memory fraction; one of the user's choice stays."""
@@ -384,7 +396,7 @@ class _Run:
         return f"{detail}; it explains the order of {self.start.order:.1%} of the recorded pairs of segments"
 
     def whole(self) -> Span:
-        return replace(self._whole.finish(), base=Counters())
+        return self._whole.finish()
 
     def _phase_name(self, row: int) -> str:
         return self.tape.trace.phases[int(self.tape.trace.requests.phase[row])]

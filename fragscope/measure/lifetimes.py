@@ -59,7 +59,9 @@ class Lifetimes:
         holds: when private pools had users.
         end: the position after the last decision; also the death of what outlives the Trace.
         upto: int64, shape ``(requests,)``: position after the last decision made for this request row or an earlier.
-        request: int64, shape ``(decisions,)``: request row of each decision.
+        request: int64, shape ``(decisions,)``: request row of each decision; of all that stood when recording began
+            the first row.
+        stood: decisions that stand for what the recording began with.
     """
 
     segments: SegmentTable
@@ -69,6 +71,7 @@ class Lifetimes:
     end: int
     upto: Ints
     request: Ints
+    stood: int
 
 
 def lifetimes(trace: Trace) -> Lifetimes:
@@ -83,13 +86,17 @@ def lifetimes(trace: Trace) -> Lifetimes:
         raise UsageError("the trace holds requests only; replay it first")
     if bool(np.any((decisions.kind == DecisionKind.ALLOC) & (decisions.size == UNKNOWN_SIZE))):
         raise UsageError("the trace's decisions lack block sizes, as PyTorch's recordings do; replay it first")
-    request = np.asarray(decisions.request, dtype=np.int64)
+    request = np.array(decisions.request, dtype=np.int64)
     require(np.diff(request, prepend=0) >= 0, "serves an earlier request than the one before it")
     _check_sizes(decisions)
-    segments, pieces = segments_and_pieces(trace, decisions)
+    stood = int(np.searchsorted(request, trace.requests.start_rows))
+    request[:stood] = 0
+    segments, pieces = segments_and_pieces(trace, decisions, stood)
     blocks = _blocks(trace, decisions, segments, pieces)
     upto = np.searchsorted(request, np.arange(len(trace.requests)), side="right")
-    return Lifetimes(segments, pieces, blocks, pool_holds(trace, decisions), len(decisions), upto, request)
+    return Lifetimes(
+        segments, pieces, blocks, pool_holds(trace, decisions, stood), len(decisions), upto, request, stood
+    )
 
 
 def _check_sizes(decisions: Decisions) -> None:
@@ -131,7 +138,7 @@ def _blocks(trace: Trace, decisions: Decisions, segments: SegmentTable, pieces: 
     segment = _home(decisions, segments, pieces, born, addr, size)
     segment_died = segments.died[segment]
     require((segment_died == len(decisions)) | (died < segment_died), "returns a segment that is in use", segment_died)
-    asked = np.flatnonzero(trace.requests.kind == RequestKind.ALLOC)
+    asked = np.flatnonzero(np.isin(trace.requests.kind, (RequestKind.ALLOC, RequestKind.HELD)))
     asked_ids = trace.requests.id[asked]
     order = np.argsort(asked_ids, kind="stable")
     at, found = _find(asked_ids[order], ids)

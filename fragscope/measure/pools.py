@@ -44,8 +44,8 @@ class Holds:
         return frozenset(self.pool[(self.since <= row) & (self.until > row)].tolist())
 
 
-def pool_holds(trace: Trace, decisions: Decisions) -> Holds:
-    """Find when each private pool had users.
+def pool_holds(trace: Trace, decisions: Decisions, stood: int) -> Holds:
+    """Find when each private pool had users; those that stood when recording began had theirs from the first row on.
 
     Not seen is a release that returns nothing and that no request asks for. A pool whose memory went back in another
     way can be forgotten by such a release, which matters only where a program allocates from a pool without users.
@@ -54,12 +54,14 @@ def pool_holds(trace: Trace, decisions: Decisions) -> Holds:
     allocates = (requests.kind == RequestKind.ALLOC) & (requests.size < _TOO_LARGE)
     joins = np.isin(requests.kind, _JOINS)
     rows = np.flatnonzero((requests.pool > 0) & (allocates | joins | (requests.kind == RequestKind.POOL_RELEASE)))
-    memory = _Memory(trace, decisions) if len(rows) else None
+    memory = _Memory(trace, decisions, stood) if len(rows) else None
     out: list[tuple[int, int, int]] = []
     for pool, here in _by_pool(requests.pool[rows]):
         of_pool = rows[here]
         counted = ~allocates[of_pool]
-        changes = [(row, 1 if joins[row] else -1) for row in of_pool[counted].tolist()]
+        since = np.where(of_pool < trace.requests.start_rows, 0, of_pool)  # what the first rows tell was there at once
+        signs = np.where(joins[of_pool[counted]], 1, -1)
+        changes = list(zip(since[counted].tolist(), signs.tolist(), strict=True))
         assert memory is not None
         spans = _spans(changes, of_pool[~counted].tolist(), memory.of(pool), len(requests))
         out += [(pool, since, until) for since, until in spans]
@@ -120,13 +122,15 @@ def _spans(
 class _Memory:
     """What private pools held, read from the decisions once."""
 
-    def __init__(self, trace: Trace, decisions: Decisions) -> None:
+    def __init__(self, trace: Trace, decisions: Decisions, stood: int) -> None:
         kind = decisions.kind
         comes = (kind == DecisionKind.SEGMENT_ALLOC) | (kind == DecisionKind.SEGMENT_MAP)
         goes = (kind == DecisionKind.SEGMENT_FREE) | (kind == DecisionKind.SEGMENT_UNMAP)
         at = np.flatnonzero((decisions.pool > 0) & (comes | goes | (kind == DecisionKind.ALLOC)))
         self._pool = decisions.pool[at]
-        self._request = np.asarray(decisions.request[at], dtype=np.int64)
+        self._request = np.array(decisions.request[at], dtype=np.int64)
+        self._stood = at < stood
+        self._request[self._stood] = 0
         sign = comes[at].astype(np.int64) - goes[at]
         self._bytes = np.asarray(decisions.size[at], dtype=np.int64) * sign
         self._sign = sign
@@ -139,10 +143,12 @@ class _Memory:
         """What one pool held."""
         here = self._places.get(pool, np.empty(0, dtype=np.int64))
         request, sign = self._request[here], self._sign[here]
-        # An allocation that took new memory counts one segment, whether it took one or mapped several times.
+        stood = self._stood[here]
+        # An allocation that took new memory counts one segment, whether it took one or mapped several times. Of what
+        # stood when recording began, each segment and mapped range counts.
         first = np.searchsorted(request, request, side="left")
         came = np.concatenate([[0], np.cumsum(sign > 0)])
-        took = (sign == 0) & (came[np.arange(len(here))] > came[first])
+        took = np.where(stood, sign > 0, (sign == 0) & (came[np.arange(len(here))] > came[first]))
         segments = np.cumsum(took.astype(np.int64) - (sign < 0))
         clears = self._clears[(self._clears_pool == 0) | (self._clears_pool == pool)]
         return _PoolMemory(request, np.cumsum(self._bytes[here]), segments, sign < 0, clears)

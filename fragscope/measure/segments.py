@@ -2,7 +2,8 @@
 
 An expandable segment is a range of addresses into which pages are mapped. Decisions show it only by its mappings: the
 first one of a new range is made at its base, and the range is given up when its last page is unmapped. Its pages all
-have one size, count from its base, and each mapping or unmapping is a row of them.
+have one size, count from its base, and each mapping or unmapping is a row of them. A mapped range that stood when a
+recording began says how large its pages are; where its segment's base lies is not seen, but it is whole pages away.
 Source: c10/cuda/CUDACachingAllocator.cpp (try_allocate_expandable_block, map_block, unmap_block).
 """
 
@@ -30,8 +31,8 @@ class SegmentTable:
     """Segments in the order in which they first held memory; each column int64 of shape ``(n,)``.
 
     Attributes:
-        addr: first byte.
-        size: bytes; of an expandable segment from its base to the highest byte that was ever mapped.
+        addr: first byte; of an expandable segment that stood when recording began the lowest that was ever mapped.
+        size: bytes; of an expandable segment from there to the highest byte that was ever mapped.
         stream: raw stream handle.
         pool: index into ``Trace.pools``.
         page: bytes that an expandable segment maps at a time, 0 for an ordinary segment.
@@ -83,7 +84,20 @@ class _Range:
     top: int = 0
     mapped: int = 0
     grain: int = 0  # what all its mappings and unmappings are multiples of
-    page: int = 0  # known when all are seen
+    page: int = 0  # known when all are seen, or from the beginning if it stood when recording began
+    stood: bool = False
+
+    def may_hold(self, addr: int, key: tuple[int, int, bool]) -> bool:
+        """Whether pages mapped at an address, which is not below its base, can be its own."""
+        return self.key == key and addr < self.end and (not self.stood or self.is_on_page(addr))
+
+    def may_begin(self, addr: int, reach: int, key: tuple[int, int, bool]) -> bool:
+        """Whether it can begin at an address below what is seen of it, if its addresses reach so far."""
+        return self.stood and self.key == key and self.is_on_page(addr) and self.base - addr < reach
+
+    def is_on_page(self, addr: int) -> bool:
+        """Whether one of its pages, which stood when recording began, begins at an address."""
+        return (addr - self.base) % self.page == 0
 
     def take(self, addr: int, size: int) -> None:
         """Pages are mapped."""
@@ -155,15 +169,20 @@ class _Pieces:
         return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 
-def segments_and_pieces(trace: Trace, decisions: Decisions) -> tuple[SegmentTable, PieceTable]:
+def segments_and_pieces(trace: Trace, decisions: Decisions, stood: int) -> tuple[SegmentTable, PieceTable]:
     """Follow what came from the driver and went back.
+
+    Args:
+        trace: that the decisions are about.
+        decisions: what was done.
+        stood: how many of them stand for what the recording began with.
 
     Raises:
         InputFileError: the decisions contradict each other.
         UsageError: expandable segments under a conf or a release that is not known.
     """
     ordinary = _ordinary(decisions)
-    ranges, rows = _expandable(trace, decisions, len(ordinary.addr))
+    ranges, rows = _expandable(trace, decisions, stood, len(ordinary.addr))
     rows = np.concatenate([_as_pieces(ordinary), rows])
     table = _with_ranges(ordinary, ranges)
     order = np.argsort(table.born, kind="stable")
@@ -232,12 +251,13 @@ def _with_ranges(segments: SegmentTable, ranges: list[_Range]) -> SegmentTable:
 # --- expandable segments ------------------------------------------------------------------------------------------
 
 
-def _expandable(trace: Trace, decisions: Decisions, first_row: int) -> tuple[list[_Range], Ints]:
+def _expandable(trace: Trace, decisions: Decisions, stood: int, first_row: int) -> tuple[list[_Range], Ints]:
     """Expandable segments, numbered from ``first_row``, and their pieces as columns of a ``PieceTable``."""
     maps = decisions.kind == DecisionKind.SEGMENT_MAP
     at = np.flatnonzero(maps | (decisions.kind == DecisionKind.SEGMENT_UNMAP))
     pieces, ranges = _Pieces(), _Ranges(trace.device_total, first_row, len(decisions))
     columns = (at, maps[at], decisions.addr[at], decisions.size[at], decisions.stream[at], decisions.pool[at])
+    pages_at_start = {s.addr: s.page for s in trace.initial if s.expandable}
     small = _is_small(trace, decisions, at) if len(at) else at
     for position, is_map, addr, size, stream, pool, is_small in zip(
         *(c.tolist() for c in columns), small.tolist(), strict=True
@@ -245,7 +265,13 @@ def _expandable(trace: Trace, decisions: Decisions, first_row: int) -> tuple[lis
         if size <= 0:
             raise _contradiction(position, "maps or unmaps nothing")
         if is_map:
-            range_ = ranges.of(addr, (stream, pool, bool(is_small)), position)
+            if position < stood:
+                page = pages_at_start.get(addr)
+                if page is None:
+                    raise _contradiction(position, "maps what did not stand when recording began")
+                range_ = ranges.stood(addr, (stream, pool, page == _SMALL_PAGE), page, position)
+            else:
+                range_ = ranges.of(addr, (stream, pool, is_small), position)
             range_.take(addr, size)
             if not pieces.add(range_, addr, size, position):
                 raise _contradiction(position, "maps memory that is mapped")
@@ -258,7 +284,8 @@ def _expandable(trace: Trace, decisions: Decisions, first_row: int) -> tuple[lis
                 ranges.drop(unmapped, position)
     pages = _PageSizes(trace, decisions)
     for range_ in ranges.all:
-        range_.page = _SMALL_PAGE if range_.key[2] else pages.of(range_)
+        if not range_.stood:
+            range_.page = _SMALL_PAGE if range_.key[2] else pages.of(range_)
         if range_.grain % range_.page:
             raise _contradiction(range_.born, "begins an expandable segment of which parts of pages are mapped")
     return ranges.all, pieces.finish(len(decisions))
@@ -291,26 +318,55 @@ class _Ranges:
         self._live: dict[int, _Range] = {}
         self.all: list[_Range] = []
 
+    def stood(self, addr: int, key: tuple[int, int, bool], page: int, position: int) -> _Range:
+        """The range that memory mapped when recording began belongs to; asked in the order of addresses.
+
+        One and the same range counts as such however far it reaches: on which card that was, a replay's Trace does not
+        say, and where two of one kind follow each other, nothing but their number depends on it.
+        """
+        at = bisect_right(self._bases, addr) - 1
+        found = self._live[self._bases[at]] if at >= 0 else None
+        if found is None or (found.key, found.page) != (key, page) or not found.is_on_page(addr):
+            found = self._new(addr, key, position)
+            found.stood, found.page = True, page
+        found.end = addr + self._reach
+        return found
+
     def of(self, addr: int, key: tuple[int, int, bool], position: int) -> _Range:
         """The range that a mapping belongs to; a new one begins with the mapping."""
         at = bisect_right(self._bases, addr) - 1
         if at >= 0:
             found = self._live[self._bases[at]]
-            if found.key == key and addr < found.end:
+            if found.may_hold(addr, key):
                 return found
             if found.base == addr:
                 raise _contradiction(position, "maps memory that is mapped")
-        new = _Range(self._first_row + len(self.all), addr, addr + self._reach, key, position, self._end)
-        insort(self._bases, addr)
-        self._live[addr] = new
-        self.all.append(new)
-        return new
+        above = self._live[self._bases[at + 1]] if at + 1 < len(self._bases) else None
+        if above is not None and above.may_begin(addr, self._reach, key):
+            self._begin(above, addr)
+            return above
+        return self._new(addr, key, position)
 
     def drop(self, range_: _Range, position: int) -> None:
         """Its last page is unmapped: memory at these addresses would be another expandable segment's."""
         range_.died = position
         del self._live[range_.base]
         self._bases.remove(range_.base)
+
+    def _new(self, addr: int, key: tuple[int, int, bool], position: int) -> _Range:
+        new = _Range(self._first_row + len(self.all), addr, addr + self._reach, key, position, self._end)
+        insort(self._bases, addr)
+        self._live[addr] = new
+        self.all.append(new)
+        return new
+
+    def _begin(self, range_: _Range, addr: int) -> None:
+        """A range that stood when recording began turns out to begin lower."""
+        del self._live[range_.base]
+        self._bases.remove(range_.base)
+        range_.base = addr
+        insort(self._bases, addr)
+        self._live[addr] = range_
 
 
 class _PageSizes:

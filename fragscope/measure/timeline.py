@@ -36,6 +36,8 @@ class Timeline:
     Always ``reserved = requested + internal + releasable + stranded + pool_idle``. Stranded and releasable say what
     ``empty_cache()`` would leave and return now; they do not prove that a program would run out of memory.
 
+    What stood when a recording began counts from the first request row on, all of it at once.
+
     Attributes:
         requested: int64, shape ``(requests,)``, bytes asked for and not freed. (Torch's ``requested_bytes`` falls only
             when a deferred free completes, as ``active`` does here.)
@@ -115,9 +117,13 @@ def timeline(trace: Trace, lives: Lifetimes | None = None) -> Timeline:
     releasable = reserved - active - stranded - pool_idle
     if len(releasable) and int(releasable.min()) < 0:
         raise InputFileError("the trace", "is inconsistent: blocks lie on top of each other, or in memory returned")
+    told = int(clock.upto[0]) if lives.stood else 0  # ticks of what stood when recording began, which came before
+    for series in (reserved, stranded, releasable, pool_idle):
+        series[:told] = 0
     settled = np.ones(clock.end + 1, dtype=bool)
     takes = (trace.decisions.kind == DecisionKind.SEGMENT_ALLOC) | (trace.decisions.kind == DecisionKind.SEGMENT_MAP)
     settled[clock.of(np.flatnonzero(takes)) + 1] = False
+    settled[told] = True
     return Timeline(
         requested=requested[clock.upto],
         allocated=allocated[clock.upto],

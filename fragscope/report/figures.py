@@ -30,7 +30,7 @@ from fragscope.measure import decimate
 from fragscope.report.colors import line_name, placeholder
 from fragscope.report.memory_map import AddressRanges, Canvas, CellState, MemoryMap, address_ranges, memory_map
 from fragscope.report.pools import Places, is_plain, places
-from fragscope.report.traces import Recording
+from fragscope.report.traces import Recording, first_row
 from fragscope.units import GIB, MIB
 
 LINE_POINTS = 500
@@ -210,7 +210,7 @@ def window(recording: Recording) -> slice:
     """Rows a memory map covers: the phase and a little before it."""
     rows = recording.rows
     lead = max(2, round((rows.stop - rows.start) * _LEAD)) if recording.timeline.measured is not None else 0
-    return slice(max(0, rows.start - lead), rows.stop)
+    return slice(max(first_row(recording.trace), rows.start - lead), rows.stop)
 
 
 def map_scale(recordings: list[Recording]) -> int:
@@ -248,6 +248,7 @@ def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
     plot.xaxis.axis_label = "event"
+    plot.xaxis.ticker.desired_num_ticks = 4  # more run into each other on a telephone
     plot.yaxis.axis_label = f"address, gaps left out ({unit_name})"
     image = plot.image(
         image=[drawn.cells],

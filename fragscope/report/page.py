@@ -51,7 +51,7 @@ class Variant:
         missing: why there is no memory map, ``""`` if there is one.
         drawing: the memory map.
         alternative: the memory map in words.
-        resolution: what one cell of it stands for.
+        resolution: what one cell of it stands for, and where the phase begins.
         breakdown: what each pool held, None where there is no more to say than the map does.
     """
 
@@ -183,7 +183,7 @@ def _variant(number: int, row: Row, recording: Recording | Unavailable | None, s
         missing="",
         drawing=map_figure(recording, drawn, scale),
         alternative=alternative,
-        resolution=_resolution(drawn),
+        resolution=_resolution(drawn, recording),
         breakdown=breakdown(recording),
     )
 
@@ -247,7 +247,10 @@ def _pool_cells(share: PoolShare) -> tuple[tuple[str, str], ...]:
     return tuple(zip(POOL_HEADINGS, (f"{share.ranges:,}", *map(mib, sizes)), strict=True))
 
 
-def _resolution(drawn: MemoryMap) -> str:
+def _resolution(drawn: MemoryMap, recording: Recording) -> str:
     events = drawn.canvas.events_per_cell
     width = "1 event" if events == 1 else f"{events:,.1f} events"
-    return f"One cell is {format_bytes(round(drawn.canvas.bytes_per_cell))} by {width}."
+    cell = f"One cell is {format_bytes(round(drawn.canvas.bytes_per_cell))} by {width}."
+    if recording.timeline.measured is None:
+        return f"{cell} No phase is marked: this is the whole recording, and before it is what stood when it began."
+    return f"{cell} The dotted line is where the phase begins."

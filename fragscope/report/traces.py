@@ -19,7 +19,8 @@ class Recording:
         trace: as read.
         lives: when segments and blocks lived.
         timeline: counters after every request.
-        rows: those of the measured phase, or of the whole Trace where none is marked.
+        rows: those of the measured phase, or of the whole Trace where none is marked. What stood when recording began
+            is told before the first event, and is there after the first of these rows.
     """
 
     trace: Trace
@@ -29,9 +30,14 @@ class Recording:
 
     @property
     def events(self) -> int:
-        """Requests of the phase, without its marks."""
-        kinds = self.trace.requests.kind[self.rows]
+        """Requests of the phase, without its marks and without what stood when recording began."""
+        kinds = self.trace.requests.kind[max(self.rows.start, self.trace.requests.start_rows) : self.rows.stop]
         return len(kinds) - int(((kinds == RequestKind.PHASE_BEGIN) | (kinds == RequestKind.PHASE_END)).sum())
+
+
+def first_row(trace: Trace) -> int:
+    """The row from which on a Trace's course is shown: the last that tells what stood when recording began, or 0."""
+    return max(trace.requests.start_rows - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def open_recording(case: Case, folder: Path) -> Recording | Unavailable:
         return Unavailable(f"The trace {shown} cannot be read ({printable(type(e).__name__)}).")
     if len(trace.requests) == 0:
         return Unavailable(f"The trace {shown} holds no events.")
-    return Recording(trace, lives, line, line.measured or slice(0, len(trace.requests)))
+    return Recording(trace, lives, line, line.measured or slice(first_row(trace), len(trace.requests)))
 
 
 def _without_path(error: FragscopeError) -> str:

@@ -123,6 +123,17 @@ class Requests:
     def __len__(self) -> int:
         return len(self.kind)
 
+    @property
+    def start_rows(self) -> int:
+        """How many of the first rows tell what stood when recording began, 0 where it began with the process.
+
+        All of it stood at once: private pools, segments and blocks are there after the first of these rows.
+        """
+        if len(self) == 0 or self.kind[0] != RequestKind.START:
+            return 0
+        later = ~np.isin(self.kind, (RequestKind.START, RequestKind.POOL_CREATE, RequestKind.HELD))
+        return int(np.argmax(later)) if bool(later.any()) else len(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Decisions:

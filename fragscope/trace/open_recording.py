@@ -196,10 +196,8 @@ def _frames(stacks: DeviceStacks | None) -> list[list[dict[str, Any]]]:
 
 def _losses(reader: NotedReader, beginning: Beginning, end: End | None, pools: Pools) -> list[Loss]:
     inferred = reader.inferred
-    held, inferred.held = inferred.held, 0
+    inferred.held = 0  # what stood at the start was recorded, and is not lost
     lost = inferred.losses()
-    if held:
-        lost.append(Loss("held_at_start", "memory was held when recording began; what stood then was recorded", held))
     if reader.gaps:
         lost.append(Loss("gap", "events were lost while recording", reader.lost_events))
     if reader.unknown_notes:

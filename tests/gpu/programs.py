@@ -15,8 +15,8 @@ Step = Callable[[], Any]
 MIB = 2**20
 
 
-def decode() -> Step:
-    """A small Llama decodes 48 tokens for a batch of four, by Hugging Face transformers."""
+def decode(tokens: int = 48) -> Step:
+    """A small Llama decodes tokens for a batch of four, by Hugging Face transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def decode() -> Step:
     @torch.inference_mode()
     def step() -> Any:
         return model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, min_new_tokens=48, do_sample=False,
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
             pad_token_id=0,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from programs import PROGRAMS
+from programs import decode
 
 from fragscope import Recorder, RecorderOptions, Stacks
 
@@ -81,10 +81,10 @@ def recorder(stacks: Stacks, sampling: float | None = None) -> Callable[[], Abst
 
 def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     print(torch.cuda.get_device_name(0), torch.__version__, f"{rounds} rounds")
     for program in ("decode", "small"):
-        step = PROGRAMS[program]() if program in PROGRAMS else pairs
+        step = decode(tokens=8) if program == "decode" else pairs
         for _ in range(3):
             step()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]

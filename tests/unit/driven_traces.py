@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fragscope.allocator import FRACTION_UNIT, CachingAllocator, Counters, OutOfMemoryError, parse_conf, rules_for
 from fragscope.trace import BlockState, RequestKind, RequestLog, SegmentState, Settings, Trace
 
@@ -90,7 +92,7 @@ class Driven:
     def look(self) -> None:
         """Keep what lies where after the last request."""
         if self.now:
-            self.segments[len(self.now) - 1] = tuple(_merged(s) for s in self.allocator.segments())
+            self.segments[len(self.now) - 1] = as_recorded(self.allocator.segments())
 
     @property
     def trace(self) -> Trace:
@@ -118,6 +120,11 @@ class Driven:
     def _done(self, *, served: bool = True) -> bool:
         self.now.append(self.allocator.now)
         return served
+
+
+def as_recorded(segments: Sequence[SegmentState]) -> tuple[SegmentState, ...]:
+    """The allocator's segments as a recording tells them: what is idle without a gap is one block."""
+    return tuple(_merged(s) for s in segments)
 
 
 def _merged(segment: SegmentState) -> SegmentState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from fragscope.cli.record import told
 from fragscope.errors import UsageError
 from fragscope.record.launch import Launched, LaunchOptions, RecordedProcess, launch
 from fragscope.record.launch.process import claim, reason
+from fragscope.record.launch.session import RECORDER
 from fragscope.record.launch.session_folder import (
     Plan,
     Status,
@@ -185,3 +187,11 @@ def test_losses_are_told(tmp_path, capsys):
     _, _, row, note = capsys.readouterr().err.splitlines()
     assert row.split() == ["rank3", "12", "3", "1", "3.00", "-", "1", "no", str(tmp_path / "rank3.fscope")]
     assert note == "fragscope: rank3: recording stopped: no space left (4)"
+
+
+def test_the_recorder_that_ships_is_what_processes_ask_for(tmp_path):
+    module = importlib.import_module(RECORDER)
+    options = module.RecorderOptions(
+        keep=tmp_path, gives_way=True, stacks=module.Stacks("python"), device=0, sample_non_torch=0.5, max_entries=7
+    )
+    assert module.Recorder(options).options == options

@@ -19,7 +19,7 @@ from fragscope.record.launch.redact import redact
 from fragscope.record.launch.session_folder import VARIABLE, Plan, Status, statuses, was_loaded, write_plan
 from fragscope.trace.rank_set import Member, members, process_of
 
-RECORDER = "fragscope.record.cuda.recorder"
+RECORDER = "fragscope.record.cuda"
 _BOOTSTRAP = Path(__file__).parent / "bootstrap"
 _PATIENCE = 10.0  # seconds for recorded processes that outlive the command, to end and pack what they have
 _LOOK_EVERY = 0.05
