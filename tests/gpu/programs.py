@@ -28,10 +28,10 @@ def decode(tokens: int = 48) -> Step:
 
     @torch.inference_mode()
     def step() -> Any:
+        mask = torch.ones_like(prompt)
         return model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
+            prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
 
     return step
 

@@ -38,8 +38,6 @@ def history(context: str | None) -> Any:
 
 def timed(step: Callable[[], Any], around: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
     """Seconds inside, and in all with beginning and ending the recording."""
-    gc.collect()
-    gc.disable()
     torch.cuda.synchronize()
     began = time.perf_counter()
     with around():
@@ -47,9 +45,7 @@ def timed(step: Callable[[], Any], around: Callable[[], AbstractContextManager[A
         step()
         torch.cuda.synchronize()
         inside = time.perf_counter() - inside
-    began = time.perf_counter() - began
-    gc.enable()
-    return inside, began
+    return inside, time.perf_counter() - began
 
 
 def compare(
@@ -57,12 +53,15 @@ def compare(
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     whole: dict[str, list[float]] = {name: [] for name in kinds}
+    gc.collect()
+    gc.disable()
     for number in range(rounds):
         order = list(kinds.items())
         for name, around in order[number % len(order) :] + order[: number % len(order)]:
             inside, all_of_it = timed(step, around)
             times[name].append(inside)
             whole[name].append(all_of_it)
+    gc.enable()
     base = times[next(iter(kinds))]
     for name, values in times.items():
         ratios = [value / without for value, without in zip(values, base, strict=True)]
