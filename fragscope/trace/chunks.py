@@ -2,12 +2,15 @@
 
 A chunk is a header and records of 64 bytes. The header counts the records that are complete; it is raised after each
 record, so that whatever ended the process, all counted records are whole. Chunks are written by the allocator tracker
-(``record/cuda/tracker.cpp``) or by ``ChunkWriter``; both write the same bytes.
+(``record/cuda/tracker.cpp``) or by ``ChunkWriter``; both write the same bytes. A record's ``clock`` is a reading of the
+fastest clock there is (the processor's time stamp, for the tracker); each header pairs one with microseconds since the
+epoch.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -24,13 +27,13 @@ VERSION = 1
 RECORD = np.dtype(
     [
         ("kind", "u1"), ("device", "u1"), ("unused", "<u2"), ("thread", "<u4"), ("addr", "<i8"), ("size", "<i8"),
-        ("stream", "<i8"), ("pool_first", "<i8"), ("pool_second", "<i8"), ("time_us", "<i8"), ("text", "<i8"),
+        ("stream", "<i8"), ("pool_first", "<i8"), ("pool_second", "<i8"), ("clock", "<i8"), ("text", "<i8"),
     ]
 )  # fmt: skip
 HEADER = np.dtype(
     [
         ("magic", "S8"), ("version", "<u4"), ("record_bytes", "<u4"), ("capacity", "<u8"), ("first", "<u8"),
-        ("count", "<u8"), ("unused", "S24"),
+        ("count", "<u8"), ("clock", "<i8"), ("time_us", "<i8"), ("unused", "S8"),
     ]
 )  # fmt: skip
 assert RECORD.itemsize == HEADER.itemsize == 64
@@ -127,7 +130,8 @@ class ChunkWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._in_chunk = 0
         header = np.zeros(1, dtype=HEADER)
-        header[0] = (MAGIC, VERSION, RECORD.itemsize, self._capacity, self.written, 0, b"")
+        now = time.time_ns() // 1000
+        header[0] = (MAGIC, VERSION, RECORD.itemsize, self._capacity, self.written, 0, now, now, b"")
         _write_all(self._file, header.tobytes(), 0)
 
 

@@ -7,6 +7,7 @@
 // Built for the installed torch when it is first wanted (fragscope/record/cuda/native.py); needs c10's headers only.
 
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/util/ApproximateClock.h>
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -39,7 +40,7 @@ struct Record {
   int64_t stream;
   int64_t pool_first;
   int64_t pool_second;
-  int64_t time_us;
+  int64_t clock;  // of c10's approximate clock; headers tell what time it was at some of its readings
   int64_t text;
 };
 static_assert(sizeof(Record) == 64, "chunks.py reads records of 64 bytes");
@@ -51,7 +52,9 @@ struct Header {
   uint64_t capacity;
   uint64_t first;  // number of the first record in the whole recording
   std::atomic<uint64_t> count;
-  char unused[24];
+  int64_t clock;  // two clocks read at once, when the chunk was opened
+  int64_t time_us;
+  char unused[8];
 };
 static_assert(sizeof(Header) == 64, "chunks.py reads headers of 64 bytes");
 
@@ -110,7 +113,7 @@ bool open_chunk() {
   failure = posix_fallocate(file, 0, static_cast<off_t>(mapped_bytes));
   void* start = MAP_FAILED;
   if (failure == 0) {
-    start = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    start = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, 0);
     if (start == MAP_FAILED) failure = errno;
   }
   close(file);
@@ -127,6 +130,8 @@ bool open_chunk() {
   header->record_bytes = sizeof(Record);
   header->capacity = capacity;
   header->first = total;
+  header->clock = static_cast<int64_t>(c10::getApproximateTime());
+  header->time_us = now_us();
   header->count.store(0, std::memory_order_release);
   return true;
 }
@@ -170,7 +175,7 @@ void track(const TraceEntry& entry) {
   record.stream = reinterpret_cast<int64_t>(entry.stream_);
   record.pool_first = static_cast<int64_t>(entry.mempool_.first);
   record.pool_second = static_cast<int64_t>(entry.mempool_.second);
-  record.time_us = now_us();
+  record.clock = static_cast<int64_t>(entry.time_.approx_t_);
   record.text = -1;
   ++events_of[record.device & 63];
   put(record);
@@ -227,7 +232,7 @@ int64_t fragscope_note(uint8_t kind, uint8_t device, int64_t addr, int64_t size,
   record.stream = stream;
   record.pool_first = pool_first;
   record.pool_second = pool_second;
-  record.time_us = now_us();
+  record.clock = static_cast<int64_t>(c10::getApproximateTime());
   record.text = text;
   put(record);
   return static_cast<int64_t>(total);
