@@ -12,7 +12,10 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
-WITHOUT_COVERAGE = ("tests/conformance", "tests/property")
+WITHOUT_COVERAGE = (
+    "tests/conformance", "tests/property", "tests/integration/test_recorded_traces.py",
+    "tests/integration/test_scenarios.py", "tests/unit/test_compiled.py", "tests/unit/test_late_measures.py",
+)  # fmt: skip
 
 
 def group(name: str) -> list[str]:
@@ -36,7 +39,7 @@ def tests(session: nox.Session) -> None:
         session.run("pytest", *session.posargs)
         return
     # Millions of requests go through the allocator's loop here; counting their lines would take most of the time.
-    session.run("pytest", *WITHOUT_COVERAGE)
+    session.run("pytest", "-n", "auto", *WITHOUT_COVERAGE)
     left_out = [f"--ignore={path}" for path in (*WITHOUT_COVERAGE, "tests/browser", "tests/benchmarks")]
     session.run("coverage", "run", "-m", "pytest", *left_out)
     session.run("coverage", "report", "--skip-covered", "--skip-empty")

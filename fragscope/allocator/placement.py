@@ -104,7 +104,7 @@ def _predicted(events: list[_Event], base: int, move_at: int) -> list[int]:
         if event.taken:
             s.n[ALLOCS] = event.allocs
             number = numbers[event.addr] = new_segment(s, event.size, 0, 0, 0)
-            s.t[SEG_ADDR][number] = place_segment(s, number, event.size)
+            s.t[SEG_ADDR][number] = place_segment(s, event.size)
             s.t[SEG_FIRST][number] = 0
             out.append(s.t[SEG_ADDR][number])
         else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fragscope.allocator import Card, Replay, ReplaySettings, Span, recorded_under, replay, settle, tape_of
+from fragscope.allocator.assumptions import LOSSES
 from fragscope.gate.budgets import METRICS, metric_value
 from fragscope.gate.evaluate import caveats
 from fragscope.testing.marker import Bound
@@ -151,7 +152,7 @@ def _caveats(own: OwnRequests, decided: Replay, finished: Finished) -> Iterator[
         exact=decided.exact and not finished.estimated,
         operators=finished.estimated,
         assumptions=[(a.code, a.effect) for a in decided.assumptions],
-        lost=[loss.code for loss in own.trace.lost if not loss.code.startswith(_ELSEWHERE)],
+        lost=[code for code in (x.code for x in own.trace.lost) if not _is_said(code)],
     )
     if own.failed:
         many = own.failed > 1
@@ -159,6 +160,11 @@ def _caveats(own: OwnRequests, decided: Replay, finished: Finished) -> Iterator[
     seen = sorted({o.what for o in _observations(own.trace) if o.what != "OutOfMemoryError"})
     if seen:
         yield f"the test read memory state ({', '.join(seen)}), which depends on more than itself"
+
+
+def _is_said(code: str) -> bool:
+    """Whether a loss is no caveat of its own: the assumption that it makes is one, or it concerns other figures."""
+    return LOSSES.get(code) is not None or code.startswith(_ELSEWHERE)
 
 
 def _observations(trace: Trace) -> list[Observation]:

@@ -41,6 +41,8 @@ def run(pytester: pytest.Pytester, *arguments: str, subprocess: bool = False) ->
     try:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+            for variable in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+                environment.delenv(variable)  # the session is none of a worker's, even if this test runs in one
             return start(*PLUGIN, *_UNUSED, "-ra", "--junitxml=junit.xml", *arguments)
     finally:
         devices.gpu = devices.CudaGpu

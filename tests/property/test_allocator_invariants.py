@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 
 from fragscope.allocator import CachingAllocator, Counters, OutOfMemoryError, Rules, parse_conf, rules_for
+from fragscope.allocator.engine.driver import ANY_TOP
 from fragscope.trace import DecisionKind, SegmentState
 
 MIB = 2**20
@@ -28,6 +29,13 @@ EDGES = [
     1, 511, 512, 513, MIB - 1, MIB, MIB + 1, 2 * MIB, 10 * MIB - 512, 10 * MIB - 1, 10 * MIB, 10 * MIB + 1, 20 * MIB,
 ]  # fmt: skip
 sizes = st.one_of(st.sampled_from(EDGES), st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(1, 40 * MIB))
+
+addresses = st.integers(ANY_TOP // (2 * MIB) - 200, ANY_TOP // (2 * MIB) + 300).map(lambda n: n * 2 * MIB)
+given_addresses = st.tuples(
+    st.lists(st.tuples(addresses, st.sampled_from([2, 20]).map(lambda n: n * MIB)), max_size=8),
+    st.lists(addresses, max_size=2),
+)
+"""Of segments (address and bytes) and of mappings, as a recording gives them: where modelled segments are too."""
 
 
 @st.composite
@@ -83,6 +91,10 @@ class Allocator(RuleBasedStateMachine):
         self.model = CachingAllocator(
             self.total, capacity * MIB, self.rules_, parse_conf(text_of(self.conf), self.rules_), fraction
         )
+        segments, maps = data.draw(given_addresses)
+        self.model.give_addresses(segments, maps)
+        if data.draw(st.booleans()):
+            self.model.begin_process(ANY_TOP, data.draw(st.sampled_from([-1, 0, 2, 8])))
         self.capacity = capacity * MIB
         self.held: dict[int, tuple[int, int, int]] = {}  # address, block bytes and requested bytes
         self.waiting: dict[int, int] = {}  # freed and not completed; requested bytes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fragscope.allocator import CachingAllocator, OutOfMemoryError, rules_for
 from fragscope.allocator.engine import driver, tables
 from fragscope.allocator.engine.blocks import drop_segment, new_segment
-from fragscope.allocator.engine.state import DEPARTED, SEG_ADDR, SEG_FIRST
+from fragscope.allocator.engine.state import ALLOCS, DEPARTED, SEG_ADDR, SEG_FIRST
 
 MIB = 2**20
 TOP = driver.ANY_TOP
@@ -22,10 +22,27 @@ class Driver:
         self._s = tables.with_given(tables.new_state(1, 1, compiled=False), recorded or [], [])
         self._segments: dict[int, tuple[int, int]] = {}  # address -> bytes, column
 
+    def begin(self, base: int, move_at: int) -> None:
+        driver.begin_process(self._s, base, move_at)
+
+    def count(self, allocs: int) -> None:
+        """So many requests for memory were made by now."""
+        self._s.n[ALLOCS] = allocs
+
+    def reserve(self, addr: int, size: int) -> None:
+        """An expandable segment's range, recorded there."""
+        self._s = tables.with_given(self._s, [], [addr])
+        segment = new_segment(self._s, size, 0, 1, 20 * MIB)
+        self._s.t[SEG_ADDR][segment] = driver.place_range(self._s, size)
+        assert driver.place_first_mapping(self._s, segment) == addr
+        self._s.t[SEG_ADDR][segment] = addr
+        self._s.t[SEG_FIRST][segment] = 0
+        self._segments[addr] = size, segment
+
     def place(self, size: int) -> int:
         t = self._s.t
         segment = new_segment(self._s, size, 0, 1, 0)
-        addr = driver.place_segment(self._s, segment, size)
+        addr = driver.place_segment(self._s, size)
         t[SEG_ADDR][segment] = addr
         t[SEG_FIRST][segment] = 0
         for other, (length, _) in self._segments.items():
@@ -265,6 +282,68 @@ def test_the_rule_goes_on_in_the_regions_that_the_recorded_segments_stand_in() -
     assert recording.departed
     recording.remove(base)
     assert recording.place(20 * MIB) == base
+
+
+def test_a_segment_that_reaches_into_the_next_region_shows_that_they_are_one() -> None:
+    """No block spans two regions (where cudaMalloc puts segments, as observed)."""
+    base = TOP - 64 * MIB
+    recording = Driver([(base, 2 * MIB), (base + 62 * MIB, 2 * MIB), (base + 20 * MIB, 30 * MIB)])
+    for size in (2, 2, 30):
+        recording.place(size * MIB)
+    assert recording.place(14 * MIB) == base + 2 * MIB, "18 MiB are free below it, 12 MiB above"
+    assert recording.place(12 * MIB) == base + 50 * MIB
+    assert recording.place(4 * MIB) == base + 16 * MIB
+    assert recording.place(2 * MIB) == base - 32 * MIB
+    for addr in (base + 20 * MIB, base + 50 * MIB, base + 16 * MIB):
+        recording.remove(addr)
+    assert recording.place(46 * MIB) == base + 16 * MIB, "one hole across what were two regions"
+
+
+def test_a_segment_from_unknown_ground_into_a_known_region_shows_that_it_begins_lower() -> None:
+    base = TOP - 64 * MIB
+    recording = Driver([(base + 60 * MIB, 4 * MIB), (base + 16 * MIB, 40 * MIB)])
+    recording.place(4 * MIB)
+    recording.place(40 * MIB)
+    assert recording.place(4 * MIB) == base + 56 * MIB
+    assert recording.place(16 * MIB) == base
+
+
+def test_a_region_made_of_several_is_as_old_as_the_oldest() -> None:
+    base = TOP - 96 * MIB
+    older, newer, newest = (base, 20 * MIB), (base + 64 * MIB, 20 * MIB), (base + 50 * MIB, 2 * MIB)
+    recording = Driver([older, newer, newest, (base + 20 * MIB, 20 * MIB)])
+    for size in (20, 20, 2, 20):
+        recording.place(size * MIB)
+    assert recording.place(8 * MIB) == base + 84 * MIB, "the newer of the two that are left"
+
+
+def test_a_segment_where_the_driver_held_a_block_shows_that_it_has_moved() -> None:
+    recording = Driver([(TOP + 414 * MIB, 2 * MIB), (TOP + 100 * MIB, 64 * MIB)])
+    recording.begin(TOP, move_at=5)
+    recording.place(2 * MIB)
+    recording.place(64 * MIB)
+    assert recording.place(30 * MIB) == TOP, "the smaller of the two holes that the moved block left"
+    recording.count(9)
+    for _ in range(30):
+        recording.place(20 * MIB)  # none of them where another stands
+
+
+def test_a_segment_where_the_driver_never_freed_a_block_leaves_the_rest_of_it_taken() -> None:
+    recording = Driver([(TOP + 100 * MIB, 64 * MIB)])
+    recording.begin(TOP, move_at=-1)
+    recording.place(64 * MIB)
+    assert recording.place(64 * MIB) == TOP - 64 * MIB
+    recording.remove(TOP + 100 * MIB)
+    assert recording.place(64 * MIB) == TOP + 100 * MIB
+
+
+def test_modelled_segments_stay_clear_of_recorded_address_ranges() -> None:
+    base = TOP - 32 * MIB
+    recording = Driver([(base, 20 * MIB)])
+    recording.place(20 * MIB)
+    recording.reserve(base + 20 * MIB, 40 * MIB)
+    recording.reserve(base - 90 * MIB, 60 * MIB)
+    assert recording.place(2 * MIB) == base - 128 * MIB, "the highest place of 32 MiB below both ranges"
 
 
 @given(steps, st.integers(0, 60))

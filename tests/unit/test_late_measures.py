@@ -102,6 +102,30 @@ def test_recordings_cut_off_at_the_front_have_the_models_counters_at_every_event
     assert_agrees(Watched(tape, asked(own, what), every=397))
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "conf", "part"),
+    [
+        ("confs/oom-split64nsr100", 0.85, "max_split_size_mb:21", 20), ("confs/oom-fractionkey", 0.1, "", 1),
+        ("train_vit-default", 0.1, "max_split_size_mb:21", 20),
+    ],
+)  # fmt: skip
+def test_segments_that_nobody_recorded_are_put_where_none_stands(name: str, share: float, conf: str, part: int) -> None:
+    """A recorded one reaches beyond what those before it showed of the driver's region, into the next."""
+    tape, own = late_tape(name, share)
+    free = replace(own, conf=conf, limit=None, memory_fraction=None, capacity=own.capacity // part)
+    watched = Watched(tape, free, every=397)
+    assert_agrees(watched)
+    d = watched.replay.trace.decisions
+    assert d is not None
+    standing: dict[int, int] = {}
+    for kind, addr, size in zip(d.kind.tolist(), d.addr.tolist(), d.size.tolist(), strict=True):
+        if kind == DecisionKind.SEGMENT_ALLOC:
+            assert all(addr + size <= other or other + length <= addr for other, length in standing.items())
+            standing[addr] = size
+        elif kind == DecisionKind.SEGMENT_FREE:
+            del standing[addr]
+
+
 @pytest.mark.parametrize("name", ["train_vit-default", "confs/graphs-expandable"])
 def test_a_measured_phase_of_a_late_recording_has_the_models_figures(name: str) -> None:
     late = late_part(name, pickled(name), 0.5)

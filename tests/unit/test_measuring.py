@@ -78,7 +78,7 @@ def test_what_makes_figures_uncertain():
     trace = replace(trace, lost=(Loss("gap", "", 3), Loss("torch_release", ""), Loss("non_torch_samples", "", 1)))
     assert measured(trace, "sort").caveats == (
         "estimated: hidden temporaries of sort are unknown",
-        "the recording lacks gap",
+        "assumed with unknown effect: gap",
         "1 request ran out of memory and does not count",
         "the test read memory state (torch.cuda.mem_get_info), which depends on more than itself",
     )

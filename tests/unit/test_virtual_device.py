@@ -332,7 +332,9 @@ def test_host_scalars_mix(card):
 
 
 @pytest.mark.parametrize(
-    "where", ["cuda", "cuda:0", CUDA, {"cpu": "cuda:0"}, lambda storage, _: storage.cuda()], ids=str
+    "where",
+    ["cuda", "cuda:0", CUDA, {"cpu": "cuda:0"}, lambda storage, _: storage.cuda()],
+    ids=["cuda", "cuda:0", "device", "mapping", "function"],
 )
 def test_torch_load_onto_the_card(card, where):
     file = io.BytesIO()

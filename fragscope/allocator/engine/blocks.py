@@ -10,6 +10,7 @@ from fragscope.allocator.engine.state import (
     BY_BLOCK,
     BY_SEGMENT,
     CREATED,
+    EXPANDABLE_SEGMENTS,
     HELD,
     ID,
     IDLE,
@@ -38,7 +39,6 @@ from fragscope.allocator.engine.state import (
     SEG_FIRST,
     SEG_LIST,
     SEG_PAGE,
-    SEG_REGION,
     SEG_SIZE,
     SEG_STREAM,
     SEGMENT,
@@ -86,13 +86,14 @@ def new_segment(s: State, size: int, stream: int, which: int, page: int) -> int:
     t[SEG_LIST][segment] = which
     t[SEG_ACTIVE][segment] = 0
     t[SEG_PAGE][segment] = page
-    t[SEG_REGION][segment] = -1
+    n[EXPANDABLE_SEGMENTS] += int(page > 0)
     return segment
 
 
 def drop_segment(s: State, segment: int) -> None:
     """Give the column back."""
     s.t[SEG_FIRST][segment] = -1
+    s.n[EXPANDABLE_SEGMENTS] -= int(s.t[SEG_PAGE][segment] > 0)
     s.t[SPARE_SEGMENT][s.n[SPARE_SEGMENTS]] = segment
     s.n[SPARE_SEGMENTS] += 1
 

@@ -16,6 +16,7 @@ from fragscope.allocator.engine.state import (
     CAPACITY,
     COLUMNS,
     DEPARTED,
+    EXPANDABLE_SEGMENTS,
     GIVEN_ADDR,
     GIVEN_MAP,
     GIVEN_MAPS,
@@ -25,10 +26,10 @@ from fragscope.allocator.engine.state import (
     HOLE_NEXT,
     HOLE_SIZE,
     MOVE_AT,
-    MOVED_REGION,
     NEXT_MAP,
     NEXT_RANGE,
     NEXT_SEGMENT,
+    OWN_BLOCK,
     REGION_ADDR,
     REGION_HOLE,
     REGION_SIZE,
@@ -36,7 +37,6 @@ from fragscope.allocator.engine.state import (
     REGIONS,
     SEG_ADDR,
     SEG_FIRST,
-    SEG_REGION,
     SEG_SIZE,
     SPARE_HOLE,
     SPARE_HOLES,
@@ -50,6 +50,7 @@ from fragscope.allocator.engine.state import (
 MIB = 1 << 20
 _OWN_BLOCK = 414 * MIB
 _MOVED_BLOCK = 512 * MIB
+_ENDLESS = -(1 << 62)  # below the lowest region there is room for all
 PAGE = 2 << 20  # physical granularity of cudaMalloc and cuMemCreate
 REGION = 32 << 20
 ANY_TOP = 0x7F00_0000_0000  # any 32 MiB-aligned address: only the order of addresses matters
@@ -75,29 +76,30 @@ def give_memory(s: State, size: int) -> None:
     s.n[USED] -= pages(size)
 
 
-def place_segment(s: State, segment: int, size: int) -> int:
+def place_segment(s: State, size: int) -> int:
     """Address for a segment of ``size`` bytes."""
-    t, n = s.t, s.n
+    n = s.n
     if n[MOVE_AT] >= 0 and n[ALLOCS] > n[MOVE_AT]:
         _move_own_block(s)
     at = n[NEXT_SEGMENT]
     if n[DEPARTED] == 0 and at < n[GIVEN_SEGMENTS]:
         given: int = s.g[GIVEN_ADDR][at]
-        if s.g[GIVEN_SIZE][at] == size and _is_clear(s, given, size):
+        if s.g[GIVEN_SIZE][at] == size and _standing(s, given, size) < 0:
             n[NEXT_SEGMENT] = at + 1
-            t[SEG_REGION][segment] = follow(s, given, size)
+            follow(s, given, size)
             return given
     n[DEPARTED] = 1
-    region = _choose_region(s, size)
-    t[SEG_REGION][segment] = region
-    return _take(s, region, size)
+    return _take(s, _choose_region(s, size), size)
 
 
 def place_range(s: State, size: int) -> int:
     """A modelled address for an expandable segment's range of ``size`` bytes; it counts until the first mapping."""
     n = s.n
+    step = (size + RANGE_ALIGNMENT - 1) // RANGE_ALIGNMENT * RANGE_ALIGNMENT + RANGE_ALIGNMENT
     modelled: int = n[NEXT_RANGE]
-    n[NEXT_RANGE] += (size + RANGE_ALIGNMENT - 1) // RANGE_ALIGNMENT * RANGE_ALIGNMENT + RANGE_ALIGNMENT
+    while _standing(s, modelled, size) >= 0:
+        modelled += step
+    n[NEXT_RANGE] = modelled + step
     return modelled
 
 
@@ -108,63 +110,88 @@ def place_first_mapping(s: State, segment: int) -> int:
         given: int = s.g[GIVEN_MAP][n[NEXT_MAP]]
         modelled = t[SEG_ADDR][segment]
         t[SEG_ADDR][segment] = -t[SEG_SIZE][segment]  # out of its own way
-        clear = _is_clear(s, given, t[SEG_SIZE][segment])
+        other = _standing(s, given, t[SEG_SIZE][segment])
         t[SEG_ADDR][segment] = modelled
-        if clear:
+        if other < 0:
             return given
     n[DEPARTED] = 1
     addr: int = t[SEG_ADDR][segment]
     return addr
 
 
-def _is_clear(s: State, addr: int, size: int) -> bool:
-    """Whether no segment stands there: a recording gives an address again only after it was freed *there*."""
+def _standing(s: State, addr: int, size: int) -> int:
+    """A segment that stands there, or -1: a recording gives an address again only after it was freed *there*."""
     t = s.t
     for segment in range(s.n[COLUMNS]):
         begins_before_end = t[SEG_FIRST][segment] >= 0 and t[SEG_ADDR][segment] < addr + size
         if begins_before_end and addr < t[SEG_ADDR][segment] + t[SEG_SIZE][segment]:
-            return False
-    return True
+            return segment
+    return -1
 
 
-def follow(s: State, addr: int, size: int) -> int:
-    """Note a segment that the driver put at ``addr``, so that the rule can go on from there; returns its region.
+def follow(s: State, addr: int, size: int) -> None:
+    """Note a segment that the driver put at ``addr``, so that the rule can go on from there.
 
-    Regions that torch has no segment in are not known, nor is what else lies in those it has. Where a segment reaches
-    beyond the region that earlier ones explain, that region is larger than they showed, and it is made so.
+    Regions that torch has no segment in are not known, nor is what else lies in those it has. No block spans two
+    regions: those that this one reaches into are parts of one, which is as old as the oldest of them. And where it
+    stands is nothing else: what the driver was taken to hold there is elsewhere.
     """
-    t, n = s.t, s.n
+    n = s.n
+    if n[MOVE_AT] >= 0 and addr < n[OWN_BLOCK] + _OWN_BLOCK and n[OWN_BLOCK] < addr + size:
+        _move_own_block(s)  # by now it has
     base = addr // REGION * REGION
     end = (addr + size + REGION - 1) // REGION * REGION
-    at = _regions_up_to(s, addr)
-    if at > 0:
-        region: int = t[BY_ADDR][at - 1]
-        reaches = t[REGION_ADDR][region] + t[REGION_SIZE][region]
-        if addr < reaches:
-            if addr + size > reaches:
-                room = t[REGION_ADDR][t[BY_ADDR][at]] if at < n[REGIONS] else end
-                _widen(s, region, min(end, room))
-            return region if _take_at(s, region, addr, size) else -1
-    if at < n[REGIONS] and t[REGION_ADDR][t[BY_ADDR][at]] < end:
-        end = t[REGION_ADDR][t[BY_ADDR][at]]  # two of them touch
-    region = _new_region(s, base, end - base)
-    return region if _take_at(s, region, addr, size) else -1
-
-
-def _widen(s: State, region: int, end: int) -> None:
-    """A region reaches further up than was known."""
-    t = s.t
-    was = t[REGION_ADDR][region] + t[REGION_SIZE][region]
-    t[REGION_SIZE][region] += end - was
-    last, hole = -1, t[REGION_HOLE][region]
-    while hole >= 0:
-        last, hole = hole, t[HOLE_NEXT][hole]
-    if last >= 0 and t[HOLE_ADDR][last] + t[HOLE_SIZE][last] == was:
-        t[HOLE_SIZE][last] += end - was
-    elif last >= 0:
-        t[HOLE_NEXT][last] = _new_hole(s, was, end - was, -1)
+    region = _oldest_region(s, base, end)
+    if region < 0:
+        region = _new_region(s, base, end - base)
     else:
-        t[REGION_HOLE][region] = _new_hole(s, was, end - was, -1)
+        _widen(s, region, base, end)
+    _take_at(s, region, addr, size)
+
+
+def _oldest_region(s: State, base: int, end: int) -> int:
+    """The oldest of the regions that reach into a range, or -1."""
+    t = s.t
+    for at in range(s.n[REGIONS]):
+        region: int = t[BY_AGE][at]
+        if t[REGION_ADDR][region] < end and base < t[REGION_ADDR][region] + t[REGION_SIZE][region]:
+            return region
+    return -1
+
+
+def _widen(s: State, region: int, base: int, end: int) -> None:
+    """A region covers this range too, and the other regions in it are parts of that one."""
+    t = s.t
+    if t[REGION_ADDR][region] <= base and end <= t[REGION_ADDR][region] + t[REGION_SIZE][region]:
+        return
+    first = _regions_up_to(s, base)
+    if first > 0:
+        below = t[BY_ADDR][first - 1]
+        if base < t[REGION_ADDR][below] + t[REGION_SIZE][below]:
+            first -= 1
+            base = t[REGION_ADDR][below]
+    last = _regions_up_to(s, end - 1)
+    highest = t[BY_ADDR][last - 1]
+    end = max(end, t[REGION_ADDR][highest] + t[REGION_SIZE][highest])
+    t[REGION_USED][region] += end - base - t[REGION_SIZE][region]
+    known = base
+    for at in range(first, last):
+        part = t[BY_ADDR][at]
+        if t[REGION_ADDR][part] > known:
+            _give(s, region, known, t[REGION_ADDR][part] - known)
+        known = t[REGION_ADDR][part] + t[REGION_SIZE][part]
+        while part != region and t[REGION_HOLE][part] >= 0:
+            hole = t[REGION_HOLE][part]
+            t[REGION_HOLE][part] = t[HOLE_NEXT][hole]
+            _give(s, region, t[HOLE_ADDR][hole], t[HOLE_SIZE][hole])
+            _drop_hole(s, hole)
+    if end > known:
+        _give(s, region, known, end - known)
+    t[REGION_ADDR][region] = base
+    t[REGION_SIZE][region] = end - base
+    for at in range(last - 1, first - 1, -1):
+        if t[BY_ADDR][at] != region:
+            _drop_region(s, t[BY_ADDR][at])
 
 
 # --- the observed rule --------------------------------------------------------------------------------------------
@@ -172,10 +199,8 @@ def _widen(s: State, region: int, end: int) -> None:
 
 def remove_segment(s: State, segment: int) -> None:
     """The segment is gone: its range joins the holes beside it, and a wholly free region is given up."""
-    t = s.t
-    region = t[SEG_REGION][segment]
-    if region >= 0:
-        _give(s, region, t[SEG_ADDR][segment], t[SEG_SIZE][segment])
+    addr = s.t[SEG_ADDR][segment]
+    _give(s, _region_of(s, addr), addr, s.t[SEG_SIZE][segment])
 
 
 def _give(s: State, region: int, addr: int, size: int) -> None:
@@ -207,20 +232,41 @@ def _give(s: State, region: int, addr: int, size: int) -> None:
 
 
 def _choose_region(s: State, size: int) -> int:
-    """The newest region with a sufficient hole, else a new one in the highest gap that is strictly longer than it."""
+    """The newest region with a sufficient hole, else a new one in the highest gap that is strictly longer than it.
+
+    What is left of a region is a guess where a recording gave it; an expandable segment there shows that it is less.
+    """
     t, n = s.t, s.n
     for at in range(n[REGIONS] - 1, -1, -1):
         region: int = t[BY_AGE][at]
-        if t[REGION_SIZE][region] - t[REGION_USED][region] >= size and _smallest_hole(s, region, size) >= 0:
-            return region
+        if t[REGION_SIZE][region] - t[REGION_USED][region] >= size:
+            hole = _smallest_hole(s, region, size)
+            if hole >= 0 and _range_in(s, t[HOLE_ADDR][hole], size) < 0:
+                return region
     length = (size + REGION - 1) // REGION * REGION
     end = n[TOP]
     for at in range(n[REGIONS] - 1, -1, -1):
         region = t[BY_ADDR][at]
+        end = _below_ranges(s, t[REGION_ADDR][region] + t[REGION_SIZE][region], end, length)
         if end - (t[REGION_ADDR][region] + t[REGION_SIZE][region]) > length:
-            break
+            return _new_region(s, end - length, length)
         end = min(end, t[REGION_ADDR][region])
-    return _new_region(s, end - length, length)
+    return _new_region(s, _below_ranges(s, _ENDLESS, end, length) - length, length)
+
+
+def _below_ranges(s: State, begin: int, end: int, length: int) -> int:
+    """The end of a gap, or where it goes on below expandable segments if one is in the last ``length`` bytes of it."""
+    while end - begin > length:
+        segment = _range_in(s, end - length, length)
+        if segment < 0:
+            return end
+        end = s.t[SEG_ADDR][segment] // REGION * REGION
+    return end
+
+
+def _range_in(s: State, addr: int, size: int) -> int:
+    """An expandable segment that stands there, or -1; of others the regions tell."""
+    return _standing(s, addr, size) if s.n[EXPANDABLE_SEGMENTS] > 0 else -1
 
 
 def begin_process(s: State, base: int, move_at: int) -> None:
@@ -239,18 +285,22 @@ def begin_process(s: State, base: int, move_at: int) -> None:
     _take_at(s, between, base + 416 * MIB, 64 * MIB)
     own = _new_region(s, base, 416 * MIB)
     _take_at(s, own, base, _OWN_BLOCK)
-    n[MOVED_REGION] = own
+    n[OWN_BLOCK] = base
     if move_at == 0:
         _move_own_block(s)
 
 
 def _move_own_block(s: State) -> None:
-    t, n = s.t, s.n
-    n[MOVE_AT] = -1
-    region = _choose_region(s, _MOVED_BLOCK)
-    _take(s, region, _MOVED_BLOCK)
-    own = n[MOVED_REGION]
-    _give(s, own, t[REGION_ADDR][own], _OWN_BLOCK)
+    own = s.n[OWN_BLOCK]
+    s.n[MOVE_AT] = -1
+    _take(s, _choose_region(s, _MOVED_BLOCK), _MOVED_BLOCK)
+    _give(s, _region_of(s, own), own, _OWN_BLOCK)
+
+
+def _region_of(s: State, addr: int) -> int:
+    """The region that holds what was placed at an address."""
+    region: int = s.t[BY_ADDR][_regions_up_to(s, addr) - 1]
+    return region
 
 
 def _regions_up_to(s: State, addr: int) -> int:
@@ -332,28 +382,26 @@ def _take(s: State, region: int, size: int) -> int:
     return addr
 
 
-def _take_at(s: State, region: int, addr: int, size: int) -> bool:
-    """Take a range out of the hole that covers it; False if none does."""
-    t = s.t
+def _take_at(s: State, region: int, addr: int, size: int) -> None:
+    """Take a range out of the holes that it reaches into."""
+    t, end = s.t, addr + size
     earlier, hole = -1, t[REGION_HOLE][region]
-    while hole >= 0 and t[HOLE_ADDR][hole] + t[HOLE_SIZE][hole] <= addr:
-        earlier, hole = hole, t[HOLE_NEXT][hole]
-    if hole < 0 or t[HOLE_ADDR][hole] > addr or t[HOLE_ADDR][hole] + t[HOLE_SIZE][hole] < addr + size:
-        return False
-    t[REGION_USED][region] += size
-    below = addr - t[HOLE_ADDR][hole]
-    above = t[HOLE_ADDR][hole] + t[HOLE_SIZE][hole] - addr - size
-    if below > 0:
-        t[HOLE_SIZE][hole] = below
-        if above > 0:
-            t[HOLE_NEXT][hole] = _new_hole(s, addr + size, above, t[HOLE_NEXT][hole])
-    elif above > 0:
-        t[HOLE_ADDR][hole] = addr + size
-        t[HOLE_SIZE][hole] = above
-    else:
-        if earlier < 0:
-            t[REGION_HOLE][region] = t[HOLE_NEXT][hole]
+    while hole >= 0 and t[HOLE_ADDR][hole] < end:
+        begins, ends, later = t[HOLE_ADDR][hole], t[HOLE_ADDR][hole] + t[HOLE_SIZE][hole], t[HOLE_NEXT][hole]
+        if ends > addr:
+            t[REGION_USED][region] += min(end, ends) - max(addr, begins)
+        if begins < addr:
+            if ends > end:
+                t[HOLE_NEXT][hole] = _new_hole(s, end, ends - end, later)
+            t[HOLE_SIZE][hole] = min(ends, addr) - begins
+            earlier = hole
+        elif ends > end:
+            t[HOLE_ADDR][hole] = end
+            t[HOLE_SIZE][hole] = ends - end
         else:
-            t[HOLE_NEXT][earlier] = t[HOLE_NEXT][hole]
-        _drop_hole(s, hole)
-    return True
+            if earlier < 0:
+                t[REGION_HOLE][region] = later
+            else:
+                t[HOLE_NEXT][earlier] = later
+            _drop_hole(s, hole)
+        hole = later

@@ -89,7 +89,7 @@ def new_memory(s: State, which: int, rounded: int, stream: int, expandable: bool
     if not take_memory(s, size):
         return -1
     segment = new_segment(s, size, stream, which, 0)
-    addr = place_segment(s, segment, size)
+    addr = place_segment(s, size)
     t[SEG_ADDR][segment] = addr
     t[SEGMENTS][pool] += 1
     n[RESERVED] += size

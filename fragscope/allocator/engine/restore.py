@@ -52,7 +52,6 @@ from fragscope.allocator.engine.state import (
     RESERVED,
     SEG_ADDR,
     SEG_LIST,
-    SEG_REGION,
     SEG_SIZE,
     SEGMENTS,
     SIZE,
@@ -131,7 +130,7 @@ def _ordinary(s: State, segment: SegmentState, held: Iterator[tuple[int, int, in
     which = 2 * segment.pool + int(segment.size != SMALL_SEGMENT)
     number = new_segment(s, segment.size, segment.stream, which, 0)
     s.t[SEG_ADDR][number] = segment.addr
-    s.t[SEG_REGION][number] = follow(s, segment.addr, segment.size)
+    follow(s, segment.addr, segment.size)
     _reserve(s, which, segment.size)
     up_class(s, SEGMENT_COUNT, which, 1)
     if segment.size >= s.n[MAX_SPLIT]:

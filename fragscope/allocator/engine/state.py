@@ -74,7 +74,6 @@ SEG_LIST = next(_field)
 SEG_ACTIVE = next(_field)  # bytes in blocks that are not idle
 SEG_PAGE = next(_field)  # bytes that an expandable segment maps at a time; 0 for an ordinary one
 SEG_FIRST = next(_field)  # its block at the lowest address; -1 while the column is unused
-SEG_REGION = next(_field)  # the driver's region it lies in; -1 where that is not known
 SPARE_SEGMENT = next(_field)
 
 # Uses of a block by other streams.
@@ -155,10 +154,11 @@ GIVEN_MAPS = next(_number)
 NEXT_SEGMENT = next(_number)  # which one is next
 NEXT_MAP = next(_number)
 DEPARTED = next(_number)  # 1: an address was needed that was not given
+EXPANDABLE_SEGMENTS = next(_number)  # how many stand
 NEXT_RANGE = next(_number)  # where the next modelled address range begins
 TOP = next(_number)  # nothing is free above this address
 MOVE_AT = next(_number)  # requests for memory after which the driver moves its own block; -1: it does not
-MOVED_REGION = next(_number)  # the region of that block
+OWN_BLOCK = next(_number)  # address of that block, until it moves
 REGIONS = next(_number)
 # The process.
 RESERVED = next(_number)  # total_allocated_memory
