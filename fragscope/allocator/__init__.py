@@ -2,7 +2,7 @@
 
 from fragscope.allocator.assumptions import OF_PROGRAM, Assumption, Effect, merged
 from fragscope.allocator.caching import BlockView, CachingAllocator, DriverCalls, OutOfMemoryError
-from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_named
+from fragscope.allocator.cards import CARDS, DEFAULT_CARD, Card, card_like, card_named
 from fragscope.allocator.compiling import worth_compiling
 from fragscope.allocator.conf import Conf, conf_from_environment, parse_conf, recorded_conf
 from fragscope.allocator.counters import Counters, PeakWatch
@@ -45,6 +45,7 @@ __all__ = [
     "Tape",
     "TieBreak",
     "Verification",
+    "card_like",
     "card_named",
     "card_of",
     "caught_of",

@@ -87,7 +87,7 @@ def told(launched: Launched, out: Path, summary: Path | None) -> int:
 
 def _figures(process: RecordedProcess, notes: list[str]) -> dict[str, Any]:
     """A recording in figures, in bytes; keys only ever get more."""
-    from fragscope.measure import peaks
+    from fragscope.measure import non_torch, peaks
     from fragscope.trace import load_trace
 
     out: dict[str, Any] = {
@@ -96,7 +96,7 @@ def _figures(process: RecordedProcess, notes: list[str]) -> dict[str, Any]:
     }  # fmt: skip
     try:
         trace = load_trace(process.path)
-        peak = peaks(trace)
+        peak, outside = peaks(trace), non_torch(trace)
     except Exception as e:  # whatever it is, the command's exit code is not ours to change
         if not process.path.is_dir():  # else it is said already that it could not be packed, and why
             notes.append(f"{process.name}: {e}")
@@ -104,7 +104,12 @@ def _figures(process: RecordedProcess, notes: list[str]) -> dict[str, Any]:
     rank = trace.provenance.get("rank")
     out["rank"] = None if rank is None else int(rank)
     out["events"] = len(trace.requests)
-    out["peak"] = {"requested": peak.requested, "reserved": peak.reserved}
+    out["peak"] = {
+        "requested": peak.requested,
+        "reserved": peak.reserved,
+        "non_torch": None if outside is None else outside.peak,
+        "hbm": None if outside is None else outside.peak_hbm,
+    }
     out["lost"] = [{"code": x.code, "detail": x.detail, "events": x.events} for x in trace.lost]
     return out
 
@@ -119,14 +124,25 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     def size(count: int | None) -> str:
         return "-" if count is None else mib(count)
 
-    cells = [("process", "pid", "rank", "events", "peak requested", "peak reserved", "lost", "complete", "file")]
+    # Sampled peaks are lower bounds; they have columns where something was sampled.
+    sampled = [name for name in ("non_torch", "hbm") if any((row["peak"] or {}).get(name) is not None for row in rows)]
+    bounds = [f"{name} at least" for name in sampled]
+    titles = ("process", "pid", "rank", "events", "peak requested", "peak reserved", *bounds)
+    cells = [(*titles, "lost", "complete", "file")]
     for row in rows:
-        peak = row["peak"] or {"requested": None, "reserved": None}
-        cells.append((
-            row["name"], str(row["pid"] or "-"), "-" if row["rank"] is None else str(row["rank"]),
-            "-" if row["events"] is None else f"{row['events']:,}", size(peak["requested"]), size(peak["reserved"]),
-            str(len(row["lost"])), "yes" if row["complete"] else "no", printable(row["path"]),
-        ))  # fmt: skip
+        peak = row["peak"] or {}
+        cells.append(
+            (
+                row["name"],
+                str(row["pid"] or "-"),
+                "-" if row["rank"] is None else str(row["rank"]),
+                "-" if row["events"] is None else f"{row['events']:,}",
+                *(size(peak.get(name)) for name in ("requested", "reserved", *sampled)),
+                str(len(row["lost"])),
+                "yes" if row["complete"] else "no",
+                printable(row["path"]),
+            )
+        )
     losses = [
         f"fragscope: {row['name']}: {printable(x['detail'])}" + (f" ({x['events']:,})" if x["events"] else "")
         for row in rows

@@ -235,11 +235,11 @@ def _profile_of(here: Card | None) -> tuple[str, ...]:
     """The profile of the card at hand; one without a profile gets one for this run."""
     if here is None:
         return ()
-    from fragscope.allocator import CARDS
+    from fragscope.allocator import CARDS, card_like
 
-    for card in CARDS.values():
-        if card.product == here.product and card.total == here.total:
-            return (card.name,)
+    known = card_like(here.product, here.total)
+    if known is not None:
+        return (known.name,)
     CARDS[here.name] = here
     return (here.name,)
 

@@ -111,6 +111,7 @@ def _trace(folder: Path, check: Checker, beginning: Beginning, end: End | None, 
     reader.finish()
     lost += _losses(reader, beginning, end, pools)
     final = None if end is None else final_segments(check, end.segments, device, pools, page)
+    is_asked_for = device == beginning.device
     return Trace(
         requests=reader.requests.finish(),
         decisions=reader.decisions.finish(),
@@ -119,11 +120,11 @@ def _trace(folder: Path, check: Checker, beginning: Beginning, end: End | None, 
         pools=tuple(pools.ids),
         observations=tuple(reader.observations),
         confs=tuple(reader.confs),
-        settings=_settings(check, beginning, reader),
+        settings=_settings(check, beginning, reader, sum(s.size for s in stood) if is_asked_for else None),
         torch=beginning.torch,
-        card=beginning.gpu,
+        card=beginning.gpu if is_asked_for else None,
         device=device,
-        device_total=beginning.total,
+        device_total=beginning.total if is_asked_for else None,
         initial=stood,
         final=final,
         lost=tuple(lost),
@@ -133,9 +134,11 @@ def _trace(folder: Path, check: Checker, beginning: Beginning, end: End | None, 
     )
 
 
-def _settings(check: Checker, beginning: Beginning, reader: NotedReader) -> Settings:
+def _settings(check: Checker, beginning: Beginning, reader: NotedReader, reserved: int | None) -> Settings:
+    """The settings in force; how much memory there was is known of the device that the recorder was asked for."""
     reported = settings_at_start(check, beginning.settings, toggled=False, begins_mapped=bool(reader.begins_mapped))
-    reserved = sum(s["total_size"] for s in beginning.segments if s.get("device") == beginning.device)
+    if reserved is None:
+        return reported
     return replace(reported, memory_fraction=beginning.memory_fraction, capacity=beginning.free + reserved)
 
 

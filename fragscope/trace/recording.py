@@ -18,7 +18,7 @@ from fragscope.units import MIB
 
 FORMAT = "fragscope-recording"
 VERSION = 1
-_FILE_LIMIT = 1024 * MIB
+_FILE_LIMIT = 256 * MIB
 _SEGMENT_KEYS = ("device", "address", "total_size", "stream", "segment_type", "segment_pool_id", "is_expandable")
 _BLOCK_KEYS = ("size", "requested_size", "state")
 
@@ -170,13 +170,15 @@ def read_texts(folder: Path) -> list[str]:
     path = folder / "texts.jsonl"
     texts = []
     try:
+        if not path.exists():
+            return []
+        if path.is_symlink() or not path.is_file():
+            raise InputFileError(path, "is not a regular file")
         if path.stat().st_size > _FILE_LIMIT:
             raise InputFileError(path, "is too large for the texts of a recording")
         for line in path.read_bytes().split(b"\n"):
             if line:
                 texts.append(msgspec.json.decode(line, type=str))
-    except FileNotFoundError:
-        return []
     except OSError as e:
         raise InputFileError(path, (e.strerror or type(e).__name__).lower()) from None
     except (msgspec.MsgspecError, UnicodeDecodeError):

@@ -407,7 +407,7 @@ def test_the_summary_is_json(tmp_path):
     (process,) = value["processes"]
     assert (value["schema_version"], value["exit_code"]) == (1, 3)
     assert (process["name"], process["rank"], process["events"], process["complete"]) == ("rank4", 4, 1, True)
-    assert process["peak"] == {"requested": 5, "reserved": None}
+    assert process["peak"] == {"requested": 5, "reserved": None, "non_torch": None, "hbm": None}
     assert process["path"] == str(tmp_path / "out" / "rank4.fscope")
 
 

@@ -15,7 +15,7 @@ from requests_of import trace_of
 from stand_ins import STAND_IN, stand_in_readers
 
 from fragscope.cli import run
-from fragscope.cli.record import told
+from fragscope.cli.record import _figures, _table, told
 from fragscope.errors import UsageError
 from fragscope.record.launch import Launched, LaunchOptions, RecordedProcess, launch
 from fragscope.record.launch.process import claim, reason
@@ -29,7 +29,8 @@ from fragscope.record.launch.session_folder import (
     write_plan,
     write_status,
 )
-from fragscope.trace import Loss, load_trace, write_trace
+from fragscope.trace import DecisionKind, DecisionLog, Loss, RequestKind, RequestLog, Trace, load_trace, write_trace
+from fragscope.units import MIB
 
 __all__ = ["stand_in_readers"]
 ROOT = Path(__file__).parents[2]
@@ -195,3 +196,24 @@ def test_the_recorder_that_ships_is_what_processes_ask_for(tmp_path):
         keep=tmp_path, gives_way=True, stacks=module.Stacks("python"), device=0, sample_non_torch=0.5, max_entries=7
     )
     assert module.Recorder(options).options == options
+
+
+def test_sampled_memory_has_columns_where_it_was_sampled(tmp_path, capfd, monkeypatch):
+    def recorded(name: str, *sampled: int) -> RecordedProcess:
+        requests, decisions = RequestLog(), DecisionLog()
+        decisions.request = requests.append(RequestKind.ALLOC, id=0, size=20 * MIB)
+        decisions.append(DecisionKind.SEGMENT_ALLOC, -1, 0x7F00_0000_0000, 20 * MIB, 0, 0)
+        decisions.append(DecisionKind.ALLOC, 0, 0x7F00_0000_0000, 20 * MIB, 0, 0)
+        for size in sampled:
+            requests.append(RequestKind.NON_TORCH, size=size)
+        path = tmp_path / f"{name}.fscope"
+        write_trace(Trace(requests=requests.finish(), decisions=decisions.finish(), torch="2.11.0"), path)
+        return RecordedProcess(name=name, pid=1, path=path, complete=True)
+
+    rows = [_figures(recorded("a", 520 * MIB, 1032 * MIB), []), _figures(recorded("b"), [])]
+    assert [row["peak"]["non_torch"] for row in rows] == [1012 * MIB, None]
+    header, first, second = (line.split() for line in _table(rows)[1:4])
+    assert "non_torch at least hbm at least" in " ".join(header)
+    assert first[6:8] == ["1,012.00", "1,032.00"]
+    assert second[6:8] == ["-", "-"]
+    assert "non_torch" not in _table(rows[1:])[1]

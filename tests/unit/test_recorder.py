@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from snapshots import entry, segment
+from snapshots import snapshot as written
 
-from fragscope import NotMeasuredError, Recorder, RecorderOptions, Stacks, UsageError, load_trace, phase
+from fragscope import InputFileError, NotMeasuredError, Recorder, RecorderOptions, Stacks, UsageError, load_trace, phase
 from fragscope.allocator import ReplaySettings, recorded_under, replay, settle, tape_of
 from fragscope.record.cuda.fake import FakeCuda
 from fragscope.trace import RequestKind, Trace
-from fragscope.trace.chunks import RECORD
+from fragscope.trace.chunks import RECORD, note
 from fragscope.trace.snapshot import snapshot_to_trace
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"
@@ -314,3 +316,150 @@ def test_as_a_decorator_each_call_is_recorded():
 
 def test_a_record_is_64_bytes():
     assert RECORD.itemsize == 64  # tracker.cpp asserts the same
+
+
+def test_the_programs_error_is_seen_when_cuda_is_beyond_help():
+    class Broken(FakeCuda):
+        def snapshot(self) -> dict[str, Any]:
+            if self.played:
+                raise RuntimeError("an illegal memory access was encountered")
+            return super().snapshot()
+
+    cuda = Broken(snapshot("train_vit-default"))
+    with pytest.raises(ZeroDivisionError), Recorder(edge=cuda) as recorder:
+        cuda.play(100)
+        1 / 0  # noqa: B018
+    assert recorder.trace is not None
+    assert "torn" in {x.code for x in recorder.trace.lost}
+    with Recorder(edge=FakeCuda(snapshot("train_vit-default"))) as after:  # and nothing is left behind
+        after._running.edge.play(10)  # type: ignore[union-attr]
+
+
+def test_the_programs_error_is_seen_when_nothing_was_allocated():
+    with pytest.raises(ZeroDivisionError), Recorder(edge=FakeCuda(snapshot("train_vit-default"))):
+        1 / 0  # noqa: B018
+
+
+def test_a_history_of_the_programs_own_takes_the_place_of_ours():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(RecorderOptions(stacks=Stacks.PYTHON, max_entries=50), edge=cuda) as recorder:
+        cuda.play(200)
+        recorder._running.notes.history_wanted()  # type: ignore[union-attr]  # what the hook says
+        assert not cuda.is_history_on()
+        cuda.start_history("python", 10)
+        cuda.play(100)
+    assert cuda.is_history_on()  # it is the program's, and stays
+    assert recorder.trace is not None
+
+
+def test_notes_end_with_their_recording(tmp_path):
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(RecorderOptions(keep=tmp_path / "a"), edge=cuda)
+    recorder.start()
+    notes = recorder._running.notes  # type: ignore[union-attr]  # a hook that somebody wrapped still has it
+    cuda.play(50)
+    recorder.stop()
+    before = (tmp_path / "a" / "texts.jsonl").read_bytes()
+    notes.note(note(RequestKind.OBSERVATION), text="too late")
+    assert (tmp_path / "a" / "texts.jsonl").read_bytes() == before
+    assert notes.missed == 0
+
+
+def test_a_note_inside_a_note_is_counted_and_not_waited_for(tmp_path):
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(edge=cuda) as recorder:
+        notes = recorder._running.notes  # type: ignore[union-attr]
+        cuda.play(50)
+        number = notes._texts.number
+
+        def interrupted(text: str) -> int:  # as by a signal handler that reads memory state
+            notes.note(note(RequestKind.OBSERVATION), text="handler")
+            return number(text)
+
+        notes._texts.number = interrupted
+        notes.note(note(RequestKind.OBSERVATION), text="program")
+    assert recorder.trace is not None
+    assert [o.what for o in recorder.trace.observations] == ["program"]
+    assert [(x.code, x.events) for x in recorder.trace.lost if x.code == "notes"] == [("notes", 1)]
+
+
+def test_a_forked_child_notes_nothing(tmp_path):
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    recorder = Recorder(RecorderOptions(keep=tmp_path / "a"), edge=cuda)
+    recorder.start()
+    cuda.play(50)
+    notes = recorder._running.notes  # type: ignore[union-attr]
+    child = os.fork()
+    if child == 0:
+        notes.note(note(RequestKind.SETTINGS), text="max_split_size_mb:100")
+        os._exit(0)
+    os.waitpid(child, 0)
+    recorder.mark_phase("after")
+    trace = recorder.stop()
+    assert trace.phases == ("", "after")
+
+
+def test_threads_that_go_on_during_the_last_snapshot_cost_no_stacks():
+    name = "train_vit-default"
+
+    class Late(FakeCuda):
+        def snapshot(self) -> dict[str, Any]:
+            made = super().snapshot()
+            if self.played:
+                self.play(2)  # another thread, while the snapshot is made into Python objects
+            return made
+
+    cuda = Late(snapshot(name))
+    with Recorder(RecorderOptions(stacks=Stacks.PYTHON), edge=cuda) as recorder:
+        cuda.play(500)
+    trace = recorder.trace
+    assert trace is not None
+    frames = [bool(e.get("frames")) for e in snapshot(name)["device_traces"][0][:500] if e["action"] == "alloc"]
+    allocs = trace.requests.kind == RequestKind.ALLOC
+    assert [i >= 0 for i in trace.requests.stack[allocs].tolist()] == frames
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "device"])
+def test_texts_that_are_no_file_are_refused(tmp_path, make):
+    folder = tmp_path / "recording"
+    recorded(FakeCuda(snapshot("fp8-dsv3-tp8.newest.split20")), keep=folder)
+    (folder / "texts.jsonl").unlink()
+    make(folder / "texts.jsonl")
+    with pytest.raises(InputFileError, match="not a regular file"):
+        load_trace(folder)
+
+
+def test_another_threads_work_during_empty_cache_is_not_the_cause_of_what_it_returned():
+    base, size = 0x7F00_0000_0000, 20 << 20
+    made = [
+        entry("segment_alloc", base, size), entry("alloc", base, size),
+        entry("free_requested", base, size), entry("free_completed", base, size),
+        entry("segment_free", base, size),  # by empty_cache(), during which another thread asks for memory
+        entry("segment_alloc", base + (1 << 30), size), entry("alloc", base + (1 << 30), size),
+    ]  # fmt: skip
+    cuda = FakeCuda(written([*made], [segment(base + (1 << 30), size, [(size, "active_allocated")])]))
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(4)
+        cuda.empty_cache(3)
+    trace = recorder.trace
+    assert trace is not None
+    kinds = [RequestKind(k) for k in trace.requests.kind.tolist()]
+    assert kinds == [RequestKind.ALLOC, RequestKind.FREE, RequestKind.EMPTY_CACHE, RequestKind.ALLOC]
+
+
+def test_statistics_that_the_program_resets_are_a_gap_and_no_surprise():
+    class Reset(FakeCuda):
+        since = 0
+
+        def events(self, device: int) -> int:
+            return super().events(device) - self.since
+
+    cuda = Reset(snapshot("train_vit-default"), no_tracker=NO_COMPILER)
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(300)
+        recorder._running._history.drain()  # type: ignore[union-attr]
+        cuda.since = 250
+        cuda.play(20)
+    trace = recorder.trace
+    assert trace is not None
+    assert "gap" in {x.code for x in trace.lost}

@@ -33,7 +33,10 @@ class Notes(Protocol):
         pool: tuple[int, int] = (0, 0),
         text: str | None = None,
     ) -> None:
-        """Note something at this point; ``kind`` as in ``trace.chunks``."""
+        """Note something at this point; ``kind`` as in ``trace.chunks``. Raises nothing."""
+
+    def history_wanted(self) -> None:
+        """The program is about to record PyTorch's history itself."""
 
 
 class Tracker(Protocol):

@@ -72,8 +72,17 @@ class HistoryTracker:
     def drain(self) -> None:
         """Read what the history has gained, and write it with the notes made meanwhile."""
         with self._lock, _without_collection():
-            entries, count = self._entries()
+            if self._writer is None:
+                return
+            entries, count, is_sure = self._entries()
             new = count - self._read
+            if new < 0 or not is_sure:
+                # The program reset the statistics, or threads never paused: nobody knows what lies between.
+                self._notes = [(max(position, self._read), record) for position, record in self._notes]
+                self._notes.insert(0, (self._read, (GAP, self._device, 0, 0, 0, -1, 0, 0, 0, 0, -1)))
+            if new < 0:
+                self._base += new
+                count, new = self._read, 0
             # What was lost is the oldest of it; the ring ends with the newest.
             got = min(new, len(entries))
             entries = entries[len(entries) - got :]
@@ -84,6 +93,8 @@ class HistoryTracker:
 
     def stop(self) -> None:
         self._stopping.set()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join()
         self.drain()
         with self._lock:
             if self._writer is not None:
@@ -102,10 +113,10 @@ class HistoryTracker:
             if self._edge.events(self._device) - self._base - self._read > _FULL * self._max_entries:
                 self.drain()
 
-    def _entries(self) -> tuple[list[dict[str, Any]], int]:
-        """The history's entries, without snapshots, and how many events there were when it was read."""
+    def _entries(self) -> tuple[list[dict[str, Any]], int, bool]:
+        """The history's entries, without snapshots, how many events there were when it was read, and whether surely."""
         entries: list[dict[str, Any]] = []
-        after = 0
+        before, after = -1, 0
         for _ in range(_TRIES):
             before = self._edge.events(self._device)
             traces = self._edge.snapshot()["device_traces"]
@@ -114,7 +125,7 @@ class HistoryTracker:
             entries = [e for e in listed if e["action"] in KINDS and e["action"] != "snapshot"]
             if before == after:
                 break
-        return entries, after - self._base
+        return entries, after - self._base, before == after
 
     def _merged(self, entries: list[dict[str, Any]], lost: int) -> Iterator[tuple[int, ...]]:
         """Records of the entries, with the notes where they belong."""

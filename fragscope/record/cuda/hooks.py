@@ -55,7 +55,7 @@ def installed(torch: Any, notes: Notes) -> Iterator[None]:
     """While entered, the program's calls are noted."""
     patches = _Patches()
     try:
-        for patch in (_releases, _settings, _streams, _pools, _captures, _observations):
+        for patch in (_releases, _settings, _streams, _pools, _captures, _observations, _histories):
             patch(torch, notes, patches)
         yield
     finally:
@@ -137,13 +137,18 @@ def _settings(torch: Any, notes: Notes, patches: _Patches) -> None:
 
 
 def _streams(torch: Any, notes: Notes, patches: _Patches) -> None:
+    plain = (torch.Tensor, torch.nn.Parameter)
+
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
-        def record_stream(self: Any, stream: Any) -> Any:
-            if self.is_cuda:
-                handle = int(getattr(stream, "cuda_stream", -1))
-                begin = self.untyped_storage().data_ptr()
-                notes.note(note(RequestKind.RECORD_STREAM), device=self.get_device(), addr=begin, stream=handle)
-            return call(self, stream)
+        def record_stream(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Subclasses have no memory of their own, or refuse to say where it is; what they wrap passes by as well.
+            if type(self) in plain and self.is_cuda:
+                with contextlib.suppress(Exception):
+                    stream = args[0] if args else kwargs["s"]
+                    handle = int(stream.cuda_stream)
+                    begin = self.untyped_storage().data_ptr()
+                    notes.note(note(RequestKind.RECORD_STREAM), device=self.get_device(), addr=begin, stream=handle)
+            return call(self, *args, **kwargs)
 
         return record_stream
 
@@ -268,6 +273,20 @@ def _observations(torch: Any, notes: Notes, patches: _Patches) -> None:
     runtime = getattr(torch._C, "_cudart", None)
     if runtime is not None:
         patches.replace(runtime, "cudaMemGetInfo", observing("torch.cuda.mem_get_info"))
+
+
+def _histories(torch: Any, notes: Notes, patches: _Patches) -> None:
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def record_history(*args: Any, **kwargs: Any) -> Any:
+            if not is_quiet():
+                with contextlib.suppress(Exception), quietly():
+                    notes.history_wanted()
+            return call(*args, **kwargs)
+
+        return record_history
+
+    for name in ("_cuda_record_memory_history", "_cuda_record_memory_history_legacy"):
+        patches.replace(torch._C, name, wrap)
 
 
 def caller() -> str:

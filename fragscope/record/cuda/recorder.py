@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
-from fragscope.errors import InputFileError, NotMeasuredError, UsageError
+from fragscope.errors import NotMeasuredError, UsageError
 from fragscope.record.cuda import active
 from fragscope.record.cuda.edge import CudaEdge, TorchEdge
 from fragscope.record.cuda.hooks import quietly
@@ -70,11 +70,11 @@ class Recorder:
         """
         if self._running is not None:
             raise UsageError("this recorder is recording already; stop it first")
-        edge = self._edge if self._edge is not None else _torch_edge()
         active.enter(self)
         try:
             with quietly():
-                self._running = Running(edge, self.options)
+                # Looked up now: a recorder that gave way has taken its hooks out of torch.
+                self._running = Running(self._edge if self._edge is not None else _torch_edge(), self.options)
         except BaseException:
             active.leave(self)
             raise
@@ -104,7 +104,7 @@ class Recorder:
         if self._running is not None:
             self._running.lose(Loss("gave_way", "recording ended when the program began a recorder of its own"))
             self._gave_way = True
-            with contextlib.suppress(InputFileError, NotMeasuredError):  # nothing was allocated until then
+            with contextlib.suppress(Exception):  # nothing was allocated until then, or CUDA is beyond help
                 running, self._running = self._running, None
                 active.leave(self)
                 with quietly():
@@ -159,7 +159,7 @@ class Recorder:
         if kind is None:
             self.stop()
             return
-        with contextlib.suppress(NotMeasuredError):  # the program's own error is the one to see
+        with contextlib.suppress(Exception):  # the program's own error is the one to see
             self.stop()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:

@@ -84,7 +84,7 @@ class Running:
         if self._owns_history:
             edge.start_history(options.stacks, options.max_entries)
         self._texts = Texts(self._folder / "texts.jsonl")
-        self.notes = Notebook(self._tracker, self._texts)
+        self.notes = Notebook(self._tracker, self._texts, self._give_history_up)
         memory = None if options.sample_non_torch is None else self._memory_to_sample()
         snapshot = self._anchored()
         write_beginning(
@@ -105,6 +105,7 @@ class Running:
             ),
         )
         self._hooks = edge.hooks(self.notes)
+        self._unhooked = False
         self._hooks.__enter__()
         self._sampler = None if memory is None else self._sampling(memory, options.sample_non_torch or 0.0)
         _observe_ooms(edge)
@@ -163,17 +164,18 @@ class Running:
             NotMeasuredError: this is a forked child of the process that began it.
             InputFileError: nothing was recorded.
         """
-        edge = self.edge
         if os.getpid() != self._pid:
             raise NotMeasuredError("the recorder was started in another process; a forked child records on its own")
+        snapshot = None
         try:
-            edge.synchronize()
+            # The device is not waited for: a kernel that never ends must not keep the program from ending.
             self._unhook()
             self._end_sampling()
-            snapshot = self._anchored()
+            with contextlib.suppress(Exception):  # CUDA may be beyond help; what was written until then stays
+                snapshot = self._anchored()
             self._tracker.stop()
             self._end_history()
-            if self._options.stacks is not Stacks.NONE:
+            if self._options.stacks is not Stacks.NONE and snapshot is not None:
                 self._write_stacks(snapshot["device_traces"])
             written, lost, error = self._tracker.status()
             if error:
@@ -182,16 +184,17 @@ class Running:
             if self.notes.missed:
                 self._lost.append(Loss("notes", "notes could not be written", self.notes.missed))
             self._close_texts()
-            write_end(self._folder, self._end(snapshot, provenance))
+            if snapshot is not None:
+                write_end(self._folder, self._end(snapshot, provenance))
             return open_recording(self._folder, self.device)
         finally:
-            if self._options.keep is None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            self.discard()
 
     def _end_sampling(self) -> None:
         sampler = self._sampler
         if sampler is None:
             return
+        self._sampler = None
         sampler.sample()
         sampler.stop()
         if sampler.missed:
@@ -222,14 +225,27 @@ class Running:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _unhook(self) -> None:
-        self._hooks.__exit__(None, None, None)
+        self.notes.close()
+        if not self._unhooked:
+            self._unhooked = True
+            self._hooks.__exit__(None, None, None)
 
     def _close_texts(self) -> None:
         self._texts.close()
 
     def _end_history(self) -> None:
         if self._owns_history:
+            self._owns_history = False
             self.edge.stop_history()
+
+    def _give_history_up(self) -> None:
+        """The program records PyTorch's history itself from now on.
+
+        Ours is cleared first: torch writes past the end of a ring that came around and is then made shorter.
+        """
+        if self._history is not None:
+            self._history.drain()
+        self._end_history()
 
 
 def _folder(keep: Path | None) -> Path:

@@ -53,12 +53,21 @@ def stacks_of(device_traces: list[list[dict[str, Any]]], folder: Path) -> list[D
     if not chunks:
         return []
     records = np.concatenate(chunks)
-    events = records[(records["kind"] < NOTE) & (records["kind"] != EventKind.SNAPSHOT)]
     return [
-        _of_device(device, listed, events[events["device"] == device])
+        _of_device(device, listed, _events_before_last_snapshot(records, device))
         for device, entries in enumerate(device_traces)
         if (listed := [e for e in entries if e["action"] in KINDS and e["action"] != "snapshot"])
     ]
+
+
+def _events_before_last_snapshot(records: Records, device: int) -> Records:
+    """The events that the snapshot which gave the entries can have seen; threads go on while it is being made."""
+    mine = records[(records["kind"] < NOTE) & (records["device"] == device)]
+    snapshots = np.flatnonzero(mine["kind"] == EventKind.SNAPSHOT)
+    if len(snapshots):
+        mine = mine[: snapshots[-1]]
+    events: Records = mine[mine["kind"] != EventKind.SNAPSHOT]
+    return events
 
 
 def _of_device(device: int, entries: list[dict[str, Any]], events: Records) -> DeviceStacks:

@@ -36,6 +36,7 @@ from fragscope.trace.start import StartState
 _WITHIN_MALLOC = frozenset(
     {"free_completed", "segment_free", "segment_alloc", "segment_map", "segment_unmap", "alloc", "oom"}
 )
+_OF_RELEASES = frozenset({"free_completed", "segment_free", "segment_unmap", "snapshot"})
 _SMALL_BLOCKS = 2048  # 1 MiB (kSmallSize): larger requests are served from other segments
 
 
@@ -134,12 +135,21 @@ class EntryReader:
                 return
             else:
                 self._close_free(deferred=True)
+        if self._in_release and action not in _OF_RELEASES:
+            self._end_release()  # another thread goes on meanwhile
         handler(self, entry, where)
+
+    def _end_release(self) -> None:
+        """What has been gathered is all that the noted ``empty_cache()`` did."""
+        if self._in_release:
+            self._in_release = False
+            self._write_release(inferred=False)
 
     def finish(self) -> None:
         """Write what waits for an entry that does not come."""
         if self._open_free is not None:
             self._close_free(deferred=not self._completes_open)
+        self._end_release()  # a program that was killed inside empty_cache()
         self._explicit_release()
 
     # One handler per action.

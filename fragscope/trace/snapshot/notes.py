@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fragscope.errors import InputFileError
 from fragscope.trace.chunks import GAP, NOTE, RELEASED
 from fragscope.trace.events import NO_ID, RequestKind
 from fragscope.trace.snapshot.entries import EntryReader
@@ -13,7 +12,15 @@ from fragscope.trace.snapshot.shape import Checker
 from fragscope.trace.snapshot.skipped import Skipped
 from fragscope.trace.trace import Observation, PoolId
 
-_ROWS = {int(kind) for kind in RequestKind}
+_NOTED = frozenset(
+    {
+        RequestKind.RECORD_STREAM, RequestKind.EMPTY_CACHE, RequestKind.MEMORY_FRACTION, RequestKind.PHASE_BEGIN,
+        RequestKind.PHASE_END, RequestKind.OBSERVATION, RequestKind.POOL_CREATE, RequestKind.SCOPE_OPEN,
+        RequestKind.SCOPE_CLOSE, RequestKind.POOL_RELEASE, RequestKind.SETTINGS, RequestKind.CAPTURE_BEGIN,
+        RequestKind.CAPTURE_END, RequestKind.NON_TORCH,
+    }
+)  # fmt: skip
+"""What a recorder notes; everything else is read from the allocator's events."""
 
 
 class NotedReader(EntryReader):
@@ -47,10 +54,8 @@ class NotedReader(EntryReader):
             self.lost_events += max(size, 0)
             self._has_gap = True
         elif kind == RELEASED:
-            if self._in_release:
-                self._in_release = False
-                self._write_release(inferred=False)
-        elif kind - NOTE in _ROWS:
+            self._end_release()
+        elif kind - NOTE in _NOTED:
             self._row(RequestKind(kind - NOTE), addr, size, stream, self._pools.number(pool), text)
         else:
             self.unknown_notes += 1
@@ -93,5 +98,6 @@ class NotedReader(EntryReader):
 
     def _text(self, number: int) -> str:
         if not 0 <= number < len(self._texts):
-            raise InputFileError(self.check.path, f"a note refers to text {number}, which the recording does not hold")
+            self.unknown_notes += 1  # the disk was full, say
+            return ""
         return self._texts[number]
