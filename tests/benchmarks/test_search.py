@@ -25,7 +25,7 @@ GIVEN = Given(torch="2.11.0", card="h100-80gb", memory_fraction=0.2)
 def sweep(request: pytest.FixtureRequest) -> Iterator[Player]:
     compile_now()
     subjects = [load_subject(str(RECORDING), GIVEN)]
-    with player(subjects, GIVEN, jobs=request.param, tries=10 * len(CONFS)) as play:
+    with player(subjects, jobs=request.param, tries=10 * len(CONFS)) as play:
         play(CONFS[:CORES])  # processes have started and loaded
         yield play
 
