@@ -72,6 +72,8 @@ KINDS = {
 """By the names that PyTorch's snapshots have for them."""
 NO_POOL = -1
 """``pool_first`` of events whose release does not name their pool."""
+ANY_DEVICE = 255
+"""``device`` of notes that concern whichever device is looked at."""
 NOTE = 64
 """From here on, records are the recorder's own: ``NOTE`` plus a ``RequestKind``."""
 RELEASED = 128

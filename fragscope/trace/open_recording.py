@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fragscope.errors import InputFileError, UsageError
-from fragscope.trace.chunks import NO_POOL, NOTE, EventKind, Records, note, read_chunks
+from fragscope.trace.chunks import ANY_DEVICE, NO_POOL, NOTE, EventKind, Records, note, read_chunks
 from fragscope.trace.events import RequestKind
 from fragscope.trace.recording import (
     Beginning,
@@ -29,7 +29,6 @@ from fragscope.trace.snapshot.shape import Checker
 from fragscope.trace.start import StartState, large_page
 from fragscope.trace.trace import DEFAULT_POOL, Loss, PoolId, Settings, Trace
 
-ANY_DEVICE = 255  # a note that concerns whichever device is looked at
 _ACTIONS: dict[int, str] = {
     EventKind.ALLOC: "alloc",
     EventKind.FREE_REQUESTED: "free_requested",

@@ -18,7 +18,9 @@ from snapshots import snapshot as written
 
 from fragscope import InputFileError, NotMeasuredError, Recorder, RecorderOptions, Stacks, UsageError, load_trace, phase
 from fragscope.allocator import ReplaySettings, recorded_under, replay, settle, tape_of
+from fragscope.record.cuda import running
 from fragscope.record.cuda.fake import FakeCuda
+from fragscope.record.cuda.non_torch import Chosen, FakeDeviceMemory
 from fragscope.trace import RequestKind, Trace
 from fragscope.trace.chunks import RECORD, note
 from fragscope.trace.snapshot import snapshot_to_trace
@@ -178,6 +180,18 @@ def test_observations_are_kept_with_their_place():
     assert recorder.trace is not None
     (seen,) = recorder.trace.observations
     assert (seen.what, seen.where) == ("torch.cuda.mem_get_info", "loader.py:12")
+
+
+def test_memory_is_sampled_once_more_when_the_recording_ends(monkeypatch):
+    memory = FakeDeviceMemory([500 << 20])
+    monkeypatch.setattr(running, "device_memory", lambda device: Chosen(memory, ()))
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(RecorderOptions(sample_non_torch=1000.0), edge=cuda) as recorder:
+        cuda.play(200)
+    trace = recorder.trace
+    assert trace is not None
+    assert trace.requests.kind[-1] == RequestKind.NON_TORCH  # after all events; the first one may come at any time
+    assert trace.requests.size[-1] == 500 << 20
 
 
 def test_what_was_written_opens_when_the_program_was_killed(tmp_path):

@@ -11,8 +11,7 @@ from pathlib import Path
 import msgspec
 
 from fragscope.record.cuda.edge import Tracker
-
-ANY_DEVICE = 255  # a note that concerns whichever device is looked at
+from fragscope.trace.chunks import ANY_DEVICE
 
 
 class Texts:

@@ -169,8 +169,8 @@ class Running:
         snapshot = None
         try:
             # The device is not waited for: a kernel that never ends must not keep the program from ending.
+            self._end_sampling()  # the last sample is noted, too
             self._unhook()
-            self._end_sampling()
             with contextlib.suppress(Exception):  # CUDA may be beyond help; what was written until then stays
                 snapshot = self._anchored()
             self._tracker.stop()
