@@ -70,8 +70,8 @@ class RequestKind(IntEnum):
     HELD = 19
     """``id`` was live then, ``size`` bytes asked for; one row for each such block, in the order of their addresses."""
     NON_TORCH = 20
-    """Device memory in use was sampled: ``size`` bytes of this process, or of the whole device where ``Trace.lost`` says
-    so; the allocator's own are among them."""
+    """Device memory in use was sampled: ``size`` bytes of this process (or of the whole device where ``Trace.lost``
+    says so), the allocator's own among them."""
 
 
 class DecisionKind(IntEnum):
