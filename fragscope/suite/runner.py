@@ -217,7 +217,7 @@ class _PlanRun:
     def _first_job(self, group: Sequence[PlannedCase]) -> Job:
         """The recording itself, unless it has to fit a card first. One that is to run out of memory need not."""
         task = self._task(group)
-        if task.device == "virtual" or task.card is None or task.expect == "oom":
+        if task.device == "virtual" or task.card is None or task.cases[0].expect == "oom":
             return self._recording_job(group)
         return self._need_job(task, plenty=False)
 
@@ -260,14 +260,14 @@ class _PlanRun:
             preset=first.selection.preset,
             variant=variant.name,
             role=variant.role,
-            expect=variant.expect,
             values=first.values,
             changed=first.changed,
             device=first.device,
-            cases=tuple(CaseTask(p.id, p.digest, p.settings) for p in group),
+            cases=tuple(CaseTask(p.id, p.digest, p.settings, p.expect) for p in group),
             out=self._options.out,
             timeout=self._options.timeout,
             card=self._options.card,
+            replays=None if variant.replays is None else str(variant.replays),
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:
