@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -25,10 +25,11 @@ from fragscope.allocator import (
     card_named,
     replay,
 )
-from fragscope.errors import FragscopeError, UnsupportedError, UsageError, printable
+from fragscope.errors import FragscopeError, NotMeasuredError, UnsupportedError, UsageError, printable
 from fragscope.measure import non_torch
 from fragscope.record.cuda import PhaseStatistics, RecorderOptions, Stacks
 from fragscope.record.cuda import Recorder as CudaRecorder
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual import VirtualDevice
 from fragscope.results import (
     AfterEmptyCache,
@@ -47,7 +48,7 @@ from fragscope.results import (
 from fragscope.suite.discover import load_scenarios
 from fragscope.suite.process import enter, innermost, leave, log_path, report_path
 from fragscope.suite.scenario import Case as ScenarioCase
-from fragscope.suite.scenario import EndCase, Recorder, Scenario, Value
+from fragscope.suite.scenario import EndCase, Scenario, Value
 from fragscope.suite.sources import loaded_sources
 from fragscope.suite.verification import installed_rules, verified_recording
 from fragscope.trace import DecisionKind, RequestKind, Trace, write_trace
@@ -175,7 +176,7 @@ def _virtual_device(task: Task) -> VirtualDevice:
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
-    recorder = _PhaseRecorder(device.memory)
+    recorder = _PhaseRecorder(device.memory, device.take_device_memory)
     with device:
         ran = _run_body(task, recorder)
         trace = device.trace(_provenance(task)) if ran.measured else None
@@ -195,7 +196,7 @@ def _on_cuda(task: Task) -> Recording:
         os.environ[rules.conf_variables[0]] = settings.conf
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
-    recorder = _PhaseRecorder(cuda)
+    recorder = _PhaseRecorder(cuda, cuda.take_device_memory)
     ran = _run_body(task, recorder)
     if not ran.measured:
         cuda.discard()
@@ -257,11 +258,20 @@ def _thread_errors(task: Task) -> Iterator[list[tuple[Outcome, str]]]:
         threading.excepthook = standard
 
 
+class _Marks(Protocol):
+    """Where a phase is marked."""
+
+    def begin_phase(self, name: str) -> None: ...
+
+    def end_phase(self) -> None: ...
+
+
 class _PhaseRecorder:
     """Marks the phase once at each end, whatever happens inside."""
 
-    def __init__(self, target: Recorder) -> None:
+    def __init__(self, target: _Marks, take: Callable[[int, How], DeviceMemory]) -> None:
         self._target = target
+        self.take_device_memory = take
         self._open = False
 
     def begin_phase(self, name: str) -> None:
@@ -289,6 +299,8 @@ def _outcome_of(error: BaseException, oom: type[BaseException], task: Task) -> t
         return "oom", printable(str(error), 600)
     if isinstance(error, UnsupportedError):
         return "unsupported", printable(str(error), 600)
+    if isinstance(error, NotMeasuredError):  # something that the case needs is not installed here
+        return "skipped", printable(str(error), 600)
     if isinstance(error, EndCase):
         return error.outcome, printable(str(error), 600)
     if not isinstance(error, FragscopeError):
