@@ -96,6 +96,22 @@ class PrecheckRecord(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """What the virtual device said of a phase before it ran on a card, under that card's rules and memory; bytes.
+
+    Attributes:
+        exact: every operator's memory is known.
+    """
+
+    base: int
+    transient: int
+    retained: int
+    peak: Peak
+    end: Peak
+    allocs: int
+    exact: bool
+
+
 class LossRecord(msgspec.Struct, frozen=True):
     """Something a recording does not hold."""
 
@@ -135,6 +151,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         retained: end minus base.
         precheck: what was known of its need before it ran on a card; None on the virtual device, and for a case that
             is declared to run out of memory.
+        predicted: what the virtual device said of it beforehand; None on the virtual device, and where it said nothing.
         message: one line about what went wrong.
         seconds: wall time of the recording or replay.
         trace: path of the Trace, relative to the results file.
@@ -177,6 +194,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     numeric: dict[str, Any] | None = None
     verify: VerifyRecord | None = None
     precheck: PrecheckRecord | None = None
+    predicted: Prediction | None = None
     lost: list[LossRecord] = []
     assumptions: list[AssumptionRecord] = []
     findings: list[dict[str, Any]] = []
@@ -194,6 +212,22 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     def refuted(self) -> bool:
         """Whether the recording shows that the model, and with it the figures, is wrong."""
         return self.verify is not None and self.verify.mismatches > 0
+
+    @property
+    def surprises(self) -> dict[str, int]:
+        """By how much each figure differs from what the virtual device said; only those that do. Bytes, or a count."""
+        said = self.predicted
+        if said is None or not self.measured:
+            return {}
+        pairs = [
+            (name, getattr(self, name), getattr(said, name)) for name in ("base", "transient", "retained", "allocs")
+        ]
+        for which in ("peak", "end"):
+            ours, theirs = getattr(self, which), getattr(said, which)
+            pairs += [
+                (f"{which} {name}", getattr(ours, name), getattr(theirs, name)) for name in Peak.__struct_fields__
+            ]
+        return {name: measured - predicted for name, measured, predicted in pairs if measured != predicted}
 
     @property
     def as_expected(self) -> bool:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
-from fragscope.allocator import Card
+from fragscope.allocator import Card, ReplaySettings, replay
 from fragscope.errors import UsageError, printable
 from fragscope.record.virtual import VirtualDevice
-from fragscope.results import Outcome, PrecheckRecord
+from fragscope.results import Outcome, PrecheckRecord, Prediction
 from fragscope.suite.process import enter, leave, log_path, report_path
 from fragscope.suite.verification import installed_rules
-from fragscope.suite.worker import Task, on_virtual
+from fragscope.suite.worker import Recording, Task, on_virtual, peak_of
 from fragscope.trace.containers import write_atomically
 from fragscope.units import MIB
 
@@ -42,6 +42,7 @@ class Need(msgspec.Struct, frozen=True):
         limit: a memory fraction's limit that was in force at the end, None without one.
         unknown: what ``held`` leaves out, for people; ``""`` where it is all.
         looked: the program read memory state, so that on another card it may go another way.
+        prediction: figures of the measured phase, where it ran to its end.
     """
 
     outcome: Outcome
@@ -50,6 +51,7 @@ class Need(msgspec.Struct, frozen=True):
     limit: int | None = None
     unknown: str = ""
     looked: bool = False
+    prediction: Prediction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,22 @@ def need_of(task: Task, *, plenty: bool) -> Need:
         limit=allocator.limit,
         unknown=_listed([e.op for e in ran.estimated]),
         looked=bool(seen),
+        prediction=_prediction(ran, settings),
+    )
+
+
+def _prediction(ran: Recording, settings: ReplaySettings) -> Prediction | None:
+    span = replay(ran.trace, settings).measured if ran.trace is not None and ran.outcome == "ok" else None
+    if span is None:
+        return None
+    return Prediction(
+        base=span.base.allocated,
+        transient=span.transient,
+        retained=span.retained,
+        peak=peak_of(span.peak),
+        end=peak_of(span.end),
+        allocs=span.allocs,
+        exact=not ran.estimated,
     )
 
 

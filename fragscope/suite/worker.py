@@ -393,8 +393,8 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
         "end_live": span.end.allocated,
         "transient": span.transient,
         "retained": span.retained,
-        "peak": _peak(span.peak),
-        "end": _peak(span.end),
+        "peak": peak_of(span.peak),
+        "end": peak_of(span.end),
         "after_empty_cache": AfterEmptyCache(span.reserved_after_empty_cache),
         "segments_peak": span.segments_peak,
         "allocs": span.allocs,
@@ -406,5 +406,6 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _peak(counters: Counters) -> Peak:
+def peak_of(counters: Counters) -> Peak:
+    """Counters as results hold them."""
     return Peak(*(getattr(counters, name) for name in Counters.__dataclass_fields__))

@@ -2,10 +2,10 @@
 
     python tests/gpu/variant_times.py OUT.json NAME[/PRESET[/VARIANT]] ...
 
-No recording. A process for each scenario and preset; variants in turn, round by round, so that all meet the same clocks.
-The phase is timed by the wall, from one idle device to the next: that is what a loader's user waits for, and much of it
-is Python. The first round warms up and does not count. The copy is of as many bytes as are allocated when the phase
-begins, in pieces of at most 1 GiB.
+No recording. A process for each scenario and preset; variants in turn, round by round, so that all meet the same
+clocks. The phase is timed by the wall, from one idle device to the next: that is what a loader's user waits for, and
+much of it is Python. The first round warms up and does not count. The copy is of as many bytes as are allocated when
+the phase begins, in pieces of at most 1 GiB.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from fragscope.record.cuda.edge import TorchEdge
+from fragscope.record.device_memory import DeviceMemory, How
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5
@@ -48,6 +51,11 @@ class Watch:
         torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.seconds
         self.peak = torch.cuda.max_memory_allocated()
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        """For memory past the allocator."""
+        taken, give = TorchEdge().take_device_memory(size, how, 0)
+        return DeviceMemory(taken, how, give)
 
 
 def copy_seconds(size: int) -> float:
