@@ -67,7 +67,7 @@ def _empty(case: fragscope.Case, shape: tuple[int, ...], dtype: str) -> torch.Te
 
 
 def _memory_aware(launch: Launch, tokens: int) -> int:
-    """A chunk that is large enough, and keeps to the grid, upstream's cap and what is free before the inputs are made."""
+    """A chunk that is large enough, and keeps to the grid, upstream's cap and what the inputs will leave free."""
     free, total = torch.cuda.mem_get_info()
     inputs = sum(b.nbytes for b in launch.inputs(tokens))
     settings = ReplaySettings(rules_for(torch.__version__), "", total, max(0, int(free * SPARE) - inputs))

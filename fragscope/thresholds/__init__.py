@@ -1,6 +1,6 @@
 """How many tokens one launch of a mixture-of-experts kernel may have: by its grid, by memory, and by experience."""
 
-from fragscope.thresholds.launch_grid import MAX_GRID_Y, TILES, USUAL_TILE, ctas, most_tokens
+from fragscope.thresholds.launch_grid import MAX_GRID_Y, TILES, ctas, most_tokens
 from fragscope.thresholds.launch_memory import FREED, Buffer, Launch
 from fragscope.thresholds.launch_peak import LaunchPeak, MemoryLimit, launch_peak, launch_trace, memory_limit
 from fragscope.thresholds.models import MoeModel, chosen, load_models, shipped_models
@@ -20,7 +20,6 @@ __all__ = [
     "PADDING",
     "TILES",
     "UPSTREAM_CAP",
-    "USUAL_TILE",
     "Buffer",
     "Launch",
     "LaunchPeak",

@@ -15,12 +15,10 @@ specifications by compute capability."""
 
 TILES = (8, 16, 32, 64, 128, 256)
 """Rows of a tile that the FP4 launcher has kernels for. Source: FlashInfer 0.6.11.post2,
-``csrc/trtllm_fused_moe_kernel_launcher.cu``, ``FP4BlockScaleLauncher::getSupportedTileNums``."""
+``csrc/trtllm_fused_moe_kernel_launcher.cu``, ``FP4BlockScaleLauncher::getSupportedTileNums``.
 
-USUAL_TILE = 128
-"""The smallest tile that the launcher takes where a rank's experts have more than 128 tokens on average, as in every
-launch near a limit; vLLM 0.22.0 assumes it. Source: ``computeSelectedTileN`` of the same file takes the power of two above the
-average, at most 256, or the next smaller tile."""
+Without a tuned choice the launcher takes the tile next below the power of two above the tokens that a rank's experts
+have on average, at most 128 (``computeSelectedTileN``): so 128 in every launch near a limit, as vLLM 0.22.0 assumes."""
 
 
 def ctas(tokens: int, top_k: int, experts: int, tile: int) -> int:

@@ -118,8 +118,8 @@ FREED = (
     "cta_idx_xy_to_batch_idx", "expert_count_histogram", "permuted_idx_to_token_idx", "expanded_idx_to_permuted_idx",
     "total_num_padded_tokens", "num_tokens_per_expert", "expert_weights", "packed_topk",
 )  # fmt: skip
-"""The order in which a launch's tensors end: the launcher's members against their declaration, the derived class's first,
-then what Python holds, innermost function first."""
+"""The order in which a launch's tensors end: the launcher's members in reverse, the derived class's first, then what
+Python holds, innermost function first."""
 
 
 def _padded(count: int, multiple: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fragscope.allocator import Assumption, ReplaySettings, replay
+from fragscope.allocator import Assumption, Replay, ReplaySettings, replay
 from fragscope.thresholds.launch_memory import FREED, Launch
 from fragscope.trace import RequestKind, RequestLog, Trace
 
@@ -64,7 +64,9 @@ def launch_trace(launch: Launch, tokens: int) -> Trace:
 
 def launch_peak(launch: Launch, tokens: int, settings: ReplaySettings) -> LaunchPeak:
     """The peak of one launch under a conf, a release's rules and a card."""
-    return _played(launch, tokens, settings)[0]
+    done = _played(launch, tokens, settings)
+    peak = done.whole.peak
+    return LaunchPeak(tokens, launch.ctas(tokens), peak.requested, peak.allocated, peak.reserved, not done.ooms)
 
 
 def memory_limit(launch: Launch, settings: ReplaySettings) -> MemoryLimit:
@@ -73,13 +75,10 @@ def memory_limit(launch: Launch, settings: ReplaySettings) -> MemoryLimit:
     An upper bound, since what the kernels themselves need is not known; and what else is in memory is not counted.
     """
     tried: dict[int, bool] = {}
-    assumptions: tuple[Assumption, ...] = ()
 
     def fits(tokens: int) -> bool:
-        nonlocal assumptions
         if tokens not in tried:
-            peak, found = _played(launch, tokens, settings)
-            tried[tokens], assumptions = peak.fits, assumptions or found
+            tried[tokens] = launch_peak(launch, tokens, settings).fits
         return tried[tokens]
 
     def boundary(low: int, high: int) -> int:
@@ -98,7 +97,7 @@ def memory_limit(launch: Launch, settings: ReplaySettings) -> MemoryLimit:
         if not below:
             break
         answer = boundary(0, min(below))
-    return MemoryLimit(answer, len(tried), assumptions)
+    return MemoryLimit(answer, len(tried), _played(launch, answer, settings).assumptions if answer else ())
 
 
 def _below(answer: int) -> list[int]:
@@ -111,8 +110,5 @@ def _below(answer: int) -> list[int]:
     return out
 
 
-def _played(launch: Launch, tokens: int, settings: ReplaySettings) -> tuple[LaunchPeak, tuple[Assumption, ...]]:
-    done = replay(launch_trace(launch, tokens), settings, decisions=False, compiled=False)
-    peak = done.whole.peak
-    found = LaunchPeak(tokens, launch.ctas(tokens), peak.requested, peak.allocated, peak.reserved, not done.ooms)
-    return found, done.assumptions
+def _played(launch: Launch, tokens: int, settings: ReplaySettings) -> Replay:
+    return replay(launch_trace(launch, tokens), settings, decisions=False, compiled=False)

@@ -14,7 +14,7 @@ from fragscope.thresholds.models import MoeModel
 from fragscope.units import MOST_MEMORY
 
 UPSTREAM_CAP = 300_000
-"""Tokens in a launch at most, as vLLM measured: from 305,000 on, the kernels made illegal accesses for Nemotron 3 Super;
+"""Tokens in a launch at most, as vLLM measured: from 305,000 on, Nemotron 3 Super's kernels made illegal accesses;
 nobody found the cause. Source: vLLM 0.22.0, ``trtllm_nvfp4_moe.py``, ``_get_chunk_size`` (#43599)."""
 
 PADDING = 10

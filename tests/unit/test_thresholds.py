@@ -25,8 +25,8 @@ from fragscope.trace import RequestKind
 
 MIB, GIB = 1024**2, 1024**3
 
-# Published for tile 128: tokens at the grid's limit, CTAs at 300,000 tokens, GiB of gemm2_output and of gemm1_output with
-# its scales. For MiniMax-M2 the last is 19,004 x 128 rows x (768 + 96) bytes = 1.957 GiB.
+# Published for tile 128: tokens at the grid's limit, CTAs at 300,000 tokens, GiB of gemm2_output and of gemm1_output
+# with its scales. For MiniMax-M2 the last is 19,004 x 128 rows x (768 + 96) bytes = 1.957 GiB.
 PUBLISHED = {
     "deepseek-v3": (1_044_511, 19_004, 32.5, 2.6),
     "kimi-k2": (1_042_479, 19_131, 32.7, 2.6),
@@ -74,7 +74,7 @@ def test_smaller_tiles_leave_room_for_fewer_tokens():
 
 
 def test_a_launch_allocates_what_flashinfer_0_6_11_does():
-    """Order, shapes and types of prepare_routing and prepare_moe, written out for a small layer: 700 CTAs, 89,600 rows."""
+    """Order, shapes and types of prepare_routing and prepare_moe for a small layer: 700 CTAs, 89,600 rows."""
     made = Launch(experts=300, top_k=4, hidden=2048, intermediate=176, tile=128)
     tokens = (300 + 400 * 128) // 4
     assert made.ctas(tokens) == 700
@@ -96,7 +96,7 @@ def test_a_launch_allocates_what_flashinfer_0_6_11_does():
 
 
 def test_small_launches_have_floors():
-    """Outputs of the matrix products hold 128 KiB at least, scale rows are padded to 128, the histogram has 512 places."""
+    """Outputs of the matrix products hold 128 KiB at least, the histogram has 512 places."""
     made = Launch(experts=8, top_k=1, hidden=256, intermediate=64, tile=8)
     size = {b.name: (b.shape, b.nbytes) for b in made.buffers(1)}
     assert size["gemm1_output"] == ((4096, 32), 128 * 1024)
@@ -137,8 +137,8 @@ def test_reserved_bytes_are_those_of_the_segments():
     rows = 23_945 * 128
     large = [12_000_000, rows * 4, rows * 32, rows * 256, rows * 4096]  # packed, permuted, scales and outputs
     own = sum(-(-size // (2 * MIB)) * 2 * MIB for size in large)
-    # 6,000,000 bytes of weights take a segment of 20 MiB, whose rest has room for the 12,000,000 of the expanded indices;
-    # what is at most 1 MiB shares a segment of 2 MiB.
+    # 6,000,000 bytes of weights take a segment of 20 MiB, whose rest has room for the 12,000,000 of the expanded
+    # indices; what is at most 1 MiB shares a segment of 2 MiB.
     assert launch_peak(launch("qwen3-next-80b"), 300_000, settings()).reserved == own + 20 * MIB + 2 * MIB
 
 
