@@ -96,6 +96,8 @@ def thresholds(model: MoeModel, tile: int, settings: ReplaySettings) -> Threshol
     plenty = replace(settings.with_capacity(MOST_MEMORY), total=MOST_MEMORY)
 
     def peak(tokens: int) -> LaunchPeak:
+        if tokens == 0:  # nothing is launched
+            return LaunchPeak(0, 0, 0, 0, 0, fits=True)
         return launch_peak(launch, tokens, plenty)
 
     return Thresholds(
