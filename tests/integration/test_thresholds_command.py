@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 from commands import error_of, json_of
@@ -130,3 +131,9 @@ def test_without_memory_no_launch_fits(capsys):
     assert (model["tokens"]["largest"], model["tokens"]["recommended"]) == (0, 0)
     assert model["tokens"]["binds"] == "memory"
     assert model["peak_at_largest"]["reserved"] == 0
+
+
+def test_the_documented_tables_are_those_of_the_command(capsys):
+    assert run(["thresholds", "--torch", "2.11.0", "--format", "markdown"]) == 0
+    made = capsys.readouterr().out.strip()
+    assert made in (Path(__file__).parents[2] / "docs" / "thresholds.md").read_text()
