@@ -133,10 +133,12 @@ def as_csv(found: list[Thresholds]) -> str:
     """Every point of every curve; bytes."""
     text = io.StringIO()
     columns = csv.writer(text, lineterminator="\n")
-    columns.writerow(["model", "tile", "tokens", "ctas", "requested", "allocated", "reserved"])
+    columns.writerow(["model", "tile", "tokens", "ctas", "requested", "allocated", "reserved", "fits"])
     for f in found:
         for p in f.curve:
-            columns.writerow([f.model.name, f.tile, p.tokens, p.ctas, p.requested, p.allocated, p.reserved])
+            columns.writerow(
+                [f.model.name, f.tile, p.tokens, p.ctas, p.requested, p.allocated, p.reserved, int(p.fits)]
+            )
     return text.getvalue()
 
 

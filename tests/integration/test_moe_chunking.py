@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fragscope.results import Case, load_results
-from fragscope.thresholds import Launch, shipped_models
+from fragscope.thresholds import FREED, Launch, launch_trace, shipped_models
+from fragscope.trace import RequestKind, load_trace
 
 torch = pytest.importorskip("torch")
 
@@ -42,8 +44,13 @@ def run(out: Path, *arguments: str, code: int = 0) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    return run(tmp_path_factory.mktemp("run"), "moe-chunking")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def cases(folder: Path) -> dict[str, Case]:
+    return run(folder, "moe-chunking")
 
 
 def test_every_outcome_is_the_declared_one(cases: dict[str, Case]) -> None:
@@ -89,6 +96,21 @@ def test_memory_aware_has_the_smallest_peak_of_those_that_end_well(cases: dict[s
         well = {c.variant: c.peak.reserved for n, c in cases.items() if n.startswith(preset) and c.outcome == "ok"}
         assert min(well, key=lambda variant: well[variant]) == "memory-aware"
         assert cases[f"{preset}/memory-aware"].transient * 4 < cases[f"{preset}/chunked"].transient
+
+
+@pytest.mark.parametrize("variant", ["unchunked", "chunked"])
+def test_a_case_asks_for_what_the_limits_are_computed_from(cases: dict[str, Case], folder: Path, variant: str) -> None:
+    """Sizes of the first launch, in order, and the order in which its tensors end."""
+    trace = cases[f"qwen3-next-80b/{variant}"].trace
+    assert trace is not None
+    rows = load_trace(folder / trace).requests
+    measured = rows.phase > 0
+    kinds, ids, sizes = (column[measured] for column in (rows.kind, rows.id, rows.size))
+    tokens = {"unchunked": 400_000, "chunked": 300_000}[variant]
+    wanted = launch_trace(Launch.of(shipped_models()["qwen3-next-80b"], 128), tokens).requests
+    made, freed = (np.flatnonzero(kinds == kind)[: len(FREED)] for kind in (RequestKind.ALLOC, RequestKind.FREE))
+    assert sizes[made].tolist() == wanted.size[: len(FREED)].tolist()
+    assert (ids[freed] - ids[made][0]).tolist() == wanted.id[len(FREED) :].tolist()
 
 
 def test_launches_leave_nothing_behind(cases: dict[str, Case]) -> None:

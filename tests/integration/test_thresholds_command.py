@@ -62,6 +62,11 @@ def test_conf_and_release_decide_what_is_reserved(capsys):
     assert json_of("thresholds", capsys, "--torch", "2.9.1", "--model", "kimi-k3")["settings"]["rules"] == "2.9"
 
 
+def test_rules_that_stand_in_are_named(capsys):
+    assert run(["thresholds", "--model", "glm-5", "--torch", "99.0"]) == 0
+    assert "rules_assumed (effect unknown" in capsys.readouterr().out
+
+
 def test_text_names_limits_and_what_they_do_not_know(capsys):
     assert run(["thresholds", "--model", "minimax-m2", "--model", "glm-5"]) == 0
     text = capsys.readouterr().out
@@ -87,6 +92,7 @@ def test_a_folder_gets_page_json_and_csv(tmp_path, capsys):
         rows = list(csv.DictReader(f))
     curve = answer["models"][0]["curve"]
     assert [(int(r["tokens"]), int(r["reserved"])) for r in rows] == [(p["tokens"], p["reserved"]) for p in curve]
+    assert {r["fits"] for r in rows} == {"1"}
     assert "gpt-oss-20b" in (out / "thresholds.html").read_text()
 
 
