@@ -18,7 +18,7 @@ PUBLIC = {
 }  # fmt: skip
 ROOMS = [
     "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
-    "fragscope.report", "fragscope.search", "fragscope.doctor",
+    "fragscope.report", "fragscope.search", "fragscope.doctor", "fragscope.thresholds", "fragscope.toml",
 ]  # fmt: skip
 
 
