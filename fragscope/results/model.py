@@ -199,6 +199,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return self.outcome == self.expected_outcome
 
 
+class NotApplicable(msgspec.Struct, frozen=True):
+    """A combination that was asked for and does not exist: the release refuses the conf."""
+
+    conf: str
+    torch: str
+    reason: str
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """How a set of cases came to be.
 
@@ -210,6 +218,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
+        not_applicable: combinations that were left out.
     """
 
     started: str
@@ -219,6 +228,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
+    not_applicable: list[NotApplicable] = []
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
