@@ -117,11 +117,11 @@ def command(
     from fragscope.units import parse_memory
 
     parsed = _overrides(overrides, selections)
-    here = ask_card() if kind == "cuda" else None
+    here = ask_card({s.scenario.file: None for s in selections}) if kind == "cuda" else None
     settings, left_out = cells(
         conf or MATRICES[matrix].confs,
         releases or MATRICES[matrix].releases or (_release(config, kind),),
-        cards or _profile_of(here) or (config.card or DEFAULT_CARD,),
+        cards or _profile_of(None if here is None else here.card) or (config.card or DEFAULT_CARD,),
         None if capacity is None else parse_memory(capacity, "--capacity"),
     )
     folder = out or config.out or Path(".fragscope")
@@ -143,7 +143,8 @@ def command(
         jobs=jobs or (usable_cores() if kind == "virtual" else 1),
         timeout=timeout,
         resume=resume,
-        card=here,
+        card=None if here is None else here.card,
+        files_first=here is not None and here.files_first,
         command=("fragscope", *sys.argv[1:]),
         not_applicable=tuple(left_out),
     )

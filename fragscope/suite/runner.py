@@ -39,6 +39,7 @@ class RunOptions:
         resume: take valid results of an earlier run in the same folder.
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
+        files_first: scenario files may be imported before a process is forked that uses CUDA.
         not_applicable: combinations that were asked for and do not exist, for the record.
     """
 
@@ -48,6 +49,7 @@ class RunOptions:
     timeout: float
     resume: bool
     card: Card | None = None
+    files_first: bool = False
     command: tuple[str, ...] = ()
     not_applicable: tuple[NotApplicable, ...] = ()
 
@@ -220,8 +222,8 @@ class _PlanRun:
         if not todo:
             return
         shutil.rmtree(self._options.out / "work", ignore_errors=True)
-        # A module that touches CUDA while it is imported would make CUDA unusable in every fork.
-        files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual")
+        first = self._options.files_first
+        files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual" or first)
         numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
         recordings = self._first_jobs(todo)
         with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
