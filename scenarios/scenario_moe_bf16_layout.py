@@ -64,9 +64,14 @@ def _blocks(expert: torch.Tensor) -> torch.Tensor:
 
 
 def list_and_stack(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
-    """Each expert cloned, gathered and brought into blocks, into lists; then stacks."""
+    """The halves of w13 swapped into a copy, then lists and stacks; copy and row indices outlive the lists."""
     w13 = swap_halves(w13)
     cache: _Cache = {}
+    return stacked(cache, w13, w2)
+
+
+def stacked(cache: _Cache, w13: torch.Tensor, w2: torch.Tensor) -> Pair:
+    """Each expert cloned, gathered and brought into blocks, into lists; then stacks."""
     w13_list = []
     w2_list = []
     for i in range(w13.shape[0]):

@@ -88,10 +88,10 @@ def batched(
     w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, gated: bool, interleave: Interleave
 ) -> Weights:
     """One gather of all experts to weave, one to shuffle, one interleave."""
-    w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
+    w13_bytes, w2_bytes = w13.view(torch.uint8), w2.view(torch.uint8)
     if gated:
-        woven = get_reorder_rows_for_gated_act_gemm_row_indices(w13[0])
-        w13 = w13[:, woven]
+        woven = get_reorder_rows_for_gated_act_gemm_row_indices(w13_bytes[0])
+        w13_bytes = w13_bytes[:, woven]
         s13 = s13[:, woven]
 
     def weights(w: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def batched(
         index = get_shuffle_matrix_a_row_indices(s[0], EPILOGUE_TILE_M).to(s.device)
         return interleave(s[:, index]).reshape(s.shape)
 
-    return weights(w13), weights(w2), scales(s13), scales(s2)
+    return weights(w13_bytes), weights(w2_bytes), scales(s13), scales(s2)
 
 
 def in_place(layer: Layer, gated: bool, interleave: Interleave) -> None:
@@ -136,9 +136,11 @@ def through(shuffle: Shuffle, replace: Callable[[Any, str, torch.Tensor], None])
     """A layer as vLLM processes it: shuffled, then results in the place of its parameters, one after the other."""
 
     def process(layer: Layer, gated: bool, interleave: Interleave) -> None:
-        results = swapped_and_shuffled(layer, shuffle, gated, interleave)
-        for name, new in zip(("w13", "w2", "w13_scale", "w2_scale"), results, strict=True):
-            replace(layer, name, new)
+        w13, w2, s13, s2 = swapped_and_shuffled(layer, shuffle, gated, interleave)
+        replace(layer, "w13", w13)
+        replace(layer, "w2", w2)
+        replace(layer, "w13_scale", s13)
+        replace(layer, "w2_scale", s2)
 
     return process
 

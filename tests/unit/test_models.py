@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scenarios"))
 
-from moe_models import models, preset
+from moe_models import gated_preset, models, preset, whole_preset
 
 MIB, GIB = 1024**2, 1024**3
 
@@ -66,3 +66,18 @@ def test_a_shard_divides_the_width_of_each_expert():
 def test_a_width_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="not divisible"):
         preset("deepseek-v3", tp=7, layers=1)
+
+
+def test_a_preset_says_whether_experts_are_gated():
+    """Nemotron's have an up projection only."""
+    assert gated_preset("llama-4-scout", tp=8, layers=3)["gated"] is True
+    assert gated_preset("nemotron-3-super", tp=1, layers=3)["gated"] is False
+
+
+def test_a_whole_model_has_all_its_layers():
+    assert whole_preset("deepseek-v3", tp=4) == {"experts": 256, "hidden": 7168, "intermediate": 512, "layers": 58}
+
+
+def test_a_whole_model_of_unknown_depth_is_refused():
+    with pytest.raises(ValueError, match="kimi-k3: models.toml has no number of layers"):
+        whole_preset("kimi-k3", tp=4)
