@@ -1,7 +1,7 @@
 """The scenarios that bring FP8, MXFP8 and BF16 experts into TensorRT-LLM's layouts, and make NVFP4 layers.
 
-Expected values: bytes of the published shapes of whole layers, and of what each form keeps at its peak, counted from the
-source of the release it replays; all of it written out here, and none taken from the scenarios.
+Expected values: bytes of the published shapes of whole layers, and of what each form keeps at its peak, counted from
+the source of the release it replays; all of it written out here, and none taken from the scenarios.
 """
 
 from __future__ import annotations

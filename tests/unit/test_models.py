@@ -79,5 +79,5 @@ def test_a_whole_model_has_all_its_layers():
 
 
 def test_a_whole_model_of_unknown_depth_is_refused():
-    with pytest.raises(ValueError, match="kimi-k3: models.toml has no number of layers"):
+    with pytest.raises(ValueError, match=r"kimi-k3: models\.toml has no number of layers"):
         whole_preset("kimi-k3", tp=4)

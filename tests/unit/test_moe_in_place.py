@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("flashinfer")
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scenarios"))
 
