@@ -24,8 +24,8 @@ from flashinfer.fused_moe.core import (
 )
 from moe_in_place import BLOCK_K, EPILOGUE_TILE_M, block_scratch, to_block_layout, w2_rows, w13_rows
 from moe_layouts import source_row
+from moe_loading import parameter, rebind, swap_halves
 from moe_models import preset
-from moe_parameters import parameter, rebind, swap_halves
 
 import fragscope
 
@@ -178,25 +178,29 @@ _FUNCTION = (
 )
 
 
+def _replays(version: str, digest: str) -> fragscope.Replays:
+    return fragscope.Replays("vllm", version, _FUNCTION, digest)
+
+
 @fragscope.scenario(
     "moe-bf16-layout",
     presets=PRESETS,
     variant="list-stack",
     source="vLLM #45589 and #54699, before",
-    replays=fragscope.Replays("vllm", "0.23.0", _FUNCTION),
+    replays=_replays("0.23.0", "071185958a4334047c54fdac"),
 )
 def moe_bf16_layout(case: fragscope.Case) -> None:
     """Clones, gathers and blocks of every expert in lists, stacked at the end (vLLM 0.23.0)."""
     load(case, replaced)
 
 
-@moe_bf16_layout.variant("preallocated", role="fixed", replays=fragscope.Replays("vllm", "0.24.0", _FUNCTION))
+@moe_bf16_layout.variant("preallocated", role="fixed", replays=_replays("0.24.0", "c1dabfb552323d2bff2d003a"))
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first; the swap of halves is part of the row index (vLLM 0.24.0)."""
     load(case, replaced)
 
 
-@moe_bf16_layout.variant("in-place", role="newest", replays=fragscope.Replays("vllm", "0.33.0", _FUNCTION))
+@moe_bf16_layout.variant("in-place", role="newest", replays=_replays("0.33.0", "1b708bf2f0ac11cd81f54c9d"))
 def _(case: fragscope.Case) -> None:
     """Rewritten in place through one expert of scratch (vLLM 0.33.0)."""
     load(case, rewritten)

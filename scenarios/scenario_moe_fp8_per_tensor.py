@@ -22,8 +22,8 @@ import torch
 from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
 from moe_in_place import EPILOGUE_TILE_M, permute_rows, row_scratch, w2_rows, w13_rows
 from moe_layouts import rearranged
+from moe_loading import copy_or_rebind, parameter, swap_halves
 from moe_models import gated_preset
-from moe_parameters import copy_or_rebind, parameter, swap_halves
 
 import fragscope
 
@@ -109,6 +109,7 @@ def load(case: fragscope.Case, process: Process) -> None:
         "vllm",
         "0.33.0",
         "vllm.model_executor.layers.quantization.utils.flashinfer_utils:rotate_weights_for_fi_trtllm_fp8_per_tensor_moe",
+        digest="bb6d104a239c0af86e3187eb",
     ),
 )
 def moe_fp8_per_tensor(case: fragscope.Case) -> None:

@@ -20,8 +20,8 @@ from flashinfer.fused_moe.core import get_reorder_rows_for_gated_act_gemm_row_in
 from flashinfer.utils import get_shuffle_matrix_a_row_indices
 from moe_in_place import EPILOGUE_TILE_M, permute_rows, row_scratch, w2_rows, w13_rows
 from moe_layouts import interleave_on_host, rearranged, swizzled
+from moe_loading import copy_or_rebind, parameter, rebind, swap_halves
 from moe_models import gated_preset
-from moe_parameters import copy_or_rebind, parameter, rebind, swap_halves
 
 import fragscope
 
@@ -177,19 +177,23 @@ def load(case: fragscope.Case) -> None:
 _FUNCTION = "vllm.model_executor.layers.quantization.utils.flashinfer_utils:_shuffle_mxfp8_moe_weights"
 
 
+def _replays(version: str, digest: str) -> fragscope.Replays:
+    return fragscope.Replays("vllm", version, _FUNCTION, digest)
+
+
 @fragscope.scenario(
     "moe-mxfp8-shuffle",
     presets=PRESETS,
     variant="list-stack",
     source="vLLM 0.23.0",
-    replays=fragscope.Replays("vllm", "0.23.0", _FUNCTION),
+    replays=_replays("0.23.0", "7cd4fd74e685afaf73100fdc"),
 )
 def moe_mxfp8_shuffle(case: fragscope.Case) -> None:
     """Lists of woven and of shuffled experts, stacked at the end (vLLM 0.23.0)."""
     load(case)
 
 
-@moe_mxfp8_shuffle.variant("batched", role="newest", replays=fragscope.Replays("vllm", "0.33.0", _FUNCTION))
+@moe_mxfp8_shuffle.variant("batched", role="newest", replays=_replays("0.33.0", "0b2439f3a570d40d350f33e5"))
 def _(case: fragscope.Case) -> None:
     """One gather a step for all experts (vLLM 0.33.0)."""
     load(case)

@@ -23,8 +23,8 @@ from flashinfer import nvfp4_block_scale_interleave
 from flashinfer.fused_moe.core import get_reorder_rows_for_gated_act_gemm_row_indices
 from flashinfer.utils import get_shuffle_matrix_a_row_indices
 from moe_layouts import interleave_on_host, rearranged, swizzled
+from moe_loading import copy_or_rebind, parameter
 from moe_models import whole_preset
-from moe_parameters import copy_or_rebind, parameter
 
 import fragscope
 
@@ -122,6 +122,12 @@ def load(case: fragscope.Case, *, placeholders: bool) -> None:
 
 
 _FUNCTION = "sglang.srt.layers.quantization.modelopt_quant:ModelOptNvFp4FusedMoEMethod.create_weights"
+
+
+def _replays(version: str, digest: str) -> fragscope.Replays:
+    return fragscope.Replays("sglang", version, _FUNCTION, digest)
+
+
 _TOO_LARGE = fragscope.Expect("oom", preset="deepseek-v3-tp4", card="h100-80gb")  # 86 GiB of weights
 
 
@@ -131,7 +137,7 @@ _TOO_LARGE = fragscope.Expect("oom", preset="deepseek-v3-tp4", card="h100-80gb")
     variant="placeholders",
     source="SGLang #26861, before",
     expect=_TOO_LARGE,
-    replays=fragscope.Replays("sglang", "0.5.12.post1", _FUNCTION),
+    replays=_replays("0.5.12.post1", "9e2c3040214a86201895ae1e"),
 )
 def moe_nvfp4_create(case: fragscope.Case) -> None:
     """Swizzled copies of all scales from the beginning (SGLang 0.5.12.post1)."""
@@ -139,7 +145,7 @@ def moe_nvfp4_create(case: fragscope.Case) -> None:
 
 
 @moe_nvfp4_create.variant(
-    "skipped", role="fixed", expect=_TOO_LARGE, replays=fragscope.Replays("sglang", "0.5.13", _FUNCTION)
+    "skipped", role="fixed", expect=_TOO_LARGE, replays=_replays("0.5.13", "f164b59f9ef968569286701a")
 )
 def _(case: fragscope.Case) -> None:
     """No placeholders (SGLang 0.5.13)."""

@@ -1,4 +1,4 @@
-"""How a loader puts results in the place of a layer's parameters, in vLLM and SGLang."""
+"""What the loaders of vLLM and SGLang do around a shuffle: before it, and with its results."""
 
 from __future__ import annotations
 
