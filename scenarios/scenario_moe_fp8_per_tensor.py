@@ -53,13 +53,15 @@ def two_phases(w13: torch.Tensor, w2: torch.Tensor, gated: bool) -> None:
     experts, rows, hidden = w13.shape
     woven = []
     for i in range(experts):
-        woven.append(reorder_rows_for_gated_act_gemm(w13[i]) if gated else w13[i])
+        expert = w13[i].view(torch.uint8)  # older hosts cannot index float8; to a card a byte is a byte
+        woven.append(reorder_rows_for_gated_act_gemm(expert) if gated else expert)
+    del expert  # a view, which would keep the storage
     # Rebinding the list's name frees the list as soon as its stack is made.
     woven = torch.stack(woven).reshape(experts, rows, hidden)  # type: ignore[assignment]
     w13_shuffled = []
     w2_shuffled = []
     for i in range(experts):
-        w13_shuffled.append(shuffle_matrix_a(woven[i].view(torch.uint8), EPILOGUE_TILE_M))
+        w13_shuffled.append(shuffle_matrix_a(woven[i], EPILOGUE_TILE_M))
         w2_shuffled.append(shuffle_matrix_a(w2[i].view(torch.uint8), EPILOGUE_TILE_M))
     w13.data = torch.stack(w13_shuffled).view(torch.float8_e4m3fn)
     w2.data = torch.stack(w2_shuffled).view(torch.float8_e4m3fn)

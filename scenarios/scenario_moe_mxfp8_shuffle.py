@@ -68,11 +68,12 @@ def lists_and_stacks(
     """Weave into two lists, shuffle into four; all of them live until the stacks are made."""
     w13_woven, s13_woven = [], []
     for i in range(w13.shape[0]):
-        w13_woven.append(reorder_rows_for_gated_act_gemm(w13[i]) if gated else w13[i])
+        expert = w13[i].view(torch.uint8)  # older hosts cannot index float8; to a card a byte is a byte
+        w13_woven.append(reorder_rows_for_gated_act_gemm(expert) if gated else expert)
         s13_woven.append(reorder_rows_for_gated_act_gemm(s13[i]) if gated else s13[i])
     w13_list, w2_list, s13_list, s2_list = [], [], [], []
     for i in range(w13.shape[0]):
-        w13_list.append(shuffle_matrix_a(w13_woven[i].view(torch.uint8), EPILOGUE_TILE_M))
+        w13_list.append(shuffle_matrix_a(w13_woven[i], EPILOGUE_TILE_M))
         w2_list.append(shuffle_matrix_a(w2[i].view(torch.uint8), EPILOGUE_TILE_M))
         s13_list.append(shuffle_scales(s13_woven[i], interleave))
         s2_list.append(shuffle_scales(s2[i], interleave))
