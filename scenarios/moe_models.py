@@ -26,3 +26,20 @@ def launched(name: str, tokens: int) -> dict[str, int]:
         "intermediate": model.intermediate,
         "tokens": tokens,
     }
+
+
+def gated_preset(name: str, tp: int, layers: int) -> dict[str, int | bool]:
+    """As ``preset``, and whether the experts are gated, for code that serves both kinds."""
+    return {**preset(name, tp, layers), "gated": shipped_models()[name].gated}
+
+
+def whole_preset(name: str, tp: int) -> dict[str, int]:
+    """As ``preset``, with all layers of the model that have experts.
+
+    Raises:
+        ValueError: models.toml does not say how many there are.
+    """
+    layers = shipped_models()[name].layers
+    if layers is None:
+        raise ValueError(f"{name}: models.toml has no number of layers")
+    return preset(name, tp, layers)

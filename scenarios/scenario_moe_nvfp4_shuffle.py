@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from flashinfer import nvfp4_block_scale_interleave
 from flashinfer.fused_moe.core import _maybe_get_cached_w3_w1_permute_indices, get_w2_permute_indices_with_cache
+from moe_layouts import interleave_on_host, rearranged, swizzled
 from moe_models import preset
 
 import fragscope
@@ -253,15 +254,6 @@ def _weights(device: str) -> Weights:
     )
 
 
-def interleave_on_host(scales: torch.Tensor) -> torch.Tensor:
-    """What the interleave kernel does, for a host without it: tiles of 128 rows x 4 columns, 32 x 4 x 4 inside."""
-    rows, columns = scales.shape
-    padded = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=scales.dtype)
-    padded[:rows, :columns] = scales
-    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
-
-
 @moe_nvfp4_shuffle.numeric
 def outputs(variant: str, device: str) -> Sequence[torch.Tensor]:
     """A variant's results for small random weights; on a GPU with the real interleave kernel."""
@@ -271,37 +263,12 @@ def outputs(variant: str, device: str) -> Sequence[torch.Tensor]:
 
 @moe_nvfp4_shuffle.reference
 def reference(device: str) -> Sequence[torch.Tensor]:
-    """Byte by byte from the layouts' definitions, with no indices or kernels of flashinfer.
-
-    Rows: w13's two halves are woven (row 0 of each, row 1 of each, ...). Then, for an epilogue tile of 128 rows, blocks
-    of 32 rows are shuffled: target row n of a block comes from row 4 (n mod 8) + n div 8.
-    Scales: row m, column k of the shuffled scales goes to byte
-    512 (m div 128 * columns/4 + k div 4) + 16 (m mod 32) + 4 (m mod 128 div 32) + k mod 4.
-    """
+    """Byte by byte from the layouts' definitions. w13 comes with its up half first, so that nothing is swapped."""
     w13, w2, s13, s2 = _weights("cpu")
-
-    def source(row: int, rows: int, *, woven: bool) -> int:
-        row = row // 32 * 32 + 4 * (row % 8) + row % 32 // 8
-        return row // 2 + (row % 2) * (rows // 2) if woven else row
-
-    def rearranged(w: torch.Tensor, *, woven: bool) -> torch.Tensor:
-        data = w.view(torch.uint8)
-        return torch.stack([data[:, source(r, w.shape[1], woven=woven)] for r in range(w.shape[1])], dim=1)
-
-    def swizzled(s: torch.Tensor, *, woven: bool) -> torch.Tensor:
-        shuffled = rearranged(s, woven=woven)
-        experts, rows, columns = shuffled.shape
-        out = torch.zeros(experts, rows * columns, dtype=torch.uint8)
-        for m in range(rows):
-            for k in range(columns):
-                tile = m // 128 * (columns // 4) + k // 4
-                out[:, 512 * tile + 16 * (m % 32) + 4 * (m % 128 // 32) + k % 4] = shuffled[:, m, k]
-        return out.view(torch.float8_e4m3fn).reshape(s.shape)
-
     results = (
         rearranged(w13, woven=True),
         rearranged(w2, woven=False),
-        swizzled(s13, woven=True),
-        swizzled(s2, woven=False),
+        swizzled(rearranged(s13, woven=True)).view(torch.float8_e4m3fn),
+        swizzled(rearranged(s2, woven=False)).view(torch.float8_e4m3fn),
     )
     return [r.to(device) for r in results]

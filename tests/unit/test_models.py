@@ -14,6 +14,7 @@ from moe_models import launched, preset
 from fragscope.errors import InputFileError, UsageError
 from fragscope.thresholds import MoeModel, chosen, load_models
 from fragscope.thresholds import shipped_models as models
+from moe_models import gated_preset, models, preset, whole_preset
 
 MIB, GIB = 1024**2, 1024**3
 
@@ -139,3 +140,18 @@ def test_models_are_chosen_by_name_in_the_order_of_the_table():
     assert len(chosen(models(), ())) == len(models())
     with pytest.raises(UsageError, match="no model named 'deepseek'; did you mean 'deepseek-v3'"):
         chosen(models(), ("deepseek",))
+
+
+def test_a_preset_says_whether_experts_are_gated():
+    """Nemotron's have an up projection only."""
+    assert gated_preset("llama-4-scout", tp=8, layers=3)["gated"] is True
+    assert gated_preset("nemotron-3-super", tp=1, layers=3)["gated"] is False
+
+
+def test_a_whole_model_has_all_its_layers():
+    assert whole_preset("deepseek-v3", tp=4) == {"experts": 256, "hidden": 7168, "intermediate": 512, "layers": 58}
+
+
+def test_a_whole_model_of_unknown_depth_is_refused():
+    with pytest.raises(ValueError, match=r"kimi-k3: models\.toml has no number of layers"):
+        whole_preset("kimi-k3", tp=4)
