@@ -9,12 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scenarios"))
 
-from moe_models import launched, preset
+from moe_models import gated_preset, launched, preset, whole_preset
 
 from fragscope.errors import InputFileError, UsageError
 from fragscope.thresholds import MoeModel, chosen, load_models
 from fragscope.thresholds import shipped_models as models
-from moe_models import gated_preset, models, preset, whole_preset
 
 MIB, GIB = 1024**2, 1024**3
 
