@@ -94,8 +94,9 @@ def preallocated(
     """Outputs first; permuted scales go through scratch. Weight gathers and interleaved scales are still temporary."""
     cache: _Cache = {}
     w13_out, w2_out = torch.empty_like(w13), torch.empty_like(w2)
-    s13_out, s2_out = _scale_outputs(s13), _scale_outputs(s2)
+    s13_out = _scale_outputs(s13)
     s13_scratch = torch.empty(s13.shape[1:], dtype=torch.uint8, device=s13.device)
+    s2_out = _scale_outputs(s2)
     s2_scratch = torch.empty(s2.shape[1:], dtype=torch.uint8, device=s2.device)
     for i in range(w13.shape[0]):
         index = _w13_index(cache, w13[i])
@@ -121,8 +122,9 @@ def indexed_out(
 ) -> Weights:
     """Indices once; weights are gathered straight into their outputs."""
     cache: _Cache = {}
-    index13, index2 = _w13_index(cache, w13[0]), _w2_index(cache, w2[0])
+    index13 = _w13_index(cache, w13[0])
     scale_index13 = _w13_index(cache, s13[0].view(torch.uint8), ELEMENTS_PER_SCALE)
+    index2 = _w2_index(cache, w2[0])
     scale_index2 = _w2_index(cache, s2[0].view(torch.uint8), ELEMENTS_PER_SCALE)
     w13_out, w2_out = torch.empty_like(w13), torch.empty_like(w2)
     s13_out, s2_out = _scale_outputs(s13), _scale_outputs(s2)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Any, get_args
 
 from fragscope.errors import UsageError, printable
 from fragscope.results import Outcome
@@ -20,6 +20,7 @@ class Expect:
         outcome: how the variant should end there.
         preset, conf, torch, card, device: globs that a cell's own values must match; ``conf=""`` is no conf, and
             ``torch`` is matched as it was named, such as ``2.11*``.
+        when: of the case's preset values and parameters by name, which ``--set`` and ``--sweep`` change; None is always.
     """
 
     outcome: Outcome
@@ -28,11 +29,12 @@ class Expect:
     torch: str = "*"
     card: str = "*"
     device: str = "*"
+    when: Callable[[Mapping[str, Any]], bool] | None = None
 
-    def applies(self, preset: str, conf: str, torch: str, card: str, device: str) -> bool:
+    def applies(self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Any]) -> bool:
         """Whether a cell is among those meant."""
         cell = ((preset, self.preset), (conf, self.conf), (torch, self.torch), (card, self.card), (device, self.device))
-        return all(fnmatchcase(value, glob) for value, glob in cell)
+        return all(fnmatchcase(value, glob) for value, glob in cell) and (self.when is None or self.when(values))
 
 
 Declared = Outcome | Expect | Sequence[Expect]

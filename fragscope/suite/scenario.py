@@ -178,10 +178,12 @@ class Variant:
     doc: str = ""
     replays: Replays | None = None
 
-    def expected(self, preset: str, conf: str, torch: str, card: str, device: str) -> Outcome:
+    def expected(
+        self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Value]
+    ) -> Outcome:
         """The declared outcome of one cell."""
         for rule in self.expect:
-            if rule.applies(preset, conf, torch, card, device):
+            if rule.applies(preset, conf, torch, card, device, values):
                 return rule.outcome
         return "ok"
 

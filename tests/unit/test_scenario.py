@@ -50,7 +50,9 @@ def test_name_comes_from_the_function_unless_given() -> None:
 def test_variants_keep_their_order_roles_and_declared_outcomes() -> None:
     made = define(variant="before", expect="oom")
     made.variant("after", role="fixed")(body)
-    assert [(v.name, v.role, v.expected("one", "", "2.13", "a-card", "virtual")) for v in made.variants.values()] == [
+    assert [
+        (v.name, v.role, v.expected("one", "", "2.13", "a-card", "virtual", {})) for v in made.variants.values()
+    ] == [
         ("before", "original", "oom"),
         ("after", "fixed", "ok"),
     ]
