@@ -160,7 +160,7 @@ def command(
     except OSError as e:
         raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
     if sweep is not None:
-        return show_sweep(found, style, folder)
+        return show_sweep(found, style, folder, report=not no_report)
     _show(results, folder, style, report=not no_report)
     _tell_left_out(left_out)
     return _exit_code(results)

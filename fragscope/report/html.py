@@ -9,7 +9,7 @@ from typing import Any
 
 from fragscope.allocator import ReplaySettings
 from fragscope.errors import UsageError
-from fragscope.results import Results
+from fragscope.results import Results, SweepResults
 from fragscope.thresholds import Thresholds
 from fragscope.trace.containers import write_atomically
 
@@ -43,6 +43,16 @@ def write_thresholds_html(found: Sequence[Thresholds], settings: ReplaySettings,
         UsageError: the extra ``report`` is not installed.
     """
     html: str = _module("fragscope.report.thresholds_page").render(found, settings)
+    write_atomically(out, html.encode("utf-8", errors="replace"))
+
+
+def write_sweep_html(found: SweepResults, out: Path) -> None:
+    """Write the page of ``fragscope run --sweep``, self-contained, whole or not at all.
+
+    Raises:
+        UsageError: the extra ``report`` is not installed.
+    """
+    html: str = _module("fragscope.report.sweep_page").render(found)
     write_atomically(out, html.encode("utf-8", errors="replace"))
 
 

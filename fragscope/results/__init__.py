@@ -23,6 +23,7 @@ from fragscope.results.model import (
     load_results,
     save_results,
 )
+from fragscope.results.sweep import Curve, Point, SweepResults
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -30,6 +31,7 @@ __all__ = [
     "AssumptionRecord",
     "Calls",
     "Case",
+    "Curve",
     "DeviceKind",
     "Effect",
     "EstimatedOp",
@@ -38,11 +40,13 @@ __all__ = [
     "OomRecord",
     "Outcome",
     "Peak",
+    "Point",
     "PrecheckRecord",
     "Prediction",
     "Results",
     "Role",
     "Run",
+    "SweepResults",
     "VerifyRecord",
     "load_results",
     "save_results",

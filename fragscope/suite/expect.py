@@ -20,7 +20,8 @@ class Expect:
         outcome: how the variant should end there.
         preset, conf, torch, card, device: globs that a cell's own values must match; ``conf=""`` is no conf, and
             ``torch`` is matched as it was named, such as ``2.11*``.
-        when: of the case's preset values and parameters by name, which ``--set`` and ``--sweep`` change; None is always.
+        when: of the case's preset values and parameters by name, which ``--set`` and ``--sweep`` change; None means
+            always.
     """
 
     outcome: Outcome
