@@ -318,6 +318,7 @@ def _settle(rank: Rank, folder: Path) -> None:
     for given, standard in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(given, standard)
     sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+    faulthandler.enable(sys.stderr)
     stacks = (folder / f"stacks-{rank.number}").open("w")
     faulthandler.register(_STACKS, file=stacks, all_threads=True)
     _kept.append(stacks)
