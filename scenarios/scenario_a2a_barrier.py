@@ -17,10 +17,7 @@ from moe_alltoall import MoeLayer, needed_by, release_of
 
 import fragscope
 
-PRESETS = {
-    "pp2-ep2": {"stages": 2, "ranks": 2, "layers": 2},
-    "pp3-ep2": {"stages": 3, "ranks": 2, "layers": 1},
-}
+PRESETS = {"pp2-ep2": {"stages": 2, "ranks": 2, "layers": 2}}
 _FOREVER = timedelta(hours=1)  # gloo itself gives up later than anyone waits
 
 
