@@ -9,7 +9,15 @@ from string import ascii_uppercase
 from fragscope.errors import printable
 from fragscope.report.colors import line_name
 from fragscope.report.drawing import Drawing
-from fragscope.report.figures import LINE_POINTS, STATE_WORDS, map_figure, map_scale, progress_figure, raster
+from fragscope.report.figures import (
+    LINE_POINTS,
+    STATE_WORDS,
+    has_raw,
+    map_figure,
+    map_scale,
+    progress_figure,
+    raster,
+)
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
 from fragscope.report.pools import Breakdown, PoolShare, breakdown
 from fragscope.report.shell import page
@@ -66,6 +74,7 @@ class Section:
         drawing: the variants on one axis.
         alternative: that in words.
         legend: name of a colour of the memory maps, and what it means.
+        has_raw: memory was taken past the allocator, and has a line.
     """
 
     anchor: str
@@ -74,6 +83,7 @@ class Section:
     drawing: Drawing | None
     alternative: str
     legend: tuple[tuple[str, str], ...]
+    has_raw: bool = False
 
 
 def render(results: Results, folder: Path) -> str:
@@ -114,6 +124,7 @@ def _section(number: int, group: Group, folder: Path) -> Section:
         spoken.append(
             f"{letter}, {group.rows[i].variant}: from {format_bytes(base)} allocated to a peak of "
             f"{format_bytes(level.allocated)}; peak reserved {format_bytes(level.reserved)}"
+            + (f"; with memory past the allocator {format_bytes(level.hbm)}" if has_raw(recording) else "")
         )
     alternative = f"Allocated and reserved bytes over the measured phase. {'; '.join(spoken)}."
     has_pools = any(len(recording.lives.holds) for _, _, recording in read)
@@ -125,6 +136,7 @@ def _section(number: int, group: Group, folder: Path) -> Section:
         drawing=progress_figure(read) if read else None,
         alternative=alternative,
         legend=tuple((f"cell-{state.value}", STATE_WORDS[state]) for state in states),
+        has_raw=any(has_raw(recording) for _, _, recording in read),
     )
 
 
