@@ -47,6 +47,9 @@ class Recorder(Protocol):
     def end_phase(self) -> None:
         """The measured phase is over."""
 
+    def kernel(self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any) -> None:
+        """A kernel that torch does not see touches tensors."""
+
 
 class SkipCase(Exception):  # noqa: N818 - not an error
     """Raised by ``case.skip``: the case cannot run here, for the reason given."""
@@ -101,6 +104,28 @@ class Case:
             self._recorder.end_phase()
             if was_enabled:
                 gc.enable()
+
+    def kernel(
+        self,
+        what: str,
+        *,
+        reads: Sequence[torch.Tensor] = (),
+        writes: Sequence[torch.Tensor] = (),
+        stream: Any = None,
+    ) -> None:
+        """Say which tensors a kernel outside torch reads and writes, and on which stream it runs.
+
+        The virtual device holds it against the work of other streams. On a GPU nothing happens.
+
+        Args:
+            what: its name in messages.
+            stream: a ``torch.cuda.Stream``; None is the legacy default stream, on which ``kernel<<<grid, block>>>``
+                and ``cudaMemcpy`` run.
+
+        Raises:
+            UsageError: a tensor is not on the card.
+        """
+        self._recorder.kernel(what, reads, writes, stream)
 
     def skip(self, reason: str) -> NoReturn:
         """End the case as skipped."""
@@ -295,7 +320,7 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-_TAKEN = frozenset({"scenario", "preset", "variant", "values", "device", "measured", "measure", "skip"})
+_TAKEN = frozenset({"scenario", "preset", "variant", "values", "device", "measured", "measure", "kernel", "skip"})
 """What ``case`` has besides its values."""
 
 
