@@ -15,16 +15,19 @@ if TYPE_CHECKING:
         UsageError,
     )
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
+    from fragscope.suite.expect import Expect, Replays
     from fragscope.suite.scenario import Case, Scenario, scenario
     from fragscope.trace import Trace, load_trace
 
 __all__ = [
     "Case",
+    "Expect",
     "FragscopeError",
     "InputFileError",
     "NotMeasuredError",
     "Recorder",
     "RecorderOptions",
+    "Replays",
     "Scenario",
     "Stacks",
     "Trace",
@@ -42,6 +45,8 @@ _HOMES = {
     "RecorderOptions": "fragscope.record.cuda",
     "Stacks": "fragscope.record.cuda",
     "phase": "fragscope.record.cuda",
+    "Expect": "fragscope.suite.expect",
+    "Replays": "fragscope.suite.expect",
     "Case": "fragscope.suite.scenario",
     "Scenario": "fragscope.suite.scenario",
     "scenario": "fragscope.suite.scenario",

@@ -124,6 +124,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         capacity: bytes that segments could take together.
         outcome: what happened.
         expected_outcome: what the scenario declares should happen.
+        missing: bytes that something of a fixed size lacked, where the outcome is ``overflow`` and it could be told.
+        replays: whose code the variant replays, as package, release and function.
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
         base, end_live: allocated bytes when the phase began and ended.
@@ -153,6 +155,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int = 0
     outcome: Outcome
     expected_outcome: Outcome = "ok"
+    missing: int | None = None
+    replays: str | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
     base: int = 0
@@ -195,6 +199,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return self.outcome == self.expected_outcome
 
 
+class NotApplicable(msgspec.Struct, frozen=True):
+    """A combination that was asked for and does not exist: the release refuses the conf."""
+
+    conf: str
+    torch: str
+    reason: str
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """How a set of cases came to be.
 
@@ -206,6 +218,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
+        not_applicable: combinations that were left out.
     """
 
     started: str
@@ -215,6 +228,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
+    not_applicable: list[NotApplicable] = []
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,10 @@ def run_numeric(task: Task, device: str, key: str) -> None:
 
 
 def compare_numerics(scenario: Scenario, device: str) -> NumericReport:
-    """Whether every variant computes what the reference, or else the first variant, computes, bit for bit."""
+    """Whether every variant computes what the reference, or else the first variant, computes.
+
+    Bit for bit, or within the scenario's tolerance. A variant that is declared wrong should not.
+    """
     assert scenario.outputs is not None
     outputs, reference = scenario.outputs, scenario.expected
     torch.set_num_threads(1)
@@ -65,7 +68,7 @@ def compare_numerics(scenario: Scenario, device: str) -> NumericReport:
         return NumericReport(failed, {"*": problem})
     for variant in scenario.variants:
         try:
-            problem = _difference(tensors(variant), expected)
+            problem = _difference(tensors(variant), expected, scenario.tolerance)
         except (Exception, SystemExit) as e:
             problem = _described(e)
         if problem:
@@ -78,6 +81,10 @@ def compare_numerics(scenario: Scenario, device: str) -> NumericReport:
         "bytes": sum(t.nbytes for t in expected),
         "agree": not wrong,
     }
+    if scenario.tolerance is not None:
+        facts["tolerance"] = list(scenario.tolerance)
+    if wrong:
+        facts["differ"] = sorted(wrong)
     return NumericReport(facts, wrong)
 
 
@@ -88,7 +95,9 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
+def _difference(
+    got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: tuple[float, float] | None
+) -> str:
     if len(got) != len(expected):
         return f"makes {len(got)} tensors, not {len(expected)}"
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -96,6 +105,11 @@ def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -
             return f"tensor {number} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
         if a.dtype != b.dtype:
             return f"tensor {number} is of type {a.dtype}, not {b.dtype}"
+        if tolerance is not None and a.is_floating_point():
+            far = ~torch.isclose(a.detach().cpu().double(), b.detach().cpu().double(), *tolerance, equal_nan=True)
+            if bool(far.any()):
+                return f"tensor {number} is out of tolerance in {int(far.sum())} of {far.numel()} numbers"
+            continue
         x, y = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
         differing = int((x != y).sum())
         if differing:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fragscope
 from fragscope.allocator import ReplaySettings, card_named
-from fragscope.results import DeviceKind
+from fragscope.results import DeviceKind, Outcome
 from fragscope.suite.discover import Selection
 from fragscope.suite.scenario import Value
 from fragscope.suite.sources import installed_fingerprint
@@ -36,6 +36,13 @@ class PlannedCase:
     device: DeviceKind
     id: str
     digest: str
+
+    @property
+    def expect(self) -> Outcome:
+        """What its variant declares for this cell."""
+        s = self.settings
+        variant = self.selection.scenario.variants[self.selection.variant]
+        return variant.expected(self.selection.preset, s.conf, s.rules.torch, s.card, self.device)
 
     @property
     def recording(self) -> tuple[str, tuple[tuple[str, Value], ...], str, str]:

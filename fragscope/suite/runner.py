@@ -17,7 +17,7 @@ import msgspec
 
 from fragscope.allocator import Card, card_named
 from fragscope.errors import printable
-from fragscope.results import Case, Outcome, PrecheckRecord, Results, Run, save_results
+from fragscope.results import Case, NotApplicable, Outcome, PrecheckRecord, Results, Run, save_results
 from fragscope.suite.journal import Journal, finished_cases, locked
 from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
@@ -39,6 +39,7 @@ class RunOptions:
         resume: take valid results of an earlier run in the same folder.
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
+        not_applicable: combinations that were asked for and do not exist, for the record.
     """
 
     out: Path
@@ -48,6 +49,7 @@ class RunOptions:
     resume: bool
     card: Card | None = None
     command: tuple[str, ...] = ()
+    not_applicable: tuple[NotApplicable, ...] = ()
 
 
 class Progress(Protocol):
@@ -93,6 +95,7 @@ def _run_locked(planned: Sequence[PlannedCase], options: RunOptions, progress: P
                 versions=versions(),
                 command=list(options.command),
                 cards={p.settings.card: _card_facts(p) for p in planned},
+                not_applicable=list(options.not_applicable),
             ),
             cases=cases,
         )
@@ -217,7 +220,7 @@ class _PlanRun:
     def _first_job(self, group: Sequence[PlannedCase]) -> Job:
         """The recording itself, unless it has to fit a card first. One that is to run out of memory need not."""
         task = self._task(group)
-        if task.device == "virtual" or task.card is None or task.expect == "oom":
+        if task.device == "virtual" or task.card is None or task.cases[0].expect == "oom":
             return self._recording_job(group)
         return self._need_job(task, plenty=False)
 
@@ -260,14 +263,14 @@ class _PlanRun:
             preset=first.selection.preset,
             variant=variant.name,
             role=variant.role,
-            expect=variant.expect,
             values=first.values,
             changed=first.changed,
             device=first.device,
-            cases=tuple(CaseTask(p.id, p.digest, p.settings) for p in group),
+            cases=tuple(CaseTask(p.id, p.digest, p.settings, p.expect) for p in group),
             out=self._options.out,
             timeout=self._options.timeout,
             card=self._options.card,
+            replays=None if variant.replays is None else str(variant.replays),
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:

@@ -25,10 +25,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args, overload
 
 from fragscope.errors import UsageError, printable
 from fragscope.results import Outcome, Role
+from fragscope.suite.expect import Declared, Expect, Replays, declared
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,17 @@ class Recorder(Protocol):
         """A kernel that torch does not see touches tensors."""
 
 
-class SkipCase(Exception):  # noqa: N818 - not an error
-    """Raised by ``case.skip``: the case cannot run here, for the reason given."""
+class EndCase(Exception):  # noqa: N818 - not an error
+    """Raised by ``case.end``: the case is over, and the scenario itself says how it ended.
+
+    Attributes:
+        missing: bytes that something of a fixed size lacked; None where that is not what happened.
+    """
+
+    def __init__(self, outcome: Outcome, message: str, missing: int | None = None) -> None:
+        super().__init__(message)
+        self.outcome: Outcome = outcome
+        self.missing = missing
 
 
 class Case:
@@ -119,6 +129,8 @@ class Case:
 
         Args:
             what: its name in messages.
+            reads: tensors it only reads.
+            writes: tensors it writes, or reads and writes.
             stream: a ``torch.cuda.Stream``; None is the legacy default stream, on which ``kernel<<<grid, block>>>``
                 and ``cudaMemcpy`` run.
 
@@ -128,8 +140,23 @@ class Case:
         self._recorder.kernel(what, reads, writes, stream)
 
     def skip(self, reason: str) -> NoReturn:
-        """End the case as skipped."""
-        raise SkipCase(reason)
+        """End the case as skipped: it cannot run here."""
+        self.end("skipped", reason)
+
+    def overflow(self, missing: int, message: str) -> NoReturn:
+        """End the case: something of a fixed size is too small by ``missing`` bytes."""
+        raise EndCase("overflow", message, missing)
+
+    def end(self, outcome: Outcome, message: str) -> NoReturn:
+        """End the case with an outcome that only the scenario can see, such as ``timeout`` or ``wrong``.
+
+        Raises:
+            UsageError: no such outcome, or ``ok``, which a case reaches by coming to its end.
+        """
+        if outcome not in get_args(Outcome) or outcome == "ok":
+            known = ", ".join(o for o in get_args(Outcome) if o != "ok")
+            raise UsageError(f"{self.scenario}/{self.variant}: case.end: outcome {outcome!r} is none of {known}")
+        raise EndCase(outcome, message)
 
 
 Body = Callable[[Case], None]
@@ -142,14 +169,23 @@ class Variant:
     """One implementation in a scenario.
 
     Attributes:
-        expect: declared outcome, ``"ok"`` unless said otherwise.
+        expect: declared outcomes; ``ok`` in every cell that none of them is about.
+        replays: whose code it replays; None for a proposal, and where nobody said.
     """
 
     name: str
     role: Role
     body: Body
-    expect: Outcome = "ok"
+    expect: tuple[Expect, ...] = ()
     doc: str = ""
+    replays: Replays | None = None
+
+    def expected(self, preset: str, conf: str, torch: str, card: str, device: str) -> Outcome:
+        """The declared outcome of one cell."""
+        for rule in self.expect:
+            if rule.applies(preset, conf, torch, card, device):
+                return rule.outcome
+        return "ok"
 
 
 @dataclass(slots=True)
@@ -172,34 +208,57 @@ class Scenario:
     variants: dict[str, Variant] = field(default_factory=dict)
     outputs: Outputs | None = None
     expected: Reference | None = None
+    tolerance: tuple[float, float] | None = None
 
-    def variant(self, name: str, *, role: Role, expect: Outcome = "ok") -> Callable[[Body], Body]:
-        """Add an implementation; the decorated function is its body."""
+    def variant(
+        self, name: str, *, role: Role, expect: Declared = "ok", replays: Replays | None = None
+    ) -> Callable[[Body], Body]:
+        """Add an implementation; the decorated function is its body.
+
+        Args:
+            name: unique within the scenario.
+            role: what it is to the others.
+            expect: declared outcome; see ``Declared``.
+            replays: whose code it replays.
+        """
 
         def add(body: Body) -> Body:
-            self.add(name, role, body, expect)
+            self.add(name, role, body, expect, replays)
             return body
 
         return add
 
-    def add(self, name: str, role: Role, body: Body, expect: Outcome = "ok") -> None:
+    def add(self, name: str, role: Role, body: Body, expect: Declared = "ok", replays: Replays | None = None) -> None:
         """Add an implementation."""
         _check_name("variant", name)
         if name in self.variants:
             raise UsageError(f"scenario {self.name!r}: variant {name!r} is defined twice")
         if role not in get_args(Role):
             raise UsageError(f"scenario {self.name!r}: role {role!r} is none of {', '.join(get_args(Role))}")
-        if expect not in get_args(Outcome):
-            raise UsageError(f"scenario {self.name!r}: outcome {expect!r} is none of {', '.join(get_args(Outcome))}")
-        self.variants[name] = Variant(name, role, body, expect, inspect.getdoc(body) or "")
+        rules = declared(f"scenario {self.name!r}: variant {name!r}", expect)
+        self.variants[name] = Variant(name, role, body, rules, inspect.getdoc(body) or "", replays)
 
-    def numeric(self, outputs: Outputs) -> Outputs:
+    @overload
+    def numeric(self, outputs: Outputs) -> Outputs: ...
+
+    @overload
+    def numeric(self, *, tolerance: tuple[float, float]) -> Callable[[Outputs], Outputs]: ...
+
+    def numeric(
+        self, outputs: Outputs | None = None, *, tolerance: tuple[float, float] | None = None
+    ) -> Outputs | Callable[[Outputs], Outputs]:
         """Decorator: ``outputs(variant, device)`` computes a variant's results on real data at a small size.
 
-        Every variant's results must equal those of ``reference``, or else of the first variant, bit for bit.
+        Every variant's results must equal those of ``reference``, or else of the first variant, bit for bit; with
+        ``tolerance=(relative, absolute)``, as ``torch.testing.assert_close`` has it. A variant that is declared
+        ``wrong`` must differ.
         """
-        self.outputs = outputs
-        return outputs
+
+        def add(made: Outputs) -> Outputs:
+            self.outputs, self.tolerance = made, tolerance
+            return made
+
+        return add if outputs is None else add(outputs)
 
     def reference(self, expected: Reference) -> Reference:
         """Decorator: ``expected(device)`` computes the right results independently of all variants."""
@@ -270,7 +329,8 @@ def scenario(
     role: Role = "original",
     params: Mapping[str, Value | tuple[Value, ...]] | None = None,
     source: str = "",
-    expect: Outcome = "ok",
+    expect: Declared = "ok",
+    replays: Replays | None = None,
 ) -> Callable[[Body], Scenario]:
     """Decorator: a scenario whose first variant is the decorated function.
 
@@ -279,7 +339,8 @@ def scenario(
         presets: values by name, for each real model or size; they become attributes of ``case``.
         variant: name of the first variant.
         role: role of the first variant.
-        expect: declared outcome of the first variant.
+        expect: declared outcome of the first variant; see ``Declared``.
+        replays: whose code the first variant replays.
         params: parameters with defaults that ``--set`` changes; a tuple lists choices, the first is the default.
         source: where the replayed code comes from.
 
@@ -304,7 +365,7 @@ def scenario(
             doc=inspect.getdoc(body) or "",
             file=_defining_file(body),
         )
-        made.add(variant, role, body, expect)
+        made.add(variant, role, body, expect, replays)
         if _registries:
             _registries[-1].found.append(made)
         return made
@@ -320,7 +381,9 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-_TAKEN = frozenset({"scenario", "preset", "variant", "values", "device", "measured", "measure", "kernel", "skip"})
+_TAKEN = frozenset(
+    {"scenario", "preset", "variant", "values", "device", "measured", "measure", "kernel", "skip", "end", "overflow"}
+)
 """What ``case`` has besides its values."""
 
 

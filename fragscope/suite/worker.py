@@ -47,7 +47,7 @@ from fragscope.results import (
 from fragscope.suite.discover import load_scenarios
 from fragscope.suite.process import enter, innermost, leave, log_path, report_path
 from fragscope.suite.scenario import Case as ScenarioCase
-from fragscope.suite.scenario import Scenario, SkipCase, Value
+from fragscope.suite.scenario import EndCase, Scenario, Value
 from fragscope.suite.sources import loaded_sources
 from fragscope.suite.verification import installed_rules, verified_recording
 from fragscope.trace import DecisionKind, RequestKind, Trace, write_trace
@@ -59,11 +59,12 @@ _SAMPLE_EVERY = 0.25  # seconds between samples of device memory outside the all
 
 @dataclass(frozen=True, slots=True)
 class CaseTask:
-    """One result to make from a recording."""
+    """One result to make from a recording, and the outcome declared for it."""
 
     id: str
     digest: str
     settings: ReplaySettings
+    expect: Outcome = "ok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Task:
 
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
+        replays: whose code the variant replays.
     """
 
     file: Path
@@ -80,7 +82,6 @@ class Task:
     preset: str
     variant: str
     role: Role
-    expect: Outcome
     values: tuple[tuple[str, Value], ...]
     changed: tuple[tuple[str, Value], ...]
     device: DeviceKind
@@ -88,6 +89,7 @@ class Task:
     out: Path
     timeout: float
     card: Card | None = None
+    replays: str | None = None
 
 
 class Report(msgspec.Struct):
@@ -155,6 +157,7 @@ class Recording:
     Attributes:
         trace: None where the measured phase was never entered.
         statistics: PyTorch's own peaks and ends of the phase, from a GPU only.
+        missing: bytes that something of a fixed size lacked.
     """
 
     trace: Trace | None
@@ -162,6 +165,7 @@ class Recording:
     message: str
     estimated: list[EstimatedOp]
     statistics: PhaseStatistics | None = None
+    missing: int | None = None
 
 
 def _virtual_device(task: Task) -> VirtualDevice:
@@ -173,15 +177,15 @@ def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
     recorder = _PhaseRecorder(device.memory, device.kernel)
     with device:
-        outcome, message, measured = _run_body(task, recorder)
+        ran = _run_body(task, recorder)
         unordered = device.memory.ordering.summary()
-        if outcome == "ok" and unordered:
-            outcome, message = "hazard", printable(unordered, 600)
-        trace = device.trace(_provenance(task)) if measured else None
+        if ran.outcome == "ok" and unordered:
+            ran = replace(ran, outcome="hazard", message=printable(unordered, 600))
+        trace = device.trace(_provenance(task)) if ran.measured else None
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
-    if outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
+    if ran.outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
         estimated += [EstimatedOp(f"caught: {what}", n, where) for what, (n, where) in sorted(device.refused.items())]
-    return Recording(trace, outcome, message, estimated)
+    return Recording(trace, ran.outcome, ran.message, estimated, missing=ran.missing)
 
 
 def _on_cuda(task: Task) -> Recording:
@@ -195,24 +199,36 @@ def _on_cuda(task: Task) -> Recording:
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
     recorder = _PhaseRecorder(cuda)
-    outcome, message, measured = _run_body(task, recorder)
-    if not measured:
+    ran = _run_body(task, recorder)
+    if not ran.measured:
         cuda.discard()
-        return Recording(None, outcome, message, [])
-    return Recording(cuda.stop(_provenance(task)), outcome, message, [], cuda.statistics)
+        return Recording(None, ran.outcome, ran.message, [], missing=ran.missing)
+    return Recording(cuda.stop(_provenance(task)), ran.outcome, ran.message, [], cuda.statistics, ran.missing)
 
 
-def _run_body(task: Task, recorder: _PhaseRecorder) -> tuple[Outcome, str, bool]:
-    """Run the variant; outcome, message and whether the measured phase was entered."""
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """How a variant's function ended, and whether it entered the measured phase."""
+
+    outcome: Outcome
+    message: str
+    measured: bool
+    missing: int | None
+
+
+def _run_body(task: Task, recorder: _PhaseRecorder) -> _Ran:
+    """Run the variant."""
     variant = scenario_of(task).variants[task.variant]
     case = ScenarioCase(task.scenario, task.preset, task.variant, dict(task.values), recorder)
     outcome: Outcome = "ok"
     message = ""
+    missing: int | None = None
     with _thread_errors(task) as in_threads:
         try:
             variant.body(case)
         except BaseException as e:
             outcome, message = _outcome_of(e, torch.OutOfMemoryError, task)
+            missing = e.missing if isinstance(e, EndCase) else None
             # The frames of the error hold the program's tensors; their end is not part of what was measured.
             recorder.end_phase()
             traceback.clear_frames(e.__traceback__)
@@ -224,7 +240,7 @@ def _run_body(task: Task, recorder: _PhaseRecorder) -> tuple[Outcome, str, bool]
         outcome, message = "crash", "the scenario never entered case.measure()"
     elif outcome == "oom" and not case.measured:
         message = f"before the measured phase: {message}"
-    return outcome, message, case.measured
+    return _Ran(outcome, message, case.measured, missing)
 
 
 @contextlib.contextmanager
@@ -286,8 +302,8 @@ def _outcome_of(error: BaseException, oom: type[BaseException], task: Task) -> t
         return "oom", printable(str(error), 600)
     if isinstance(error, UnsupportedError):
         return "unsupported", printable(str(error), 600)
-    if isinstance(error, SkipCase):
-        return "skipped", printable(str(error), 600)
+    if isinstance(error, EndCase):
+        return error.outcome, printable(str(error), 600)
     if not isinstance(error, FragscopeError):
         traceback.print_exception(error)
     frames = reversed(traceback.extract_tb(error.__traceback__))
@@ -334,6 +350,7 @@ def _result(
             message = f"replayed: {format_bytes(oom.requested)} do not fit within {format_bytes(settings.capacity)}"
     return msgspec.structs.replace(
         bare_case(task, wanted, outcome, message, str(torch.__version__)),
+        missing=recording.missing,
         estimated_ops=recording.estimated,
         seconds=round(seconds, 3),
         sources=sources,
@@ -360,7 +377,8 @@ def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torc
         device=task.device,
         capacity=settings.capacity,
         outcome=outcome,
-        expected_outcome=task.expect,
+        expected_outcome=wanted.expect,
+        replays=task.replays,
         message=message,
     )
 

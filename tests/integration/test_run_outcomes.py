@@ -120,6 +120,17 @@ ENDS = """
     def _(case):
         input()
 
+    @ends("overflow", "overflow")
+    def _(case):
+        with case.measure():
+            kept = on_card(4 * 2**20)
+            case.overflow(1234, "a workspace of 5 MiB, sized for another layer")
+
+    @ends("waits", "timeout")
+    def _(case):
+        with case.measure():
+            case.end("timeout", "ranks 0 and 1 wait")
+
     @ends("oom", "oom")
     def _(case):
         base = on_card(3 * 2**20)
@@ -164,12 +175,15 @@ ENDS = """
 NUMERIC = """
     import os, threading
 
-    def steps(name, outputs, **variants):
+    def steps(name, outputs, tolerance=None, **variants):
         first = variants.pop("first", "ok")
         made = fragscope.scenario(name, presets={"one": {}}, variant="first", expect=first)(measured)
         for variant, expect in variants.items():
             made.variant(variant, role="fixed", expect=expect)(measured)
-        made.numeric(outputs)
+        if tolerance is None:
+            made.numeric(outputs)
+        else:
+            made.numeric(tolerance=tolerance)(outputs)
         return made
 
     def measured(case):
@@ -192,6 +206,12 @@ NUMERIC = """
     steps("differs", random, same="ok", off="wrong", raises="wrong", nothing="wrong", short="wrong")
     steps("dies", lambda variant, device: os.abort(), first="wrong")
     steps("hangs", lambda variant, device: threading.Event().wait(), first="wrong")
+
+    def nearly(variant, device):
+        exact = torch.tensor([1.0, 100.0, 0.0], dtype=torch.bfloat16)
+        return exact + torch.tensor({"near": [0.0, 0.5, 1e-4], "far": [0.02, 0.0, 0.0]}.get(variant, [0.0] * 3))
+
+    steps("near", nearly, tolerance=(0.01, 1e-3), near="ok", far="wrong")
 
     checked = steps("referenced", lambda variant, device: torch.arange(3), first="wrong")
     @checked.reference
@@ -314,6 +334,14 @@ def test_an_error_inside_keeps_the_figures_and_a_bounded_message(
     assert case["message"].isprintable()
 
 
+def test_a_scenario_says_itself_how_it_ended(cases: dict[str, dict[str, Any]]) -> None:
+    case = cases["overflow/original"]
+    assert (case["outcome"], case["missing"]) == ("overflow", 1234)
+    assert case["message"] == "a workspace of 5 MiB, sized for another layer"
+    assert case["peak"]["allocated"] == 4 * MIB
+    assert (cases["waits/original"]["outcome"], cases["waits/original"]["message"]) == ("timeout", "ranks 0 and 1 wait")
+
+
 def test_the_log_has_the_traceback(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
     log = folder / "out" / "logs" / f"{cases['raises-before/original']['digest']}.log"
     assert "Traceback" in log.read_text()
@@ -336,6 +364,7 @@ def test_traces_are_there_where_a_phase_was_entered(folder: Path, cases: dict[st
         ("differs/short", "numerics: makes 0 tensors, not 2"),
         ("dies/first", "numerics: the numeric step was ended by SIGABRT (at scenario_numeric.py:"),
         ("hangs/first", "numerics: the numeric step took longer than 5 s and was stopped (at scenario_numeric.py:"),
+        ("near/far", "numerics: tensor 0 is out of tolerance in 1 of 3 numbers"),
         ("referenced/first", "numerics: tensor 0 differs in 3 of 24 bytes"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 import fragscope
 from fragscope.errors import UsageError
-from fragscope.suite.scenario import Case, Scenario, SkipCase
+from fragscope.suite.scenario import Case, EndCase, Scenario
 
 
 class Phases:
@@ -50,7 +50,7 @@ def test_name_comes_from_the_function_unless_given() -> None:
 def test_variants_keep_their_order_roles_and_declared_outcomes() -> None:
     made = define(variant="before", expect="oom")
     made.variant("after", role="fixed")(body)
-    assert [(v.name, v.role, v.expect) for v in made.variants.values()] == [
+    assert [(v.name, v.role, v.expected("one", "", "2.13", "a-card", "virtual")) for v in made.variants.values()] == [
         ("before", "original", "oom"),
         ("after", "fixed", "ok"),
     ]
@@ -192,5 +192,5 @@ def test_values_are_attributes_and_unknown_ones_say_what_there_is() -> None:
 
 
 def test_skip_carries_its_reason() -> None:
-    with pytest.raises(SkipCase, match="needs two cards"):
+    with pytest.raises(EndCase, match="needs two cards"):
         case(Phases()).skip("needs two cards")

@@ -90,11 +90,9 @@ class Ordering:
         """The first hazard, and how many there are; empty where there is none."""
         if not self.hazards:
             return ""
-        places = len(self._places)
-        count = (
-            f"{self.pairs:,} such pair{'s' if self.pairs > 1 else ''} at {places:,} place{'s' if places > 1 else ''}"
-        )
-        return f"{self.hazards[0]}; {count}"
+        counts = ((self.pairs, "such pair"), (len(self._places), "place"))
+        pairs, places = (f"{count:,} {word}{'s' if count > 1 else ''}" for count, word in counts)
+        return f"{self.hazards[0]}; {pairs} at {places}"
 
     def independent(self, handle: int) -> None:
         """A stream was created with ``cudaStreamNonBlocking``."""
@@ -199,5 +197,4 @@ def _join(clock: Clock, other: Clock) -> None:
     if len(other) > len(clock):
         clock.extend([0] * (len(other) - len(clock)))
     for position, tick in enumerate(other):
-        if tick > clock[position]:
-            clock[position] = tick
+        clock[position] = max(clock[position], tick)

@@ -1,0 +1,96 @@
+"""What a variant declares about itself: how it should end in which cell of a run, and whose code it replays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import get_args
+
+from fragscope.errors import UsageError, printable
+from fragscope.results import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """An outcome, and the cells of a run in which it is the right one.
+
+    Attributes:
+        outcome: how the variant should end there.
+        preset, conf, torch, card, device: globs that a cell's own values must match; ``conf=""`` is no conf, and
+            ``torch`` is matched as it was named, such as ``2.11*``.
+    """
+
+    outcome: Outcome
+    preset: str = "*"
+    conf: str = "*"
+    torch: str = "*"
+    card: str = "*"
+    device: str = "*"
+
+    def applies(self, preset: str, conf: str, torch: str, card: str, device: str) -> bool:
+        """Whether a cell is among those meant."""
+        cell = ((preset, self.preset), (conf, self.conf), (torch, self.torch), (card, self.card), (device, self.device))
+        return all(fnmatchcase(value, glob) for value, glob in cell)
+
+
+Declared = Outcome | Expect | Sequence[Expect]
+"""How ``expect=`` is written: an outcome for every cell, or one ``Expect`` or several of which the first that applies
+counts. Where none applies, ``ok`` is expected."""
+
+
+def declared(where: str, expect: object) -> tuple[Expect, ...]:
+    """What ``expect=`` means, each outcome a known one.
+
+    Raises:
+        UsageError: it is neither an outcome nor made of ``Expect``.
+    """
+    if isinstance(expect, str):
+        rules: tuple[object, ...] = () if expect == "ok" else (Expect(expect),)  # type: ignore[arg-type]
+    elif isinstance(expect, Expect):
+        rules = (expect,)
+    elif isinstance(expect, Sequence):
+        rules = tuple(expect)
+    else:
+        rules = (expect,)
+    out = []
+    for rule in rules:
+        if not isinstance(rule, Expect):
+            raise UsageError(
+                f"{where}: expect holds a {type(rule).__name__}; write an outcome, or fragscope.Expect(...)"
+            )
+        if rule.outcome not in get_args(Outcome):
+            raise UsageError(f"{where}: outcome {rule.outcome!r} is none of {', '.join(get_args(Outcome))}")
+        out.append(rule)
+    return tuple(out)
+
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Replays:
+    """Whose code a variant replays.
+
+    Attributes:
+        package: the distribution, such as ``"vllm"``.
+        version: its release.
+        function: ``module:function`` or ``module:Class.method``.
+        digest: of the function's source in that release; ``""`` where it was not taken.
+    """
+
+    package: str
+    version: str
+    function: str
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        for word, value in (("package", self.package), ("version", self.version)):
+            if not value or not value.isprintable() or any(c.isspace() for c in value):
+                raise UsageError(f"Replays: {word} {printable(repr(value), 60)} is not one word")
+        if not _FUNCTION.fullmatch(self.function):
+            raise UsageError(f"Replays: function {printable(repr(self.function), 100)}: write module:function")
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version} {self.function}"
