@@ -119,6 +119,7 @@ class VirtualCard:
         old = entry.id
         entry.id = self.allocate(size)
         entry.size = size
+        entry.address = None
         if old is not None:
             self.memory.free(old)
 
@@ -205,14 +206,16 @@ class VirtualCard:
             self.memory.launch(self.stream if stream is None else stream, what, self.sites.line, read, written)
 
     def _touched(self, tensors: Iterable[torch.Tensor]) -> list[tuple[int, Extent]]:
-        """Lifetime ids of tensors on the card, and which bytes of the allocation they cover."""
+        """Lifetime ids of tensors on the card, and the bytes they cover, by address."""
         out = []
         for tensor in tensors:
             entry = self.storages.find(tensor)
             if entry is None or entry.place is not Place.CARD or entry.id is None:
                 continue
+            if entry.address is None:
+                entry.address = self.memory.address(entry.id)
             size = tensor.itemsize
-            start = int(tensor.storage_offset()) * size
+            start = entry.address + int(tensor.storage_offset()) * size
             if tensor.is_contiguous():
                 length = int(tensor.numel()) * size
                 extent = Extent(start, start + length, length) if length else None

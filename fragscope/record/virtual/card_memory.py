@@ -154,13 +154,9 @@ class CardMemory:
         reads: list[tuple[int, Extent]],
         writes: list[tuple[int, Extent]],
     ) -> None:
-        """Work on a stream reads and writes allocations: lifetime ids, and bytes counted from their beginning."""
+        """Work on a stream reads and writes bytes of allocations; see ``Ordering.launch``."""
         with self._lock:
-            self.ordering.launch(stream, what, where, self._placed(reads), self._placed(writes))
-
-    def _placed(self, accesses: list[tuple[int, Extent]]) -> list[tuple[int, Extent]]:
-        block = self.allocator.block
-        return [(id_, extent.moved(block(id_).addr)) for id_, extent in accesses]
+            self.ordering.launch(stream, what, where(), reads, writes)
 
     def record_event(self, stream: int) -> Recorded:
         """An event is recorded on a stream."""

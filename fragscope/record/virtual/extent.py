@@ -25,10 +25,6 @@ class Extent:
     run: int
     steps: tuple[tuple[int, int], ...] = ()
 
-    def moved(self, by: int) -> Extent:
-        """The same bytes counted from another place."""
-        return Extent(self.start + by, self.end + by, self.run, self.steps)
-
     @property
     def dense(self) -> bool:
         """Whether every byte between start and end is covered."""

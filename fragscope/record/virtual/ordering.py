@@ -13,7 +13,7 @@ streams and they for it. Streams that torch makes are not blocking: they are cre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fragscope.record.virtual.extent import Extent
@@ -26,6 +26,11 @@ _LEGACY_ALIAS = 1
 
 _SHOWN = 20
 """Hazards at different places that are kept; all are counted."""
+
+_KEPT = 50_000
+"""Launches kept aside while there is one stream, some 30 MB."""
+
+_Touched = Sequence[tuple[int, Extent]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Ordering:
         self._host: Clock = []
         self._shadow = Shadow()
         self._places: set[tuple[object, ...]] = set()
+        self._alone: list[tuple[str, Place | None, int, _Touched, _Touched]] = []  # work of the first stream
 
     def begin(self) -> None:
         """Forget all work so far, as if the host had waited for it."""
@@ -100,22 +106,31 @@ class Ordering:
 
     # --- work -----------------------------------------------------------------------------------------------------
 
-    def launch(
-        self,
-        handle: int,
-        what: str,
-        where: Callable[[], Place | None],
-        reads: Iterable[tuple[int, Extent]],
-        writes: Iterable[tuple[int, Extent]],
-    ) -> None:
-        """Work on a stream that reads and writes memory: pairs of an allocation's lifetime id and bytes."""
+    def launch(self, handle: int, what: str, where: Place | None, reads: _Touched, writes: _Touched) -> None:
+        """Work on a stream reads and writes memory: lifetime ids of allocations, and bytes by their addresses."""
         stream = self._command(handle)
         clock = self._clocks[stream]
         clock[stream] += 1
-        tick, place = clock[stream], where()
+        if len(self._clocks) == 1:
+            # Nobody to race with yet, and mostly there never is: all that is needed later is kept, and no more done.
+            self._alone.append((what, where, clock[stream], reads, writes))
+            if len(self._alone) >= _KEPT:
+                self._catch_up()
+            return
+        self._catch_up()
+        self._touch(what, where, stream, clock[stream], reads, writes)
+
+    def _catch_up(self) -> None:
+        if self._alone:
+            alone, self._alone = self._alone, []
+            for what, where, tick, reads, writes in alone:
+                self._touch(what, where, 0, tick, reads, writes)
+
+    def _touch(self, what: str, where: Place | None, stream: int, tick: int, reads: _Touched, writes: _Touched) -> None:
+        clock = self._clocks[stream]
         for accesses, write in ((reads, False), (writes, True)):
             for owner, extent in accesses:
-                access = Access(what, place, stream, tick, owner, extent, write)
+                access = Access(what, where, stream, tick, owner, extent, write)
                 earlier = self._shadow.touch(access, clock)
                 if earlier:
                     self._found(earlier, access)
@@ -124,6 +139,7 @@ class Ordering:
         """Memory was freed that the allocator hands out no sooner than the work so far on these streams is over."""
         numbers = {self._numbers[h] for h in map(_one_name, handles) if h in self._numbers}
         if numbers:
+            self._catch_up()
             self._shadow.forget(Extent(start, end, end - start), numbers)
 
     # --- order ----------------------------------------------------------------------------------------------------
