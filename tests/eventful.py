@@ -60,6 +60,8 @@ def eventful() -> Trace:
     log.append(K.RELEASE_SEEN)
     decided.request = log.append(K.ALLOC, id=3, size=2**61)
     decided.append(D.OOM, 3, 2**36, 2**61, 0, 0)
+    log.append(K.RAW_ALLOC, id=4, size=5 * MIB)
+    log.append(K.RAW_FREE, id=4, size=5 * MIB)
     log.append(K.CAPTURE_BEGIN)
     log.append(K.CAPTURE_END)
     log.append(K.OBSERVATION, size=0)

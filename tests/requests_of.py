@@ -23,8 +23,9 @@ MIB = 2**20
 
 def trace_of(*requests: tuple[Any, ...], torch: str = "2.11.0", failed: Iterable[int] = (), **fields: Any) -> Trace:
     """A trace of ``("alloc", id, bytes[, stream])``, ``("free", id)``, ``("uses", id, stream)``, ``("done", id)``,
-    ``("empty",)``, ``("seen", what)``, ``("fraction", f)`` and ``("conf", text)``; with ``failed`` the requests in
-    these rows failed when recorded and all others were served."""
+    ``("raw", id, bytes)``, ``("raw free", id, bytes)``, ``("empty",)``, ``("seen", what)``,
+    ``("fraction", f)`` and ``("conf", text)``; with ``failed`` the requests in these rows failed when recorded and all
+    others were served."""
     log = RequestLog()
     observations = []
     confs: list[str] = []
@@ -38,6 +39,10 @@ def trace_of(*requests: tuple[Any, ...], torch: str = "2.11.0", failed: Iterable
                 log.append(RequestKind.RECORD_STREAM, id=values[0], stream=values[1])
             case "done":
                 log.append(RequestKind.USES_DONE, id=values[0])
+            case "raw":
+                log.append(RequestKind.RAW_ALLOC, id=values[0], size=values[1])
+            case "raw free":
+                log.append(RequestKind.RAW_FREE, id=values[0], size=values[1])
             case "empty":
                 log.append(RequestKind.EMPTY_CACHE)
             case "seen":

@@ -14,7 +14,7 @@ import numpy as np
 from fragscope.allocator.conf import Conf
 from fragscope.allocator.counters import Counters, PeakWatch, counters_now, segments_now, statistics
 from fragscope.allocator.engine import decide as loop
-from fragscope.allocator.engine import driver, free_lists, requests, tables
+from fragscope.allocator.engine import driver, free_lists, raw, requests, tables
 from fragscope.allocator.engine import state as field
 from fragscope.allocator.engine.compiled import compiled_decide
 from fragscope.allocator.engine.kinds import REQUEST_EMPTY_CACHE
@@ -211,6 +211,20 @@ class CachingAllocator:
         """Other streams are done with a freed block; the next ``malloc`` will notice."""
         if self._knows(id):
             requests.uses_done(self._s, id)
+
+    def take_raw(self, id: int, size: int) -> None:
+        """The program takes ``size`` bytes of device memory past the allocator, in the driver's pages.
+
+        Raises:
+            OutOfMemoryError: the driver has too little; what is cached stays.
+        """
+        self._make_room(id)
+        if not raw.take_raw(self._s, id, size):
+            raise OutOfMemoryError(size, size, size, 0, self.free_memory)
+
+    def give_raw(self, id: int, size: int) -> None:
+        """The program gives the ``size`` bytes of ``take_raw`` back."""
+        raw.give_raw(self._s, id, size)
 
     def empty_cache(self, pool: int = 0) -> None:
         """Wait for all streams and return what is idle; with a private pool, only of that one if it is released."""

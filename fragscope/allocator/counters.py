@@ -21,6 +21,8 @@ class Counters:
         inactive_split: idle, in segments that are split; torch's ``inactive_split_bytes``, which leaves expandable
             segments out.
         pool_idle: idle, in private pools that have users; ``empty_cache()`` does not return it.
+        raw: taken of the driver past the allocator (``RAW_ALLOC``), in whole pages of the driver.
+        hbm: reserved plus raw.
     """
 
     requested: int = 0
@@ -30,11 +32,13 @@ class Counters:
     stranded: int = 0
     inactive_split: int = 0
     pool_idle: int = 0
+    raw: int = 0
+    hbm: int = 0
 
 
 _SLOTS = (
     slots.LIVE_REQUESTED, slots.ALLOCATED_BYTES, slots.ACTIVE_BYTES, slots.RESERVED_BYTES, slots.STRANDED,
-    slots.INACTIVE_SPLIT_BYTES, slots.POOL_IDLE,
+    slots.INACTIVE_SPLIT_BYTES, slots.POOL_IDLE, slots.RAW_BYTES, slots.HBM_BYTES,
 )  # fmt: skip
 _CLASSES = ("all", "small", "large")
 

@@ -37,7 +37,9 @@ def _around(trace: Trace, row: int, met: CachingAllocator) -> list[str]:
     pool = int(requests.pool[row])
     where = "" if pool == 0 else f" from pool {trace.pools[pool]}"
     lines = [f"request: {kind.name.lower()} {size} B on stream {stream:#x}{where}"]
-    if kind != RequestKind.ALLOC:
+    if kind == RequestKind.RAW_ALLOC:
+        lines = [f"request: {kind.name.lower()} {size} B"]
+    elif kind != RequestKind.ALLOC:
         lines = [f"request: {kind.name.lower()}{where}"]
     now = met.now
     limit = "no memory limit" if met.limit is None else f"at most {met.limit} B may be reserved"

@@ -28,6 +28,7 @@ class Facts:
         failed: rows of requests that failed.
         retries: requests that released everything cached.
         reserved: peak of reserved bytes.
+        held: peak of what was held from the driver, past the allocator too.
         ties: choices between equal blocks that came down to addresses of segments.
         addresses: where those come from: a driver, or a model of it and what is said for that.
         defects: times that the real allocator would have misused the driver.
@@ -41,6 +42,7 @@ class Facts:
     failed: Column
     retries: int
     reserved: int
+    held: int
     ties: int
     addresses: str | None
     defects: int
@@ -90,11 +92,11 @@ class Facts:
     def depends_on_memory(self) -> bool:
         """Whether the figures may depend on how much memory there was.
 
-        They do where it was short, where old segments are collected before it is, and where more is reserved than the
+        They do where it was short, where old segments are collected before it is, and where more is held than the
         recording shows to have been there.
         """
-        shown = self.tape.reserved
-        grew = shown is not None and self.reserved > shown
+        shown = self.tape.held
+        grew = shown is not None and self.held > shown
         return self.was_short or self.conf.garbage_collection_threshold > 0 or grew
 
     @cached_property

@@ -15,8 +15,9 @@ from fragscope.allocator.conf import Conf, parse_conf, recorded_conf
 from fragscope.allocator.engine.sizes import page_bytes, segment_bytes
 from fragscope.allocator.rules import NEWEST, ChosenRules, Rules, rules_for
 from fragscope.errors import UsageError
-from fragscope.trace import DecisionKind, Decisions, RequestKind, Trace
+from fragscope.trace import ASKING, DecisionKind, Decisions, RequestKind, Trace
 from fragscope.trace.events import Column
+from fragscope.trace.raw import raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,8 @@ def failed_rows(trace: Trace) -> Column:
         return np.zeros(0, dtype=np.int64)
     asked = kind == RequestKind.ALLOC
     asked[d.request[d.kind == DecisionKind.ALLOC]] = False
+    failed = d.request[d.kind == DecisionKind.OOM]
+    asked[failed[kind[failed] == RequestKind.RAW_ALLOC]] = True
     return np.flatnonzero(asked)
 
 
@@ -180,15 +183,23 @@ def caught_of(trace: Trace, failed: Column) -> tuple[Column, int | None]:
     Returns:
         Rows of those after which the program asked for memory again, and the row of the last one if it did not.
     """
-    asked = np.flatnonzero(trace.requests.kind == RequestKind.ALLOC)
+    asked = np.flatnonzero(np.isin(trace.requests.kind, ASKING))
     if len(failed) and int(asked[-1]) <= int(failed[-1]):
         return failed[:-1], int(failed[-1])
     return failed, None
 
 
-def most_reserved(d: Decisions) -> int:
-    """Most bytes that were reserved at once; the recording shows that so much was there."""
-    return int(_reserved(d).max(initial=0))
+def most_held(trace: Trace) -> int | None:
+    """Most bytes that were held from the driver at once; the recording shows that so much was there.
+
+    None for bare requests.
+    """
+    d = trace.decisions
+    if d is None:
+        return None
+    reserved, raw = _reserved(d), raw_bytes(trace)
+    after = np.append(0, reserved)[np.searchsorted(d.request, np.arange(len(raw)), side="right")]
+    return max(int((after + raw).max(initial=0)), int((reserved + raw[d.request]).max(initial=0)))
 
 
 def _reserved(d: Decisions) -> Column:
@@ -233,11 +244,15 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
     failed = np.flatnonzero(d.kind == DecisionKind.OOM)
     if not len(failed):
         return Limits()
-    reserved = _reserved(d)
+    reserved, raw = _reserved(d), raw_bytes(trace)[d.request]
     most = int(reserved.max())
     limit_below, capacity = None, None
     for row in failed.tolist():
         rounded, free = int(d.size[row]), int(d.addr[row])
+        there = int(reserved[row]) + int(raw[row]) + free
+        if trace.requests.kind[d.request[row]] == RequestKind.RAW_ALLOC:  # no limit but the card's is held against it
+            capacity = there if capacity is None else max(capacity, there)
+            continue
         needed = segment_bytes(rounded, conf.large_segment_size)
         if conf.expandable_segments:
             # Pages are mapped for what is missing, which is not known; at most they are these.
@@ -246,7 +261,6 @@ def limits_from_failures(trace: Trace, conf: Conf) -> Limits:
             above = int(reserved[row]) + needed
             limit_below = above if limit_below is None else min(limit_below, above)
         else:
-            there = int(reserved[row]) + free
             capacity = there if capacity is None else max(capacity, there)
     if limit_below is not None and limit_below <= most:
         limit_below = None  # no single limit explains these failures

@@ -26,7 +26,7 @@ from fragscope.allocator.start import fitted_start
 from fragscope.allocator.tape import Tape, tape_of
 from fragscope.allocator.verify import Verification, compare
 from fragscope.errors import UsageError
-from fragscope.trace import FRACTION_UNIT, DecisionKind, Decisions, RequestKind, SegmentState, Trace
+from fragscope.trace import ASKING, FRACTION_UNIT, DecisionKind, Decisions, RequestKind, SegmentState, Trace
 from fragscope.trace.events import Column
 
 
@@ -171,6 +171,7 @@ def replay(
         failed=failed,
         retries=whole.retries,
         reserved=whole.peak.reserved,
+        held=whole.peak.hbm,
         ties=run.allocator.address_ties,
         addresses=None if recorded else run.modelled_addresses(),
         defects=run.allocator.defects,
@@ -273,7 +274,7 @@ class _Run:
                 allocator.begin_capture()
             elif kind == RequestKind.CAPTURE_END:
                 allocator.end_capture()
-            elif kind == RequestKind.ALLOC:  # it failed, and that was to be the end
+            elif kind in ASKING:  # it failed, and that was to be the end
                 break
             row += 1
         if phase is not None:  # the recording ended inside it: a crash, an OOM
@@ -371,7 +372,7 @@ class _Run:
         """Rows of requests that were not served, whatever the reason."""
         if self.allocator.first_oom is None:
             return np.zeros(0, dtype=np.int64)
-        rows = np.flatnonzero(self.tape.kind == RequestKind.ALLOC)
+        rows = np.flatnonzero(np.isin(self.tape.kind, ASKING))
         failed: Column = rows[self.allocator.are_failed(self.tape.id[rows])]
         return failed
 
@@ -384,9 +385,12 @@ class _Run:
             rounded = dict(zip(decided.request[logged].tolist(), decided.size[logged].tolist(), strict=True))
         columns = (failed, requests.size[failed], requests.stream[failed])
         return tuple(
-            Oom(row, size, rounded[row] if row in rounded else self.allocator.rounded(size), stream)
+            Oom(row, size, rounded[row] if row in rounded else self._rounded(row, size), stream)
             for row, size, stream in zip(*(c.tolist() for c in columns), strict=True)
         )
+
+    def _rounded(self, row: int, size: int) -> int:
+        return size if self.tape.kind[row] == RequestKind.RAW_ALLOC else self.allocator.rounded(size)
 
     def modelled_addresses(self) -> str:
         """What is said for addresses that no driver gave."""

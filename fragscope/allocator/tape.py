@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fragscope.allocator.placement import DriverStart, fitted_start
-from fragscope.allocator.recorded import failed_rows, most_reserved, total_of
+from fragscope.allocator.recorded import failed_rows, most_held, total_of
 from fragscope.trace import DecisionKind, RequestKind, Trace
 
 
@@ -28,7 +28,7 @@ class Tape:
             own.
         total: bytes of memory of the device that the Trace was recorded on, None while that is not known.
         failed: rows of requests that failed when recorded.
-        reserved: most bytes reserved at once when recorded, None for bare requests.
+        held: most bytes held from the driver at once when recorded, None for bare requests.
         event: the recording's row of each row, None where they are the same.
     """
 
@@ -45,7 +45,7 @@ class Tape:
     settled: bool
     total: int | None
     failed: Any
-    reserved: int | None
+    held: int | None
     event: Any = None
     starts: list[DriverStart | None] = field(default_factory=list)
 
@@ -96,5 +96,5 @@ def tape_of(trace: Trace) -> Tape:
         settled=not trace.count(RequestKind.RELEASE_SEEN),
         total=total_of(trace),
         failed=failed_rows(trace),
-        reserved=None if trace.decisions is None else most_reserved(trace.decisions),
+        held=most_held(trace),
     )

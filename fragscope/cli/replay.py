@@ -308,6 +308,8 @@ def _peaks(r: Replay) -> list[tuple[str, str, str]]:
     names = ["requested", "allocated", "active", "reserved", "stranded", "inactive_split"]
     if r.whole.peak.pool_idle:
         names.append("pool_idle")
+    if r.whole.peak.raw:
+        names += ["raw", "hbm"]
     rows = [(name, mib(getattr(r.whole.peak, name)), mib(getattr(r.whole.end, name))) for name in names]
     return [("MiB", "peak", "end"), *rows]
 

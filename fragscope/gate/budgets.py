@@ -39,7 +39,7 @@ from fragscope.gate.toml_lines import KeyLines, TooNestedError, find_lines
 from fragscope.results import Case, DeviceKind
 from fragscope.units import MIB, format_bytes, parse_bytes
 
-METRICS = ("peak_requested", "peak_allocated", "peak_reserved", "transient", "retained", "stranded")
+METRICS = ("peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "retained", "stranded")
 """What a limit can be set on. ``stranded`` is what is stranded when the measured phase is over, not its peak."""
 
 NARROWING = ("conf", "torch", "card", "device")
@@ -64,6 +64,10 @@ class Bytes(Protocol):
     @property
     def reserved(self) -> int:
         """Held from the driver."""
+
+    @property
+    def hbm(self) -> int:
+        """Reserved, plus what was taken of the driver past the allocator."""
 
     @property
     def stranded(self) -> int:
@@ -99,6 +103,8 @@ def metric_value(figures: Figures, metric: str) -> int:
             return figures.peak.allocated
         case "peak_reserved":
             return figures.peak.reserved
+        case "peak_hbm":
+            return figures.peak.hbm
         case "transient":
             return figures.transient
         case "retained":

@@ -11,6 +11,7 @@ from fragscope.measure.busy import Busy, busy, running_sums
 from fragscope.measure.lifetimes import Lifetimes, lifetimes
 from fragscope.measure.segments import Ints
 from fragscope.trace import DecisionKind, RequestKind, Requests, Trace
+from fragscope.trace.raw import raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Level:
     stranded: int
     releasable: int
     pool_idle: int
+    raw: int
+    hbm: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Timeline:
         stranded: int64, idle bytes in segments, or in pages of expandable ones, that hold an active block.
         releasable: int64, bytes of wholly idle segments and pages.
         pool_idle: int64, idle bytes in private pools that have users; they are neither stranded nor releasable.
+        raw: int64, bytes taken of the driver past the allocator (``RAW_ALLOC``), in its pages; samples do not count.
         reserved_peak: int64, largest ``reserved`` while this request was being served. One request can map pages of an
             expandable segment, lack memory for the rest, return everything and then be served or fail.
         stranded_peak: int64, largest ``stranded`` while this request was being served. One request can complete
@@ -65,6 +69,7 @@ class Timeline:
     stranded: Ints
     releasable: Ints
     pool_idle: Ints
+    raw: Ints
     reserved_peak: Ints
     stranded_peak: Ints
     releasable_peak: Ints
@@ -80,6 +85,11 @@ class Timeline:
         """
         return self.active - self.requested
 
+    @property
+    def hbm(self) -> Ints:
+        """Reserved plus raw after each request; int64 bytes."""
+        return self.reserved + self.raw
+
     def at(self, row: int) -> Level:
         """The counters after request ``row`` was served."""
         return Level(*(int(getattr(self, f.name)[row]) for f in fields(Level)))
@@ -89,7 +99,7 @@ class Timeline:
         chosen = slice(None) if rows is None else rows
         columns = (
             self.requested, self.allocated, self.active, self.reserved_peak, self.stranded_peak,
-            self.releasable_peak, self.pool_idle_peak,
+            self.releasable_peak, self.pool_idle_peak, self.raw, self.reserved_peak + self.raw,
         )  # fmt: skip
         return Level(*(int(column[chosen].max(initial=0)) for column in columns))
 
@@ -132,6 +142,7 @@ def timeline(trace: Trace, lives: Lifetimes | None = None) -> Timeline:
         stranded=stranded[clock.upto],
         releasable=releasable[clock.upto],
         pool_idle=pool_idle[clock.upto],
+        raw=raw_bytes(trace),
         reserved_peak=_largest_while_served(reserved, clock.upto),
         stranded_peak=_largest_while_served(stranded, clock.upto),
         releasable_peak=_largest_while_served(np.where(settled, releasable, 0), clock.upto),

@@ -205,6 +205,9 @@ def _facts(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]
         ("stranded at most", size(case.peak.stranded)),
         ("stranded at end", size(case.end.stranded)),
     ]
+    if case.peak.raw:
+        facts.append(("past the allocator at most", size(case.peak.raw)))
+        facts.append(("peak HBM", size(case.peak.hbm)))
     if case.peak.pool_idle:
         facts.append(("idle in private pools at most", size(case.peak.pool_idle)))
         facts.append(("idle in private pools at end", size(case.end.pool_idle)))

@@ -76,7 +76,7 @@ class Row:
     def notes(self) -> tuple[str, ...]:
         """What no column of the comparison shows, a printable line each."""
         before = self.case.precheck.note if self.case.precheck is not None else ""
-        return tuple(filter(None, (refutation(self.case), printable(before), self._pool_note)))
+        return tuple(filter(None, (refutation(self.case), printable(before), self._pool_note, self._raw_note)))
 
     @property
     def _pool_note(self) -> str:
@@ -86,6 +86,15 @@ class Row:
             return ""
         at_most, at_end = f"{self.mark}{format_bytes(peak)}", f"{self.mark}{format_bytes(end)}"
         return f"idle in private pools: at most {at_most}, at the end {at_end}"
+
+    @property
+    def _raw_note(self) -> str:
+        """What was taken of the driver past the allocator; empty where nothing was."""
+        peak = self.case.peak
+        if not self.case.measured or not peak.raw:
+            return ""
+        raw, hbm = f"{self.mark}{format_bytes(peak.raw)}", f"{self.mark}{format_bytes(peak.hbm)}"
+        return f"device memory past the allocator: at most {raw}; peak HBM {hbm}"
 
     @property
     def message(self) -> str:

@@ -30,6 +30,8 @@ class Peak(msgspec.Struct, frozen=True):
     stranded: int = 0
     inactive_split: int = 0
     pool_idle: int = 0
+    raw: int = 0
+    hbm: int = 0
 
 
 class AfterEmptyCache(msgspec.Struct, frozen=True):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fragscope.allocator import Conf, ReplaySettings, Tape, parse_conf, replay
 from fragscope.allocator.engine.sizes import SMALL_SEGMENT, SMALL_SIZE, page_bytes, segment_bytes
 from fragscope.measure import SegmentLayout, layout_at
-from fragscope.trace import Trace
+from fragscope.trace import RequestKind, Trace
+from fragscope.trace.sizes import driver_pages
 
 _REASONS = {
     "other_pool": "in another memory pool",
@@ -81,6 +82,7 @@ def failure_of(tape: Tape, settings: ReplaySettings, compiled: bool | None = Non
     event, rounded = replayed.ooms[0].event, replayed.ooms[0].rounded
     stream, pool = int(trace.requests.stream[event]), int(trace.requests.pool[event])
     conf = parse_conf(settings.conf, settings.rules.rules)
+    is_raw = trace.requests.kind[event] == RequestKind.RAW_ALLOC  # of the driver itself, which no idle block serves
     return Failure(
         capacity=settings.capacity,
         event=event,
@@ -91,9 +93,9 @@ def failure_of(tape: Tape, settings: ReplaySettings, compiled: bool | None = Non
         reserved=now.reserved,
         allocated=now.allocated,
         stranded=now.stranded,
-        left=max(0, settings.capacity - now.reserved),
-        needed=_needed(rounded, conf),
-        idle=_idle(layout_at(trace, event), rounded, stream, pool, conf),
+        left=max(0, settings.capacity - now.hbm),
+        needed=driver_pages(rounded) if is_raw else _needed(rounded, conf),
+        idle=() if is_raw else _idle(layout_at(trace, event), rounded, stream, pool, conf),
     )
 
 

@@ -50,7 +50,7 @@ class Fit:
         tested: capacities tried.
         failing: capacities above ``lowest`` that fail, ascending.
         failure: what fails with a page less than ``capacity``, or with unlimited memory; None if nothing is asked for.
-        unlimited: peak reserved with unlimited memory; from there on more memory changes nothing.
+        unlimited: most held from the driver with unlimited memory; from there on more memory changes nothing.
         retries: requests that released everything cached first, at ``capacity``.
         calls: driver calls at ``capacity``.
         calls_unlimited: driver calls with unlimited memory.
@@ -164,7 +164,7 @@ class _Fitting:
 
     def run(self) -> Fit:
         roomy = self._play(UNLIMITED)
-        most = _pages(roomy.whole.peak.reserved)  # less than the driver counts only if segments are not whole pages
+        most = _pages(roomy.whole.peak.hbm)  # less than the driver counts only if segments are not whole pages
         if roomy.whole.ooms:
             failure = failure_of(self._tape, self._at(UNLIMITED), self._compiled)
             return self._answer(roomy, None, None, failure, roomy)
@@ -244,7 +244,7 @@ class _Fitting:
             tested=len(self._runs),
             failing=tuple(c for c in failing if lowest is not None and c > lowest),
             failure=failure,
-            unlimited=roomy.whole.peak.reserved,
+            unlimited=roomy.whole.peak.hbm,
             retries=final.whole.retries,
             calls=final.whole.calls,
             calls_unlimited=roomy.whole.calls,

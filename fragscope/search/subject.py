@@ -120,10 +120,11 @@ def _given_back(tape: Tape, rows: Any) -> Tape:
     after = np.asarray(rows, dtype=np.int64) + 1
     columns = {f.name: np.insert(getattr(r, f.name), after, getattr(r, f.name)[after - 1]) for f in fields(r)}
     added = after + np.arange(len(after))
-    columns["kind"][added] = RequestKind.FREE
+    frees = np.where(r.kind[after - 1] == RequestKind.RAW_ALLOC, RequestKind.RAW_FREE, RequestKind.FREE)
+    columns["kind"][added] = frees
     if d is not None:
         d = replace(d, request=d.request + np.searchsorted(after, d.request, side="right"))
-    kind = np.insert(tape.kind, after, int(RequestKind.FREE))
+    kind = np.insert(tape.kind, after, frees)
     event = np.insert(np.arange(len(r)), after, after - 1)
     made = tape_of(replace(trace, requests=Requests(**columns), decisions=d))
     return replace(made, kind=kind, settled=True, total=tape.total, event=event)

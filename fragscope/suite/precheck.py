@@ -38,15 +38,15 @@ class Need(msgspec.Struct, frozen=True):
 
     Attributes:
         outcome, message: how it ended there.
-        reserved: most that it held from the driver at once.
+        held: most that it held from the driver at once.
         limit: a memory fraction's limit that was in force at the end, None without one.
-        unknown: what ``reserved`` leaves out, for people; ``""`` where it is all.
+        unknown: what ``held`` leaves out, for people; ``""`` where it is all.
         looked: the program read memory state, so that on another card it may go another way.
     """
 
     outcome: Outcome
     message: str = ""
-    reserved: int = 0
+    held: int = 0
     limit: int | None = None
     unknown: str = ""
     looked: bool = False
@@ -97,7 +97,7 @@ def need_of(task: Task, *, plenty: bool) -> Need:
     return Need(
         outcome=ran.outcome,
         message=ran.message,
-        reserved=allocator.peaks(peaks).reserved,
+        held=allocator.peaks(peaks).hbm,
         limit=allocator.limit,
         unknown=_listed([e.op for e in ran.estimated]),
         looked=bool(seen),
@@ -131,18 +131,18 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
 
     if need.outcome in ("ok", "hazard"):
         if not need.unknown:
-            return runs(need.reserved)
-        return runs(need.reserved, f"it was run on an estimate of {_up(need.reserved)} MiB ({need.unknown})")
+            return runs(need.held)
+        return runs(need.held, f"it was run on an estimate of {_up(need.held)} MiB ({need.unknown})")
     if need.outcome != "oom":
         why = f"{need.outcome} on the virtual device{f': {need.message}' if need.message else ''}"
         return runs(None, f"it was run without knowing what it needs: {why}")
     if _limits_itself(need, card):
-        return runs(need.reserved, "it was run although it ends in an OOM, by a limit of its own and not the card's")
+        return runs(need.held, "it was run although it ends in an OOM, by a limit of its own and not the card's")
     has = f"card has {_down(card.free)}"
     if with_plenty is None:
         needs, words = card.free + 1, f"more than {_down(card.free)} MiB"
     else:
-        needs = max(with_plenty.reserved, card.free + 1)
+        needs = max(with_plenty.held, card.free + 1)
         known = with_plenty.outcome == "ok" and not with_plenty.unknown
         words = f"{'' if known else 'at least '}{_up(needs)} MiB"
     if not need.unknown:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, get_args, overload
 
 from fragscope.errors import UsageError, printable
+from fragscope.record.device_memory import DeviceMemory, How, check_request
 from fragscope.results import Outcome, Role
 from fragscope.suite.expect import Declared, Expect, Replays, declared
 
@@ -47,6 +48,9 @@ class Recorder(Protocol):
 
     def end_phase(self) -> None:
         """The measured phase is over."""
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        """Take device memory past the caching allocator; raises ``torch.OutOfMemoryError`` where it lacks."""
 
     def kernel(self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any) -> None:
         """A kernel that torch does not see touches tensors."""
@@ -114,6 +118,27 @@ class Case:
             self._recorder.end_phase()
             if was_enabled:
                 gc.enable()
+
+    def device_memory(self, size: int, how: How = "cuMemCreate") -> DeviceMemory:
+        """Take device memory past the caching allocator, as communication libraries and raw kernels do.
+
+        On the virtual device it is entered in the books, on a GPU it is really taken. It leaves less for PyTorch,
+        counts in ``peak.raw`` and ``peak.hbm`` of the results, and is held until ``free()``.
+
+        Args:
+            size: bytes.
+            how: ``"cuMemCreate"``, rounded up to the granularity the driver recommends (2 MiB), or ``"cudaMalloc"``.
+                Both take whole pages of 2 MiB of the card; that cards let several small ``cudaMalloc`` share a page is
+                not modelled, so that what they take is an upper bound.
+
+        Raises:
+            UsageError: the arguments are no request.
+            torch.OutOfMemoryError: the driver has too little; unlike PyTorch's own requests this one does not make the
+                allocator give back what it caches.
+            NotMeasuredError: on a GPU, cuda-bindings is not installed.
+        """
+        check_request(size, how)
+        return self._recorder.take_device_memory(size, how)
 
     def kernel(
         self,
@@ -382,8 +407,11 @@ def _check_name(what: str, name: str) -> None:
 
 
 _TAKEN = frozenset(
-    {"scenario", "preset", "variant", "values", "device", "measured", "measure", "kernel", "skip", "end", "overflow"}
-)
+    {
+        "scenario", "preset", "variant", "values", "device", "device_memory", "kernel", "measured", "measure",
+        "skip", "end", "overflow",
+    }
+)  # fmt: skip
 """What ``case`` has besides its values."""
 
 

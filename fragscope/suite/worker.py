@@ -25,10 +25,11 @@ from fragscope.allocator import (
     card_named,
     replay,
 )
-from fragscope.errors import FragscopeError, UnsupportedError, UsageError, printable
+from fragscope.errors import FragscopeError, NotMeasuredError, UnsupportedError, UsageError, printable
 from fragscope.measure import non_torch
 from fragscope.record.cuda import PhaseStatistics, RecorderOptions, Stacks
 from fragscope.record.cuda import Recorder as CudaRecorder
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual import VirtualDevice
 from fragscope.results import (
     AfterEmptyCache,
@@ -175,7 +176,7 @@ def _virtual_device(task: Task) -> VirtualDevice:
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
-    recorder = _PhaseRecorder(device.memory, device.kernel)
+    recorder = _PhaseRecorder(device.memory, device.take_device_memory, device.kernel)
     with device:
         ran = _run_body(task, recorder)
         unordered = device.memory.ordering.summary()
@@ -198,7 +199,7 @@ def _on_cuda(task: Task) -> Recording:
         os.environ[rules.conf_variables[0]] = settings.conf
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
-    recorder = _PhaseRecorder(cuda)
+    recorder = _PhaseRecorder(cuda, cuda.take_device_memory, lambda *_: None)
     ran = _run_body(task, recorder)
     if not ran.measured:
         cuda.discard()
@@ -260,17 +261,26 @@ def _thread_errors(task: Task) -> Iterator[list[tuple[Outcome, str]]]:
         threading.excepthook = standard
 
 
-class _Phases(Protocol):
+class _Marks(Protocol):
+    """Where a phase is marked."""
+
     def begin_phase(self, name: str) -> None: ...
+
     def end_phase(self) -> None: ...
 
 
 class _PhaseRecorder:
     """Marks the phase once at each end, whatever happens inside."""
 
-    def __init__(self, target: _Phases, kernel: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self,
+        target: _Marks,
+        take: Callable[[int, How], DeviceMemory],
+        kernel: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor], Any], None],
+    ) -> None:
         self._target = target
-        self._kernel = kernel
+        self.take_device_memory = take
+        self.kernel = kernel
         self._open = False
 
     def begin_phase(self, name: str) -> None:
@@ -281,10 +291,6 @@ class _PhaseRecorder:
         if self._open:
             self._target.end_phase()
             self._open = False
-
-    def kernel(self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any) -> None:
-        if self._kernel is not None:
-            self._kernel(what, reads, writes, stream)
 
 
 def scenario_of(task: Task) -> Scenario:
@@ -302,6 +308,8 @@ def _outcome_of(error: BaseException, oom: type[BaseException], task: Task) -> t
         return "oom", printable(str(error), 600)
     if isinstance(error, UnsupportedError):
         return "unsupported", printable(str(error), 600)
+    if isinstance(error, NotMeasuredError):  # something that the case needs is not installed here
+        return "skipped", printable(str(error), 600)
     if isinstance(error, EndCase):
         return error.outcome, printable(str(error), 600)
     if not isinstance(error, FragscopeError):

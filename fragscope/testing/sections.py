@@ -24,6 +24,7 @@ _SERIES = {
     "peak_requested": "requested",
     "peak_allocated": "allocated",
     "peak_reserved": "reserved",
+    "peak_hbm": "hbm",
     "transient": "allocated",
 }
 """Whose peak a metric is about; the others are about the end."""

@@ -1,6 +1,7 @@
 """Requests, Decisions and the Trace that holds both; readers and writers."""
 
 from fragscope.trace.events import (
+    ASKING,
     DECISION_DTYPES,
     FRACTION_UNIT,
     NO_ID,
@@ -24,6 +25,7 @@ from fragscope.trace.trace import DEFAULT_POOL, BlockState, Loss, Observation, P
 from fragscope.trace.window import OwnRequests, own_requests
 
 __all__ = [
+    "ASKING",
     "DECISION_DTYPES",
     "DEFAULT_POOL",
     "FRACTION_UNIT",

@@ -72,6 +72,14 @@ class RequestKind(IntEnum):
     NON_TORCH = 20
     """Device memory in use was sampled: ``size`` bytes of this process (or of the whole device where ``Trace.lost``
     says so), the allocator's own among them."""
+    RAW_ALLOC = 21
+    """``id`` begins to live: ``size`` bytes that the program took of the driver itself, past the allocator."""
+    RAW_FREE = 22
+    """The program gave the ``size`` bytes of ``id`` back to the driver."""
+
+
+ASKING = (RequestKind.ALLOC, RequestKind.RAW_ALLOC)
+"""Requests for memory: they are served, or fail with a decision ``OOM``."""
 
 
 class DecisionKind(IntEnum):

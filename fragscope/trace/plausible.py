@@ -58,6 +58,7 @@ def check_plausible(trace: Trace, path: Path) -> None:
     check.requests(trace)
     if trace.decisions is not None:
         check.decisions(trace.decisions)
+    check.raw(trace)
     check.users(trace)
     check.phases(trace)
     check.segments(trace.final or (), "the end")
@@ -132,6 +133,24 @@ class _Check:
         self._within(segments, d.size, 1, MOST_MEMORY, "decision", "size")
         if float(np.sum(d.size[took], dtype=np.float64)) > _MOST_TRAFFIC:
             raise self._refuse("its decisions are about more bytes than any program can have moved")
+
+    def raw(self, trace: Trace) -> None:
+        """Memory taken past the allocator is given back once, after it was taken, and as much of it."""
+        r = trace.requests
+        taken = np.flatnonzero(r.kind == RequestKind.RAW_ALLOC)
+        given = np.flatnonzero(r.kind == RequestKind.RAW_FREE)
+        if not len(given):
+            return
+        given, taken = (rows[np.argsort(r.id[rows], kind="stable")] for rows in (given, taken))
+        at = np.minimum(np.searchsorted(r.id[taken], r.id[given]), max(len(taken) - 1, 0))
+        right = np.zeros(len(given), dtype=bool)
+        if len(taken):
+            own = taken[at]
+            right = (r.id[own] == r.id[given]) & (r.size[own] == r.size[given]) & (own < given)
+        right[1:] &= r.id[given][1:] != r.id[given][:-1]
+        if not right.all():
+            row = int(given[np.flatnonzero(~right)].min())
+            raise self._refuse(f"request {row}: RAW_FREE of what was not taken, or of another size")
 
     def users(self, trace: Trace) -> None:
         """Scopes, users of private pools and captures: none ends that has not begun."""

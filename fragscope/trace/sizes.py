@@ -9,8 +9,14 @@ MIN_BLOCK = 512  # kMinBlockSize: every block is a multiple
 SMALL_SIZE = 1 << 20  # kSmallSize: largest rounded request that the small pool serves; rests up to this stay unsplit
 SMALL_SEGMENT = 2 << 20  # kSmallBuffer: segment of the small pool, and page of its expandable segments
 LARGE_SEGMENT = 20 << 20  # kLargeBuffer: large_segment_size where the conf does not name it
+DRIVER_PAGE = 2 << 20  # physical granularity of cudaMalloc and cuMemCreate
 _FIRST_INTERVAL = 20  # log2 of kSmallSize: slot 0 is everything below 2 MiB
 _LAST_INTERVAL = 15  # kRoundUpPowerOfTwoIntervals - 1: 32 GiB and more
+
+
+def driver_pages(size: int) -> int:
+    """Bytes of device memory that ``size`` bytes take of the driver."""
+    return (size + DRIVER_PAGE - 1) // DRIVER_PAGE * DRIVER_PAGE
 
 
 def floor_log2(x: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from fragscope.errors import InputFileError, printable
 from fragscope.trace.containers import MAX_BYTES, ZIP_MAGIC, first_bytes, write_atomically
 from fragscope.trace.events import (
+    ASKING,
     DECISION_DTYPES,
     REQUEST_DTYPES,
     Column,
@@ -258,7 +259,7 @@ def _check_references(path: Path, manifest: _Manifest, requests: Requests, decis
     within(requests.stack, -1, len(manifest.stacks), "a request's stack")
     within(requests.phase, 0, len(manifest.phases), "a request's phase")
     within(requests.pool, 0, len(manifest.pools), "a request's pool")
-    allocs = (requests.kind == RequestKind.ALLOC) | (requests.kind == RequestKind.HELD)
+    allocs = np.isin(requests.kind, (*ASKING, RequestKind.HELD))
     ids = np.sort(requests.id[allocs])  # much faster than np.unique where they ascend already
     if len(ids) and (int(ids[0]) < 0 or bool(np.any(ids[1:] == ids[:-1]))):
         raise InputFileError(path, "is inconsistent: two allocations have the same id, or one has none")

@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fragscope.trace.events import UNKNOWN_STREAM, Column, DecisionKind, RequestKind, Requests
+from fragscope.trace.events import ASKING, UNKNOWN_STREAM, Column, DecisionKind, RequestKind, Requests
 from fragscope.trace.trace import DEFAULT_POOL, Loss, PoolId, Settings, Trace
 
-_OF_MEMORY = (RequestKind.ALLOC, RequestKind.FREE, RequestKind.RECORD_STREAM, RequestKind.USES_DONE)
+_OF_MEMORY = (
+    *ASKING,
+    RequestKind.FREE,
+    RequestKind.RAW_FREE,
+    RequestKind.RECORD_STREAM,
+    RequestKind.USES_DONE,
+)
 _OF_POOLS = (
     RequestKind.POOL_CREATE,
     RequestKind.SCOPE_OPEN,
@@ -72,8 +78,9 @@ def own_requests(trace: Trace, begin: int = 0, end: int | None = None) -> OwnReq
     end = len(r) if end is None else end
     rows = np.arange(len(r))
     inside = (rows >= begin) & (rows < end)
-    failed = inside & (r.kind == RequestKind.ALLOC) & np.isin(rows, _failed_rows(trace))
-    asked = inside & (r.kind == RequestKind.ALLOC) & ~failed
+    asked = inside & np.isin(r.kind, ASKING)
+    failed = asked & np.isin(rows, _failed_rows(trace))
+    asked &= ~failed
     keep = inside & ~failed & ~np.isin(r.kind, (*_OF_THE_START, RequestKind.RELEASE_SEEN))
     of_memory = keep & np.isin(r.kind, _OF_MEMORY)
     foreign = of_memory & ~_is_own(r, asked, of_memory)

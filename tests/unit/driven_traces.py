@@ -49,6 +49,19 @@ class Driven:
         self.allocator.uses_done(id_)
         return self._done()
 
+    def take_raw(self, id_: int, size: int) -> bool:
+        self._note(RequestKind.RAW_ALLOC, id=id_, size=size)
+        try:
+            self.allocator.take_raw(id_, size)
+        except OutOfMemoryError:
+            return self._done(served=False)
+        return self._done()
+
+    def give_raw(self, id_: int, size: int) -> bool:
+        self._note(RequestKind.RAW_FREE, id=id_, size=size)
+        self.allocator.give_raw(id_, size)
+        return self._done()
+
     def empty_cache(self, pool: int = 0) -> bool:
         self._note(RequestKind.EMPTY_CACHE, pool=pool)
         self.allocator.empty_cache(pool)

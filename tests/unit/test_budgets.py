@@ -57,7 +57,7 @@ def test_limits_are_bytes_and_know_their_lines():
 
 
 def test_every_metric_can_be_limited():
-    metrics = ["peak_requested", "peak_allocated", "peak_reserved", "transient", "retained", "stranded"]
+    metrics = ["peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "retained", "stranded"]
     budget = _only('[budget."a/b/c"]\n' + "".join(f'{m} = "{i} MB"\n' for i, m in enumerate(metrics)))
     assert {m: limit.bytes for m, limit in budget.limits.items()} == {m: i * 10**6 for i, m in enumerate(metrics)}
 

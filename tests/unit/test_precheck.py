@@ -30,17 +30,17 @@ def test_an_oom_that_plenty_says_nothing_about() -> None:
 @pytest.mark.parametrize(
     ("need", "plenty", "message"),
     [
-        (Need("oom"), Need("ok", reserved=39_454 * MIB), "needs 39,454 MiB, card has 1,000"),
-        (Need("oom"), Need("ok", reserved=1000 * MIB + 1), "needs 1,001 MiB, card has 1,000"),
-        (Need("oom"), Need("unsupported", reserved=2000 * MIB), "needs at least 2,000 MiB, card has 1,000"),
-        (Need("oom"), Need("ok", reserved=2000 * MIB, unknown=ROUGH), "needs at least 2,000 MiB, card has 1,000"),
+        (Need("oom"), Need("ok", held=39_454 * MIB), "needs 39,454 MiB, card has 1,000"),
+        (Need("oom"), Need("ok", held=1000 * MIB + 1), "needs 1,001 MiB, card has 1,000"),
+        (Need("oom"), Need("unsupported", held=2000 * MIB), "needs at least 2,000 MiB, card has 1,000"),
+        (Need("oom"), Need("ok", held=2000 * MIB, unknown=ROUGH), "needs at least 2,000 MiB, card has 1,000"),
         # It failed with 1,000; that it later seems to take less (it goes another way) does not make it fit.
-        (Need("oom"), Need("crash", reserved=10 * MIB), "needs at least 1,001 MiB, card has 1,000"),
+        (Need("oom"), Need("crash", held=10 * MIB), "needs at least 1,001 MiB, card has 1,000"),
         (Need("oom"), None, "needs more than 1,000 MiB, card has 1,000"),
         (Need("oom", looked=True), None, "needs more than 1,000 MiB, card has 1,000"),
         (
             Need("oom", unknown=ROUGH),
-            Need("ok", reserved=2000 * MIB + 1, unknown=ROUGH),
+            Need("ok", held=2000 * MIB + 1, unknown=ROUGH),
             f"needs at least 2,001 MiB by estimate, card has 1,000 ({ROUGH})",
         ),
     ],
@@ -58,13 +58,13 @@ def test_what_does_not_fit_is_not_run(need: Need, plenty: Need | None, message: 
 @pytest.mark.parametrize(
     ("need", "plenty", "note"),
     [
-        (Need("ok", reserved=1000 * MIB), None, ""),
-        (Need("ok", reserved=10 * MIB, unknown=ROUGH), None, f"it was run on an estimate of 10 MiB ({ROUGH})"),
+        (Need("ok", held=1000 * MIB), None, ""),
+        (Need("ok", held=10 * MIB, unknown=ROUGH), None, f"it was run on an estimate of 10 MiB ({ROUGH})"),
         (Need("timeout"), None, "it was run without knowing what it needs: timeout on the virtual device"),
         (Need("crash", "why"), None, "it was run without knowing what it needs: crash on the virtual device: why"),
         (
             Need("oom", unknown=ROUGH),
-            Need("ok", reserved=2000 * MIB, unknown=ROUGH),
+            Need("ok", held=2000 * MIB, unknown=ROUGH),
             f"it was run although an estimate says it needs at least 2,000 MiB and the card has 1,000 ({ROUGH})",
         ),
     ],

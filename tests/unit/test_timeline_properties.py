@@ -15,7 +15,7 @@ from fragscope.report.memory_map import Canvas, address_ranges, cell_shares
 from fragscope.trace import SegmentState
 
 MIB = 2**20
-COUNTERS = ("requested", "allocated", "active", "reserved", "stranded", "pool_idle")
+COUNTERS = ("requested", "allocated", "active", "reserved", "stranded", "pool_idle", "raw", "hbm")
 IDLE = ("stranded", "releasable", "pool_idle")
 CONFS = (
     "",
@@ -45,6 +45,7 @@ class Program:
         self.freed: list[int] = []
         self.open: list[int] = []
         self.users = {1: 0, 2: 0}
+        self.raw: list[tuple[int, int]] = []  # id and bytes
         self.next_id = 0
 
     def alloc(self, size: int, choice: int) -> None:
@@ -71,6 +72,16 @@ class Program:
     def empty(self, size: int, choice: int) -> None:
         self.driven.empty_cache((0, 0, 1, 2)[choice % 4])
 
+    def take(self, size: int, choice: int) -> None:
+        """Memory of the driver itself."""
+        if self.driven.take_raw(self.next_id, size):
+            self.raw.append((self.next_id, size))
+        self.next_id += 1
+
+    def give(self, size: int, choice: int) -> None:
+        if self.raw:
+            self.driven.give_raw(*self.raw.pop(choice % len(self.raw)))
+
     def limit(self, size: int, choice: int) -> None:
         self.driven.limit((0.4, 0.7, 1.0)[choice % 3])
 
@@ -95,7 +106,10 @@ class Program:
             self.users[pool] -= 1
 
 
-KINDS = ("alloc", "alloc", "alloc", "alloc", "free", "free", "free", "use", "done", "empty", "limit", "pool", "pool")
+KINDS = (
+    "alloc", "alloc", "alloc", "alloc", "free", "free", "free", "use", "done", "empty", "limit", "pool", "pool",
+    "take", "give",
+)  # fmt: skip
 step = st.tuples(st.sampled_from(KINDS), sizes, st.integers(0, 255))
 # Left alone, lists are some five long: too short for memory to run out and pools to change hands.
 steps = st.one_of(st.lists(step, max_size=20), st.lists(step, min_size=60, max_size=200))

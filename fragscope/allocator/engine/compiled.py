@@ -25,7 +25,7 @@ from fragscope.cache import cache_folder
 
 _ENGINE = (
     "kinds", "state", "counters", "sizes", "free_lists", "driver", "blocks", "expandable", "memory", "requests",
-    "decide",
+    "raw", "decide",
 )  # fmt: skip
 _MODULES = ("fragscope.trace.sizes", *(f"fragscope.allocator.engine.{name}" for name in _ENGINE))
 

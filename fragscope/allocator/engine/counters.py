@@ -22,7 +22,9 @@ OVERSIZE_SEGMENTS = 28
 LIVE_REQUESTED = 29  # bytes asked for and not freed by the program; torch's go down only when a free completes
 STRANDED = 30  # idle bytes that a live block keeps from being returned
 POOL_IDLE = 31  # idle bytes of private pools that have users
-SLOTS = 32
+RAW_BYTES = 32  # device memory that the program took past the allocator
+HBM_BYTES = 33  # reserved plus that
+SLOTS = 34
 
 TORCH_NAMES = {
     "allocation": ALLOCATION,
@@ -74,6 +76,18 @@ def down_class(s: State, slot: int, which: int, amount: int) -> None:
     down(s, slot, amount)
     if s.n[STATISTICS]:
         down(s, slot + 1 + which % 2, amount)
+
+
+def up_reserved(s: State, which: int, amount: int) -> None:
+    """More is held from the driver for free list ``which``."""
+    up_class(s, RESERVED_BYTES, which, amount)
+    up(s, HBM_BYTES, amount)
+
+
+def down_reserved(s: State, which: int, amount: int) -> None:
+    """Less is."""
+    down_class(s, RESERVED_BYTES, which, amount)
+    down(s, HBM_BYTES, amount)
 
 
 def count_up(s: State, slot: int, which: int, amount: int) -> None:

@@ -12,11 +12,14 @@ from fragscope.allocator.engine.kinds import (
     REQUEST_HELD,
     REQUEST_OBSERVATION,
     REQUEST_POOL_RELEASE,
+    REQUEST_RAW_ALLOC,
+    REQUEST_RAW_FREE,
     REQUEST_RECORD_STREAM,
     REQUEST_SCOPE_CLOSE,
     REQUEST_SCOPE_OPEN,
     REQUEST_USES_DONE,
 )
+from fragscope.allocator.engine.raw import give_raw, take_raw
 from fragscope.allocator.engine.requests import (
     SERVED,
     close_scope,
@@ -101,6 +104,11 @@ def decide(s: State, kind: Any, id: Any, size: Any, stream: Any, pool: Any, star
             close_scope(s)
         elif k == REQUEST_POOL_RELEASE:
             release_pool(s, pool[row])
+        elif k == REQUEST_RAW_ALLOC:
+            if not take_raw(s, id[row], size[row]) and n[STOP_AT_OOM]:
+                return row
+        elif k == REQUEST_RAW_FREE:
+            give_raw(s, id[row], size[row])
         elif k not in (NOTHING, REQUEST_OBSERVATION, REQUEST_HELD):
             return row
     return stop

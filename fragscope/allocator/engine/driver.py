@@ -46,34 +46,29 @@ from fragscope.allocator.engine.state import (
     USED,
     State,
 )
+from fragscope.trace.sizes import driver_pages
 
 MIB = 1 << 20
 _OWN_BLOCK = 414 * MIB
 _MOVED_BLOCK = 512 * MIB
 _ENDLESS = -(1 << 62)  # below the lowest region there is room for all
-PAGE = 2 << 20  # physical granularity of cudaMalloc and cuMemCreate
 REGION = 32 << 20
 ANY_TOP = 0x7F00_0000_0000  # any 32 MiB-aligned address: only the order of addresses matters
 RANGES = 0x6000_0000_0000  # where modelled address ranges of expandable segments begin
 RANGE_ALIGNMENT = 1 << 30
 
 
-def pages(size: int) -> int:
-    """Bytes of device memory that ``size`` bytes take."""
-    return (size + PAGE - 1) // PAGE * PAGE
-
-
 def take_memory(s: State, size: int) -> bool:
     """Take device memory if it is there."""
-    if s.n[USED] + pages(size) > s.n[CAPACITY]:
+    if s.n[USED] + driver_pages(size) > s.n[CAPACITY]:
         return False
-    s.n[USED] += pages(size)
+    s.n[USED] += driver_pages(size)
     return True
 
 
 def give_memory(s: State, size: int) -> None:
     """Give device memory back."""
-    s.n[USED] -= pages(size)
+    s.n[USED] -= driver_pages(size)
 
 
 def place_segment(s: State, size: int) -> int:

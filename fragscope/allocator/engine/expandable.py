@@ -18,7 +18,7 @@ from fragscope.allocator.engine.blocks import (
     take_idle,
     take_unmapped,
 )
-from fragscope.allocator.engine.counters import RESERVED_BYTES, down_class, up_class
+from fragscope.allocator.engine.counters import down_reserved, up_reserved
 from fragscope.allocator.engine.driver import give_memory, place_first_mapping, place_range, take_memory
 from fragscope.allocator.engine.free_lists import first_from, following
 from fragscope.allocator.engine.kinds import (
@@ -146,7 +146,7 @@ def _map(s: State, block: int, size: int) -> bool:
     n[RESERVED] += mapped
     n[DRIVER_ALLOCS] += 1
     n[NEXT_MAP] += 1
-    up_class(s, RESERVED_BYTES, which, mapped)
+    up_reserved(s, which, mapped)
     log(s, DECISION_SEGMENT_MAP, -1, addr, mapped, t[SEG_STREAM][segment], which // 2)
     return True
 
@@ -187,7 +187,7 @@ def unmap(s: State, block: int) -> None:
     n[RESERVED] -= unmapped
     n[DRIVER_FREES] += 1
     t[SEGMENTS][which // 2] -= 1
-    down_class(s, RESERVED_BYTES, which, unmapped)
+    down_reserved(s, which, unmapped)
     log(s, DECISION_SEGMENT_UNMAP, -1, addr, unmapped, t[SEG_STREAM][segment], which // 2)
     if t[PREV][block] < 0 and t[NEXT][block] < 0:
         take_unmapped(s, block)

@@ -17,13 +17,14 @@ from fragscope.allocator.engine.blocks import (
 from fragscope.allocator.engine.counters import (
     OVERSIZE_SEGMENTS,
     POOL_IDLE,
-    RESERVED_BYTES,
     SEGMENT_COUNT,
     down,
     down_class,
+    down_reserved,
     up,
     up_class,
     up_idle,
+    up_reserved,
 )
 from fragscope.allocator.engine.driver import give_memory, place_segment, remove_segment, take_memory
 from fragscope.allocator.engine.expandable import map_for, unmap
@@ -96,7 +97,7 @@ def new_memory(s: State, which: int, rounded: int, stream: int, expandable: bool
     block = new_block(s, segment, addr, size, IDLE, -1)
     link(s, -1, block, -1)
     up_class(s, SEGMENT_COUNT, which, 1)
-    up_class(s, RESERVED_BYTES, which, size)
+    up_reserved(s, which, size)
     if is_held(s, which):
         up_idle(s, POOL_IDLE, size)
     if size >= n[MAX_SPLIT]:
@@ -119,7 +120,7 @@ def release_segment(s: State, block: int) -> None:
     n[RESERVED] -= size
     t[SEGMENTS][which // 2] -= 1
     down_class(s, SEGMENT_COUNT, which, 1)
-    down_class(s, RESERVED_BYTES, which, size)
+    down_reserved(s, which, size)
     if is_held(s, which):
         down(s, POOL_IDLE, size)
     if size >= n[MAX_SPLIT]:

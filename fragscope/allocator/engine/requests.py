@@ -156,7 +156,7 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
     t, n = s.t, s.n
     n[ALLOCS] += 1
     if size >= TOO_LARGE:
-        _note_failure(s)
+        note_failure(s)
         s.where[id] = FAILED
         n[FAILED_SIZE] = size
         return IMPOSSIBLE
@@ -188,14 +188,14 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
                 expandable = False
                 which = t[LIST][block]
     if block == REJECTED:
-        _note_failure(s)
+        note_failure(s)
         s.where[id] = FAILED
         n[FAILED_SIZE] = rounded
         return REFUSED
     if block < 0:
         n[OOMS] += 1
         note_peak(s, POOL_IDLE)  # of pages that were mapped before memory ran out
-        _note_failure(s)
+        note_failure(s)
         n[FAILED_SIZE] = rounded
         s.where[id] = FAILED
         log(s, DECISION_OOM, id, n[CAPACITY] - n[USED], rounded, stream, pool)
@@ -204,7 +204,7 @@ def malloc(s: State, id: int, size: int, stream: int, pool: int) -> int:
     return SERVED
 
 
-def _note_failure(s: State) -> None:
+def note_failure(s: State) -> None:
     """Remember the first request that was not served, for whatever reason."""
     if s.n[FIRST_OOM] < 0:
         s.n[FIRST_OOM] = s.n[REQUEST]

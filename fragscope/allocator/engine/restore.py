@@ -28,12 +28,12 @@ from fragscope.allocator.engine.counters import (
     OVERSIZE_SEGMENTS,
     POOL_IDLE,
     REQUESTED_BYTES,
-    RESERVED_BYTES,
     SEGMENT_COUNT,
     up,
     up_class,
+    up_reserved,
 )
-from fragscope.allocator.engine.driver import follow, pages
+from fragscope.allocator.engine.driver import follow
 from fragscope.allocator.engine.kinds import (
     DECISION_ALLOC,
     DECISION_SEGMENT_ALLOC,
@@ -63,6 +63,7 @@ from fragscope.allocator.engine.state import (
 )
 from fragscope.allocator.ranges import AddressRange
 from fragscope.trace import SegmentState
+from fragscope.trace.sizes import driver_pages
 
 
 def restore(
@@ -163,10 +164,10 @@ def _close(s: State, within: _Range) -> None:
 
 
 def _reserve(s: State, which: int, size: int) -> None:
-    s.n[USED] += pages(size)  # it was there, whatever capacity a replay is asked for
+    s.n[USED] += driver_pages(size)  # it was there, whatever capacity a replay is asked for
     s.n[RESERVED] += size
     s.t[SEGMENTS][which // 2] += 1
-    up_class(s, RESERVED_BYTES, which, size)
+    up_reserved(s, which, size)
 
 
 def _blocks(

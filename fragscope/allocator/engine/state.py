@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 NONE = -1
 FAILED = -2  # in ``where``: the request failed, so its free is nothing
+RAW = -3  # in ``where``: taken of the driver itself, so that there is no block
 
 
 class State(NamedTuple):

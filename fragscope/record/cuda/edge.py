@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fragscope.errors import NotMeasuredError
+from fragscope.record.cuda import driver_memory
+from fragscope.record.device_memory import How
 
 OomObserver = Callable[[int, int, int, int], None]
 """Called when a request fails for good: device, rounded bytes, bytes of the device or the limit, free bytes."""
@@ -115,6 +117,12 @@ class CudaEdge(Protocol):
     def hooks(self, notes: Notes) -> AbstractContextManager[None]:
         """While entered, what programs do through Python is noted: releases, settings, pools, observations, ..."""
 
+    def take_device_memory(self, size: int, how: How, device: int) -> tuple[int, Callable[[], None]]:
+        """Take device memory past PyTorch; see ``driver_memory.take``."""
+
+    def out_of_memory(self, message: str) -> Exception:
+        """What PyTorch raises where memory lacks."""
+
     def observe_oom(self, observer: OomObserver) -> None:
         """Call this whenever a request fails for good, from now on."""
 
@@ -206,6 +214,12 @@ class TorchEdge:
         from fragscope.record.cuda.hooks import installed  # noqa: PLC0415 - likewise
 
         return installed(self._torch, notes)
+
+    def take_device_memory(self, size: int, how: How, device: int) -> tuple[int, Callable[[], None]]:
+        return driver_memory.take(size, how, device)
+
+    def out_of_memory(self, message: str) -> Exception:
+        return self._torch.OutOfMemoryError(message)
 
     def observe_oom(self, observer: OomObserver) -> None:
         native: Any = self._torch._C

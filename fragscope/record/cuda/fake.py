@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from fragscope.errors import NotMeasuredError
+from fragscope.record.cuda.driver_memory import DriverOutOfMemoryError
 from fragscope.record.cuda.edge import Notes, OomObserver, Tracker
+from fragscope.record.device_memory import How
 from fragscope.trace import RequestKind
 from fragscope.trace.chunks import KINDS, RECORD, RELEASED, ChunkWriter, EventKind, note
-from fragscope.trace.sizes import SMALL_SEGMENT
+from fragscope.trace.sizes import SMALL_SEGMENT, driver_pages
 from fragscope.trace.snapshot import state_before
 from fragscope.trace.start import StartState
 
@@ -71,6 +73,7 @@ class FakeCuda:
         self._notes: Notes | None = None
         self._observers: list[OomObserver] = []
         self._peaks_from = 0
+        self._raw = 0
 
     # What the program does.
 
@@ -120,7 +123,7 @@ class FakeCuda:
 
     def memory(self, device: int) -> tuple[int, int]:
         del device
-        return self._total - (1 << 30), self._total
+        return self._total - (1 << 30) - self._raw, self._total
 
     def synchronize(self) -> None:
         pass
@@ -190,6 +193,20 @@ class FakeCuda:
             yield
         finally:
             self._notes = None
+
+    def take_device_memory(self, size: int, how: How, device: int) -> tuple[int, Callable[[], None]]:
+        taken = driver_pages(size) if how == "cuMemCreate" else size
+        if driver_pages(taken) > self.memory(device)[0]:
+            raise DriverOutOfMemoryError(taken)
+        self._raw += driver_pages(taken)
+
+        def give() -> None:
+            self._raw -= driver_pages(taken)
+
+        return taken, give
+
+    def out_of_memory(self, message: str) -> Exception:
+        return MemoryError(message)
 
     def observe_oom(self, observer: OomObserver) -> None:
         self._observers.append(observer)

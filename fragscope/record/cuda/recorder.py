@@ -20,6 +20,7 @@ from fragscope.record.cuda.edge import CudaEdge, TorchEdge
 from fragscope.record.cuda.hooks import quietly
 from fragscope.record.cuda.options import RecorderOptions
 from fragscope.record.cuda.running import Running
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.trace import Loss, RequestKind, Trace
 
 P = ParamSpec("P")
@@ -143,6 +144,15 @@ class Recorder:
         if self._running is not None:
             with quietly():
                 self._running.mark(RequestKind.PHASE_END if name is None else RequestKind.PHASE_BEGIN, name)
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        """Device memory past the allocator, ``size`` bytes, on the device that is recorded.
+
+        Raises:
+            torch.OutOfMemoryError: the driver has too little.
+            NotMeasuredError: it cannot be asked.
+        """
+        return self._require().take_device_memory(size, how)
 
     def out_of_memory(self) -> None:
         """A request failed for good: what a crash would lose goes to disk now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from fragscope.errors import NotMeasuredError
 from fragscope.record.cuda import active
+from fragscope.record.cuda.driver_memory import DriverOutOfMemoryError
 from fragscope.record.cuda.edge import CudaEdge, TorchEdge, Tracker
 from fragscope.record.cuda.history import HistoryTracker
 from fragscope.record.cuda.hooks import quietly
@@ -19,10 +21,12 @@ from fragscope.record.cuda.non_torch import Chosen, Sampler, device_memory
 from fragscope.record.cuda.notebook import Notebook, Texts
 from fragscope.record.cuda.options import RecorderOptions, Stacks
 from fragscope.record.cuda.stacks import stacks_of
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.trace import Loss, RequestKind, Trace
 from fragscope.trace.chunks import EventKind, note
 from fragscope.trace.open_recording import open_recording
 from fragscope.trace.recording import Beginning, End, RecordedLoss, write_beginning, write_end, write_stacks
+from fragscope.units import format_bytes
 
 RECORDS_PER_CHUNK = 1 << 16  # 4 MiB; what a crash can leave half written is one record, not one chunk
 _TRIES = 8  # snapshots taken until one falls between two events of other threads
@@ -51,6 +55,7 @@ class Running:
         free, self.total = edge.memory(self.device)
         self._options = options
         self._lost: list[Loss] = []
+        self._raw_numbers = itertools.count(1)  # 0 stands for what was asked for in vain
         self._tracker, self._history = self._source()
         self._folder = _folder(options.keep)
         self._pid = os.getpid()
@@ -143,6 +148,26 @@ class Running:
             detail = f"memory in use was sampled for the whole device, other processes' included: {reasons}"
             self._lost.append(Loss("non_torch_device_wide", detail))
         return sampler
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        """Take device memory past the allocator, and note it; see ``Recorder``."""
+        try:
+            taken, give = self.edge.take_device_memory(size, how, self.device)
+        except DriverOutOfMemoryError as e:
+            with quietly():
+                free, _ = self.edge.memory(self.device)
+                self.notes.note(note(RequestKind.RAW_ALLOC), device=self.device, size=e.size, stream=free)
+            raise self.edge.out_of_memory(
+                f"{how}: {format_bytes(e.size)} asked for, {format_bytes(free)} free"
+            ) from None
+        number = next(self._raw_numbers)
+        self.notes.note(note(RequestKind.RAW_ALLOC), device=self.device, addr=number, size=taken)
+
+        def given_back() -> None:
+            give()
+            self.notes.note(note(RequestKind.RAW_FREE), device=self.device, addr=number)
+
+        return DeviceMemory(taken, how, given_back)
 
     def mark(self, kind: RequestKind, name: str | None) -> None:
         """Note the beginning or end of a phase."""

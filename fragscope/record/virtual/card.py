@@ -13,12 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.footprints import GEMM_WORKSPACE
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
+from fragscope.trace.sizes import driver_pages
 from fragscope.units import GIB, KIB, MIB
 
 
@@ -101,6 +103,25 @@ class VirtualCard:
             return self.memory.alloc(size, self.stream, stack)
         except OutOfMemoryError as e:
             raise torch.OutOfMemoryError(self._oom_message(e)) from None
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        """Device memory past the allocator, ``size`` bytes.
+
+        Raises:
+            torch.OutOfMemoryError: the driver has too little.
+        """
+        taken = driver_pages(size) if how == "cuMemCreate" else size
+        try:
+            id_ = self.memory.take_raw(taken, self.sites.stack())
+        except OutOfMemoryError as e:
+            raise torch.OutOfMemoryError(f"{how}: {_size(taken)} asked for, {_size(e.free)} free") from None
+
+        def give() -> None:
+            self.memory.give_raw(id_, taken)
+            if how == "cudaMalloc" and self.memory.ordered:
+                self.memory.finished_work()  # cudaFree waits for the card
+
+        return DeviceMemory(taken, how, give)
 
     def register(self, tensor: torch.Tensor) -> None:
         """Give a new tensor's storage its memory on the card, unless it is followed already."""

@@ -128,6 +128,31 @@ class CardMemory:
             self.ordering.freed(block.addr, block.addr + block.size, users)
         self.allocator.free(id_)
 
+    def take_raw(self, size: int, stack: Stack) -> int:
+        """The program takes ``size`` bytes (more than 0) of the driver itself; returns the lifetime id.
+
+        Raises:
+            OutOfMemoryError: the driver has too little; the failed request stays in the log.
+        """
+        with self._lock:
+            id_ = self._next_id
+            self._next_id += 1
+            self.allocator.row = self.requests.append(
+                RequestKind.RAW_ALLOC, id=id_, size=size, stack=self.stacks.add(stack), phase=self._phase
+            )
+            try:
+                self.allocator.take_raw(id_, size)
+            except OutOfMemoryError:
+                self._observe("OutOfMemoryError", stack)
+                raise
+            return id_
+
+    def give_raw(self, id_: int, size: int) -> None:
+        """The program gives the ``size`` bytes of ``take_raw`` back."""
+        with self._lock:
+            self.allocator.row = self.requests.append(RequestKind.RAW_FREE, id=id_, size=size, phase=self._phase)
+            self.allocator.give_raw(id_, size)
+
     @property
     def live(self) -> int:
         """Allocations that the program holds."""
@@ -184,7 +209,7 @@ class CardMemory:
             self._finished(stream)
 
     def finished_work(self) -> None:
-        """All later work comes after all work so far; the host knows nothing of it."""
+        """All later work comes after all work so far."""
         with self._lock:
             self.ordering.host_waits_for_all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fragscope.trace.chunks import GAP, NOTE, RELEASED
-from fragscope.trace.events import NO_ID, RequestKind
+from fragscope.trace.events import NO_ID, DecisionKind, RequestKind
 from fragscope.trace.snapshot.entries import EntryReader
 from fragscope.trace.snapshot.pools import Pools
 from fragscope.trace.snapshot.shape import Checker
@@ -17,7 +17,7 @@ _NOTED = frozenset(
         RequestKind.RECORD_STREAM, RequestKind.EMPTY_CACHE, RequestKind.MEMORY_FRACTION, RequestKind.PHASE_BEGIN,
         RequestKind.PHASE_END, RequestKind.OBSERVATION, RequestKind.POOL_CREATE, RequestKind.SCOPE_OPEN,
         RequestKind.SCOPE_CLOSE, RequestKind.POOL_RELEASE, RequestKind.SETTINGS, RequestKind.CAPTURE_BEGIN,
-        RequestKind.CAPTURE_END, RequestKind.NON_TORCH,
+        RequestKind.CAPTURE_END, RequestKind.NON_TORCH, RequestKind.RAW_ALLOC, RequestKind.RAW_FREE,
     }
 )  # fmt: skip
 """What a recorder notes; everything else is read from the allocator's events."""
@@ -44,6 +44,7 @@ class NotedReader(EntryReader):
         self.lost_events = 0
         self.unknown_notes = 0
         self._texts = texts
+        self._raw: dict[int, tuple[int, int]] = {}  # the recorder's number of raw memory -> id, bytes
 
     def note(self, kind: int, *, addr: int, size: int, stream: int, pool: PoolId, text: int) -> None:
         """Something happened after the entries read so far; ``kind`` as in ``trace.chunks``."""
@@ -93,8 +94,24 @@ class NotedReader(EntryReader):
         elif kind in (RequestKind.SCOPE_CLOSE, RequestKind.POOL_RELEASE):
             if pool in self._noted_pools:  # else it was made before the recording, which inference tells of
                 append(kind, pool=pool)
+        elif kind == RequestKind.RAW_ALLOC:
+            self._take_raw(addr, size, free=stream)
+        elif kind == RequestKind.RAW_FREE:
+            taken = self._raw.pop(addr, None)
+            if taken is not None:  # else its note was lost
+                append(kind, id=taken[0], size=taken[1])
         else:
             append(kind, id=NO_ID, size=size, stream=max(stream, 0), pool=pool)
+
+    def _take_raw(self, number: int, size: int, free: int) -> None:
+        """Memory was taken past the allocator; number 0: in vain, with ``free`` bytes left."""
+        id_ = self._new_id()
+        row = self.requests.append(RequestKind.RAW_ALLOC, id=id_, size=size)
+        if number:
+            self._raw[number] = id_, size
+        else:
+            self.decisions.request = row
+            self.decisions.append(DecisionKind.OOM, id_, max(free, 0), size, 0, 0)
 
     def _text(self, number: int) -> str:
         if not 0 <= number < len(self._texts):
