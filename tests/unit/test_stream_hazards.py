@@ -331,6 +331,28 @@ def test_record_stream_and_an_edge_each_prevent_it() -> None:
     assert not reused(waits=True)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_the_allocator_waited_for_is_over_when_it_hands_the_memory_out(recorded: bool) -> None:
+    """Emptying the cache completes deferred frees; the segment stays, since its other tensor lives."""
+
+    def program() -> None:
+        side = torch.cuda.Stream()
+        neighbour, x = data(), data()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = x.clone()
+        if recorded:
+            x.record_stream(side)
+        address = x.data_ptr()
+        del x
+        torch.cuda.empty_cache()
+        z = data()
+        assert z.data_ptr() == address
+        del neighbour, y, z
+
+    assert bool(hazards(program)) is not recorded
+
+
 def test_memory_reused_on_its_own_stream_has_an_order() -> None:
     def program() -> None:
         for _ in range(3):

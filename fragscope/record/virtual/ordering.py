@@ -28,7 +28,7 @@ _SHOWN = 20
 """Hazards at different places that are kept; all are counted."""
 
 _KEPT = 50_000
-"""Launches kept aside while there is one stream, some 30 MB."""
+"""Launches kept aside while there is one stream, some 40 MB."""
 
 _Touched = Sequence[tuple[int, Extent]]
 
