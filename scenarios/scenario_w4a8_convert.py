@@ -372,7 +372,10 @@ METHOD = "CompressedTensorsW4A8Fp8MoEMethod.process_weights_after_loading"
     source="vLLM #40310, before",
     expect=UNORDERED,
     replays=fragscope.Replays(
-        "vllm", "0.19.0", f"{MODULE}.quantization.compressed_tensors.compressed_tensors_moe:{METHOD}"
+        "vllm",
+        "0.19.0",
+        f"{MODULE}.quantization.compressed_tensors.compressed_tensors_moe:{METHOD}",
+        "a6e2a68ead7dc2ffcacd51f0",
     ),
 )
 def w4a8_convert(case: fragscope.Case) -> None:
@@ -388,6 +391,7 @@ def w4a8_convert(case: fragscope.Case) -> None:
         "vllm",
         "0.20.0",
         f"{MODULE}.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_fp8:{METHOD}",
+        "7dd1ef67c943d21b53f55932",
     ),
 )
 def _(case: fragscope.Case) -> None:
@@ -399,7 +403,12 @@ def _(case: fragscope.Case) -> None:
     "all-at-once",
     role="newest",
     expect=UNORDERED,
-    replays=fragscope.Replays("vllm", "0.33.0", f"{MODULE}.fused_moe.oracle.w4a8:convert_to_w4a8_moe_kernel_format"),
+    replays=fragscope.Replays(
+        "vllm",
+        "0.33.0",
+        f"{MODULE}.fused_moe.oracle.w4a8:convert_to_w4a8_moe_kernel_format",
+        "c5c6ed6c3d846d2c3b04109b",
+    ),
 )
 def _(case: fragscope.Case) -> None:
     """All results before the first takes its place (vLLM 0.33.0); packing of the scales has no order yet."""

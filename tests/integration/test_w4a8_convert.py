@@ -94,7 +94,7 @@ def test_peaks_are_what_the_shapes_say(results: Results, preset: str) -> None:
     last = base + (layers - 1) * grows  # before the last layer
 
     def part(rows: int, groups: int) -> int:
-        """Scales of 16 experts: fp8, its float32, that divided, and the last part's fp8, twice; their channel scales."""
+        """Scales of 16 experts: fp8, float32, that divided, the last part's fp8, twice; their channel scales."""
         return 16 * rows * (groups * (1 + 4 + 4 + 2) + 4)
 
     after13 = last + strides + layouts + 8 * s13 + channel13
@@ -117,7 +117,7 @@ def test_peaks_are_what_the_shapes_say(results: Results, preset: str) -> None:
 @pytest.mark.parametrize("preset", SHAPES)
 def test_upstreams_reorder_takes_an_experts_size_from_the_driver(results: Results, preset: str) -> None:
     """Source: cutlass::DeviceAllocation of count x bits / 8 bytes in device_memory.h (4.2.1, 4.4.2)."""
-    experts, hidden, intermediate, _ = SHAPES[preset]
+    _, hidden, intermediate, _ = SHAPES[preset]
     expert = 2 * intermediate * hidden // 2
     for variant in (*UPSTREAM, "ordered"):
         assert case(results, preset, variant).peak.raw == -(-expert // (2 * MIB)) * 2 * MIB, variant

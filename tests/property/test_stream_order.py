@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,3 +116,85 @@ def test_extents_are_the_bytes_of_their_tensors_and_share_one_where_those_do(see
         assert (extent.start, extent.end) == (min(bytes_of(extent)), max(bytes_of(extent)) + 1)
         extents.append(extent)
     assert share_a_byte(*extents) == (not bytes_of(extents[0]).isdisjoint(bytes_of(extents[1])))
+
+
+class Watched:
+    """Which memory a program touched when, by its own account."""
+
+    def __init__(self) -> None:
+        self.truth = ByDefinition()
+        self.accesses: list[tuple[int, range, bool]] = []
+        self.hazard = False
+
+    def touch(self, stream: int, reads: list[Any], writes: list[Any]) -> None:
+        node = self.truth.command(stream)
+        now = [(range(t.data_ptr(), t.data_ptr() + t.nbytes), False) for t in reads]
+        now += [(range(t.data_ptr(), t.data_ptr() + t.nbytes), True) for t in writes]
+        for covered, writes_it in now:
+            self.hazard |= any(
+                (writes_it or wrote)
+                and covered.start < other.stop
+                and other.start < covered.stop
+                and earlier not in self.truth.before[node]
+                for earlier, other, wrote in self.accesses
+            )
+        self.accesses += [(node, covered, wrote) for covered, wrote in now]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 1.0]))
+def test_programs_on_the_virtual_device_are_followed_address_by_address(seed: int, care: float) -> None:
+    """Tensors come, go and are reused on several streams; ``care`` is how often a program orders what it does."""
+    torch = pytest.importorskip("torch")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+    from virtual_cards import h100
+
+    choices = random.Random(seed)
+    watched = Watched()
+    with h100() as device:
+        device.memory.begin_phase("measure")
+        streams = {LEGACY: torch.cuda.default_stream(), 1: torch.cuda.Stream(), 2: torch.cuda.Stream()}
+        live: list[tuple[Any, set[int]]] = []
+
+        def orders(stream: int, others: set[int]) -> None:
+            for other in sorted(others - {stream}):
+                if choices.random() < care:
+                    streams[stream].wait_stream(streams[other])
+                    watched.truth.command(stream, (watched.truth.command(other),))
+
+        for _ in range(30):
+            stream = choices.choice(sorted(streams))
+            action = choices.random()
+            with torch.cuda.stream(streams[stream]):
+                if action < 0.35 or not live:
+                    made = torch.empty(choices.choice([512, 2**20, 3 * 2**20]), dtype=torch.uint8, device="cuda")
+                    made.zero_()
+                    watched.touch(stream, [], [made])
+                    live.append((made, {stream}))
+                    del made
+                elif action < 0.75:
+                    x, users = choices.choice(live)
+                    orders(stream, users)
+                    users.add(stream)
+                    if choices.random() < 0.5:
+                        x.add_(1)
+                        watched.touch(stream, [], [x])
+                    else:
+                        y = x.clone()
+                        watched.touch(stream, [x], [y])
+                        live.append((y, {stream}))
+                        del y
+                    del x
+                elif action < 0.95:
+                    x, users = live.pop(choices.randrange(len(live)))
+                    for user in sorted(users):
+                        if choices.random() < care:
+                            x.record_stream(streams[user])
+                    del x
+                else:
+                    torch.cuda.synchronize()
+                    watched.truth.host |= set(watched.truth.last.values())
+        assert bool(device.memory.ordering.hazards) == watched.hazard
+        if care == 1.0:
+            assert not watched.hazard
+        live.clear()

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 from virtual_cards import h100  # noqa: E402
 
 from fragscope.errors import UsageError  # noqa: E402
-from fragscope.record.virtual.ordering import Hazard  # noqa: E402
+from fragscope.record.virtual.extent import Extent  # noqa: E402
+from fragscope.record.virtual.ordering import Hazard, Ordering  # noqa: E402
 
 pytestmark = pytest.mark.torch
 N = 4 * 2**20  # bytes; a segment of its own
@@ -277,7 +278,13 @@ def test_what_an_operator_changes_is_written(write: Callable[..., object]) -> No
 def test_making_a_tensor_and_looking_at_it_touch_nothing() -> None:
     def program() -> None:
         x = torch.empty(N, dtype=torch.uint8, device="cuda")
-        on_two_streams(lambda: x.add_(1), lambda: (torch.empty_like(x), x.view(2, -1).t(), x[3:], x.shape))
+        looks = (
+            torch.empty_like,
+            lambda t: t.view(2, -1).t(),
+            lambda t: t[3:],
+            lambda t: torch._unsafe_view(t, (2, -1)),
+        )
+        on_two_streams(lambda: x.add_(1), lambda: [look(x) for look in looks])
 
     assert not hazards(program)
 
@@ -351,6 +358,27 @@ def test_what_the_allocator_waited_for_is_over_when_it_hands_the_memory_out(reco
         del neighbour, y, z
 
     assert bool(hazards(program)) is not recorded
+
+
+def test_so_is_work_of_the_only_stream_there_was() -> None:
+    ordering, memory = Ordering(), Extent(0, 512, 512)
+    ordering.independent(1)
+    ordering.launch(1, "reads", None, [(0, memory)], [])
+    ordering.freed(0, 512, [1])
+    ordering.launch(0, "writes", None, [], [(1, memory)])
+    assert ordering.pairs == 0
+
+
+def test_a_tensor_that_moved_is_followed_where_it_is() -> None:
+    def program() -> None:
+        x = data()
+        address = x.data_ptr()
+        x.resize_(2 * N)
+        z = data()
+        assert z.data_ptr() == address
+        on_two_streams(lambda: z.add_(1), lambda: x.add_(1))
+
+    assert not hazards(program)
 
 
 def test_memory_reused_on_its_own_stream_has_an_order() -> None:
@@ -501,7 +529,27 @@ def training_with_a_side_stream() -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("program", [prefetching, double_buffering, forking_and_joining, training_with_a_side_stream])
+def backward_from_another_stream() -> None:
+    """No order by the program between forward and backward: autograd has it."""
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    weight = torch.ones(256, 256, device="cuda", requires_grad=True)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        loss = (torch.ones(64, 256, device="cuda") @ weight).relu().mean()
+    loss.backward()
+    weight.grad.clone()
+
+
+USUAL = [
+    prefetching,
+    double_buffering,
+    forking_and_joining,
+    training_with_a_side_stream,
+    backward_from_another_stream,
+]
+
+
+@pytest.mark.parametrize("program", USUAL)
 def test_usual_programs_raise_no_alarm(program: Program) -> None:
     assert not [str(h) for h in hazards(program)]
 

@@ -14,7 +14,7 @@ MEASURED = json.loads((Path(__file__).parents[1] / "data" / "torch_calls" / "vie
 
 
 def release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def expected() -> dict[str, object]:

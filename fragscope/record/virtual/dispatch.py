@@ -10,7 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fragscope.record.virtual.card import VirtualCard
-from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, copy_temporaries, is_known, needs_copies
+from fragscope.record.virtual.footprints import (
+    GEMMS,
+    NO_KERNEL,
+    OUTPUT_ORDER,
+    SHAPE_OF_INPUT,
+    copy_temporaries,
+    is_known,
+    needs_copies,
+)
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Place
 
@@ -283,7 +291,7 @@ class _Trait:
     """
 
     __slots__ = (
-        "_makes", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order", "writes_only",
+        "_makes", "_reads", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -297,6 +305,7 @@ class _Trait:
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
         self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
+        self._reads = schema.name not in SHAPE_OF_INPUT
         self._makes = any(a is None for a in aliases)
         self._written = frozenset(
             key
@@ -311,6 +320,8 @@ class _Trait:
         """The tensors that one call reads, and those that it writes."""
         reads: list[torch.Tensor] = []
         writes = list(_tensors((out,))) if self._makes else []
+        if not self._reads:
+            return reads, writes
         for key, value in itertools.chain(enumerate(args), kwargs.items()):
             (writes if key in self._written else reads).extend(_tensors((value,)))
         return reads, writes
