@@ -280,9 +280,11 @@ def test_making_a_tensor_and_looking_at_it_touch_nothing() -> None:
         x = torch.empty(N, dtype=torch.uint8, device="cuda")
         looks = (
             torch.empty_like,
+            torch.ones_like,
+            lambda t: t.new_zeros(3),
             lambda t: t.view(2, -1).t(),
             lambda t: t[3:],
-            lambda t: torch._unsafe_view(t, (2, -1)),
+            lambda t: torch.ops.aten._unsafe_view(t, (2, -1)),
         )
         on_two_streams(lambda: x.add_(1), lambda: [look(x) for look in looks])
 

@@ -291,7 +291,8 @@ class _Trait:
     """
 
     __slots__ = (
-        "_makes", "_reads", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order", "writes_only",
+        "_makes", "_reads", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order",
+        "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
