@@ -364,9 +364,9 @@ def test_what_the_allocator_waited_for_is_over_when_it_hands_the_memory_out(reco
 
 def test_so_is_work_of_the_only_stream_there_was() -> None:
     ordering, memory = Ordering(), Extent(0, 512, 512)
-    ordering.independent(1)
-    ordering.launch(1, "reads", None, [(0, memory)], [])
-    ordering.freed(0, 512, [1])
+    ordering.independent(10)
+    ordering.launch(10, "reads", None, [(0, memory)], [])
+    ordering.freed(0, 512, [10])
     ordering.launch(0, "writes", None, [], [(1, memory)])
     assert ordering.pairs == 0
 
