@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from moe_alltoall import MoeLayer, TooSmallError, check_use, needed_by, release_of, workspace_bytes
-from moe_models import models
+from moe_models import shipped_models as models
 
 import fragscope
 

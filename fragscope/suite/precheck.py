@@ -147,7 +147,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
     def runs(needs: int | None, note: str = "") -> Judgement:
         return Judgement("", PrecheckRecord(needs, card.free, not need.unknown and not note, note))
 
-    if need.outcome == "ok":
+    if need.outcome in ("ok", "hazard"):
         if not need.unknown:
             return runs(need.held)
         return runs(need.held, f"it was run on an estimate of {_up(need.held)} MiB ({need.unknown})")

@@ -52,6 +52,9 @@ class Recorder(Protocol):
     def take_device_memory(self, size: int, how: How) -> DeviceMemory:
         """Take device memory past the caching allocator; raises ``torch.OutOfMemoryError`` where it lacks."""
 
+    def kernel(self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any) -> None:
+        """A kernel that torch does not see touches tensors."""
+
 
 class EndCase(Exception):  # noqa: N818 - not an error
     """Raised by ``case.end``: the case is over, and the scenario itself says how it ended.
@@ -136,6 +139,30 @@ class Case:
         """
         check_request(size, how)
         return self._recorder.take_device_memory(size, how)
+
+    def kernel(
+        self,
+        what: str,
+        *,
+        reads: Sequence[torch.Tensor] = (),
+        writes: Sequence[torch.Tensor] = (),
+        stream: Any = None,
+    ) -> None:
+        """Say which tensors a kernel outside torch reads and writes, and on which stream it runs.
+
+        The virtual device holds it against the work of other streams. On a GPU nothing happens.
+
+        Args:
+            what: its name in messages.
+            reads: tensors it only reads.
+            writes: tensors it writes, or reads and writes.
+            stream: a ``torch.cuda.Stream``; None is the legacy default stream, on which ``kernel<<<grid, block>>>``
+                and ``cudaMemcpy`` run.
+
+        Raises:
+            UsageError: a tensor is not on the card.
+        """
+        self._recorder.kernel(what, reads, writes, stream)
 
     def skip(self, reason: str) -> NoReturn:
         """End the case as skipped: it cannot run here."""
@@ -383,8 +410,8 @@ def _check_name(what: str, name: str) -> None:
 
 _TAKEN = frozenset(
     {
-        "scenario", "preset", "variant", "values", "device", "device_memory", "measured", "measure", "skip", "end",
-        "overflow",
+        "scenario", "preset", "variant", "values", "device", "device_memory", "kernel", "measured", "measure",
+        "skip", "end", "overflow",
     }
 )  # fmt: skip
 """What ``case`` has besides its values."""
