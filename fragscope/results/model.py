@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 _FILE_LIMIT = 512 * MIB
 
 Outcome = Literal["ok", "oom", "overflow", "wrong", "hazard", "crash", "timeout", "unsupported", "skipped"]
-Role = Literal["original", "fixed", "newest", "proposed"]
+Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
@@ -94,6 +94,34 @@ class PrecheckRecord(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class InstalledCode(msgspec.Struct, frozen=True):
+    """The code of a package that a variant runs as it is.
+
+    Attributes:
+        package: the distribution.
+        version: the release that ran; ``"unknown"`` where the package has no metadata.
+        function: ``module:function``, ``module:Class`` or ``module:Class.method``.
+        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found.
+    """
+
+    package: str
+    version: str
+    function: str
+    digest: str = ""
+
+
+class LeftOut(msgspec.Struct, frozen=True):
+    """A variant that was asked for and does not apply here: no case was planned for it.
+
+    Attributes:
+        variant: ``scenario/variant``.
+        reason: why, one line.
+    """
+
+    variant: str
+    reason: str
+
+
 class LossRecord(msgspec.Struct, frozen=True):
     """Something a recording does not hold."""
 
@@ -126,6 +154,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         expected_outcome: what the scenario declares should happen.
         missing: bytes that something of a fixed size lacked, where the outcome is ``overflow`` and it could be told.
         replays: whose code the variant replays, as package, release and function.
+        installed: the code that the variant ran as it is installed.
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
         base, end_live: allocated bytes when the phase began and ended.
@@ -157,6 +186,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     expected_outcome: Outcome = "ok"
     missing: int | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
     base: int = 0
@@ -210,6 +240,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
+        left_out: variants that were asked for and do not apply here.
     """
 
     started: str
@@ -219,6 +250,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
+    left_out: list[LeftOut] = []
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ from fragscope.results import (
     Case,
     DeviceKind,
     EstimatedOp,
+    InstalledCode,
     LossRecord,
     OomRecord,
     Outcome,
@@ -74,6 +75,7 @@ class Task:
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
         replays: whose code the variant replays.
+        installed: the installed code that the variant runs.
     """
 
     file: Path
@@ -90,6 +92,7 @@ class Task:
     timeout: float
     card: Card | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
 
 
 class Report(msgspec.Struct):
@@ -366,6 +369,7 @@ def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torc
         outcome=outcome,
         expected_outcome=wanted.expect,
         replays=task.replays,
+        installed=task.installed,
         message=message,
     )
 
