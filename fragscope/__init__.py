@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
     from fragscope.suite.expect import Expect, Replays
+    from fragscope.suite.installed import Installed
     from fragscope.suite.scenario import Case, Scenario, scenario
     from fragscope.trace import Trace, load_trace
 
@@ -24,6 +25,7 @@ __all__ = [
     "Expect",
     "FragscopeError",
     "InputFileError",
+    "Installed",
     "NotMeasuredError",
     "Recorder",
     "RecorderOptions",
@@ -47,6 +49,7 @@ _HOMES = {
     "phase": "fragscope.record.cuda",
     "Expect": "fragscope.suite.expect",
     "Replays": "fragscope.suite.expect",
+    "Installed": "fragscope.suite.installed",
     "Case": "fragscope.suite.scenario",
     "Scenario": "fragscope.suite.scenario",
     "scenario": "fragscope.suite.scenario",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import signal
@@ -28,9 +27,9 @@ from fragscope.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fragscope.allocator import Card, ReplaySettings
+    from fragscope.allocator import Card
     from fragscope.config import Config
-    from fragscope.results import Case, DeviceKind, Results
+    from fragscope.results import Case, DeviceKind, NotApplicable, Results
     from fragscope.suite.discover import Selection
 
 _TIMEOUT = 600.0
@@ -43,6 +42,9 @@ _LONGEST = 7 * 24 * 3600.0  # what any system call that waits takes
               help="auto: cuda where a GPU is, else virtual.")  # fmt: skip
 @click.option("--preset", multiple=True, metavar="GLOB", help="Only these presets.")
 @click.option("--variant", multiple=True, metavar="GLOB", help="Only these variants.")
+@click.option("--matrix", type=click.Choice(["quick", "nightly"]), default="quick", show_default=True,
+              help="quick: no conf, newest rules. nightly: no conf, max_split_size_mb:20 and expandable_segments:True, "
+              "each under the rules of 2.11 and 2.13. --conf and --torch replace its confs and releases.")  # fmt: skip
 @click.option("--conf", multiple=True, metavar="CONF", help="PYTORCH_ALLOC_CONF to run under; repeatable.")
 @click.option("--torch", "releases", multiple=True, metavar="RELEASE", help="Release whose rules apply; repeatable.")
 @click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile; repeatable.")
@@ -61,6 +63,7 @@ def command(
     device: str,
     preset: tuple[str, ...],
     variant: tuple[str, ...],
+    matrix: str,
     conf: tuple[str, ...],
     releases: tuple[str, ...],
     cards: tuple[str, ...],
@@ -98,17 +101,31 @@ def command(
         kind = _device(device)
         selections = _selections(config, what, preset, variant)
 
+    from fragscope.allocator import DEFAULT_CARD
     from fragscope.suite.card_here import ask_card
+    from fragscope.suite.installed import applicable
+    from fragscope.suite.matrix import MATRICES, cells
     from fragscope.suite.plan import plan
     from fragscope.suite.runner import RunOptions, run_plan, usable_cores
+    from fragscope.units import parse_memory
 
     parsed = _overrides(overrides, selections)
     here = ask_card() if kind == "cuda" else None
-    settings = _settings(config, conf, releases, cards or _profile_of(here), capacity)
+    settings, left_out = cells(
+        conf or MATRICES[matrix].confs,
+        releases or MATRICES[matrix].releases or (_release(config, kind),),
+        cards or _profile_of(here) or (config.card or DEFAULT_CARD,),
+        None if capacity is None else parse_memory(capacity, "--capacity"),
+    )
+    selections, absent = applicable(selections)
+    left_out += absent
+    if not selections:
+        raise NotMeasuredError("; ".join(f"{left.variant} is not applicable: {left.reason}" for left in absent))
     planned = plan(selections, parsed, settings, kind)
     if list_only:
         for case in planned:
             click.echo(case.id)
+        _tell_left_out(left_out)
         return EXIT_PASS
     folder = out or config.out or Path(".fragscope")
     options = RunOptions(
@@ -119,6 +136,7 @@ def command(
         resume=resume,
         card=here,
         command=("fragscope", *sys.argv[1:]),
+        not_applicable=tuple(left_out),
     )
     try:
         with _stopped_by_signals(), _RichProgress() as progress:
@@ -129,6 +147,7 @@ def command(
     except OSError as e:
         raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
     _show(results, folder, style, report=not no_report)
+    _tell_left_out(left_out)
     return _exit_code(results)
 
 
@@ -244,27 +263,23 @@ def _profile_of(here: Card | None) -> tuple[str, ...]:
     return (here.name,)
 
 
-def _settings(
-    config: Config, confs: tuple[str, ...], releases: tuple[str, ...], cards: tuple[str, ...], capacity: str | None
-) -> list[ReplaySettings]:
-    import torch
+def _release(config: Config, kind: DeviceKind) -> str:
+    """Whose rules apply where nobody says: on a GPU those of its own allocator, else the newest known."""
+    if config.torch:
+        return config.torch
+    if kind == "cuda":
+        import torch
 
-    from fragscope.allocator import DEFAULT_CARD, ReplaySettings, card_named, parse_conf, rules_for
-    from fragscope.units import format_bytes, parse_memory
+        return str(torch.__version__).partition("+")[0]
+    from fragscope.allocator import NEWEST
 
-    limit = None if capacity is None else parse_memory(capacity, "--capacity")
-    out = []
-    for release, name, conf in itertools.product(
-        releases or (config.torch or str(torch.__version__).partition("+")[0],),
-        cards or (config.card or DEFAULT_CARD,),
-        confs or ("",),
-    ):
-        rules, card = rules_for(release), card_named(name)
-        parse_conf(conf, rules.rules)
-        if limit is not None and limit > card.total:
-            raise UsageError(f"--capacity: {format_bytes(limit)} is more than {name} has ({format_bytes(card.total)})")
-        out.append(ReplaySettings(rules, name, card.total, card.free if limit is None else limit, conf))
-    return out
+    return NEWEST.release
+
+
+def _tell_left_out(left_out: list[NotApplicable]) -> None:
+    for left in left_out:
+        what = left.variant or f"--conf {left.conf} --torch {left.torch}"
+        click.echo(f"fragscope: not applicable: {what}: {left.reason}", err=True)
 
 
 def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[str, str]:

@@ -110,18 +110,6 @@ class InstalledCode(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
-class LeftOut(msgspec.Struct, frozen=True):
-    """A variant that was asked for and does not apply here: no case was planned for it.
-
-    Attributes:
-        variant: ``scenario/variant``.
-        reason: why, one line.
-    """
-
-    variant: str
-    reason: str
-
-
 class LossRecord(msgspec.Struct, frozen=True):
     """Something a recording does not hold."""
 
@@ -229,6 +217,21 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return self.outcome == self.expected_outcome
 
 
+class NotApplicable(msgspec.Struct, frozen=True):
+    """What was asked for and does not exist here.
+
+    Attributes:
+        conf, torch: a conf, and a release that refuses it.
+        reason: one line.
+        variant: ``scenario/variant`` whose package is not installed; then there is no conf and no release.
+    """
+
+    conf: str
+    torch: str
+    reason: str
+    variant: str = ""
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """How a set of cases came to be.
 
@@ -240,7 +243,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
-        left_out: variants that were asked for and do not apply here.
+        not_applicable: what was asked for and left out.
     """
 
     started: str
@@ -250,7 +253,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
-    left_out: list[LeftOut] = []
+    not_applicable: list[NotApplicable] = []
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fragscope.results import InstalledCode, LeftOut
+from fragscope.results import InstalledCode, NotApplicable
 from fragscope.suite.expect import check_code
 from fragscope.suite.upstream import installed_source
 
@@ -57,6 +57,15 @@ class Installed:
                 raise ImportError(f"{module} has no {name}") from None
         return found
 
+    @property
+    def importable(self) -> bool:
+        """Whether ``load`` succeeds, found out by trying."""
+        try:
+            self.load()
+        except Exception:
+            return False
+        return True
+
     def code(self) -> InstalledCode | None:
         """Package, release, function and the digest of its source here; None where the package is not installed."""
         source = installed_source(self.package, self.function)
@@ -65,7 +74,7 @@ class Installed:
         return InstalledCode(self.package, source.version, self.function, source.digest or "")
 
 
-def applicable(selections: Sequence[Selection]) -> tuple[list[Selection], list[LeftOut]]:
+def applicable(selections: Sequence[Selection]) -> tuple[list[Selection], list[NotApplicable]]:
     """Which of the selected cases can run here, and which variants cannot since their package is not installed."""
     missing: dict[str, str] = {}
     for selection in selections:
@@ -74,4 +83,4 @@ def applicable(selections: Sequence[Selection]) -> tuple[list[Selection], list[L
             absent = code is not None and code.code() is None
             missing[selection.of] = f"{code.package} is not installed" if code is not None and absent else ""
     kept = [s for s in selections if not missing[s.of]]
-    return kept, [LeftOut(name, reason) for name, reason in missing.items() if reason]
+    return kept, [NotApplicable("", "", reason, variant=name) for name, reason in missing.items() if reason]

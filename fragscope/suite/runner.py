@@ -17,7 +17,7 @@ import msgspec
 
 from fragscope.allocator import Card, card_named
 from fragscope.errors import printable
-from fragscope.results import Case, LeftOut, Outcome, PrecheckRecord, Results, Run, save_results
+from fragscope.results import Case, NotApplicable, Outcome, PrecheckRecord, Results, Run, save_results
 from fragscope.suite.journal import Journal, finished_cases, locked
 from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
@@ -39,7 +39,7 @@ class RunOptions:
         resume: take valid results of an earlier run in the same folder.
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
-        left_out: variants that were asked for and do not apply here.
+        not_applicable: what was asked for and does not exist here, for the record.
     """
 
     out: Path
@@ -49,7 +49,7 @@ class RunOptions:
     resume: bool
     card: Card | None = None
     command: tuple[str, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    not_applicable: tuple[NotApplicable, ...] = ()
 
 
 class Progress(Protocol):
@@ -95,7 +95,7 @@ def _run_locked(planned: Sequence[PlannedCase], options: RunOptions, progress: P
                 versions=versions(),
                 command=list(options.command),
                 cards={p.settings.card: _card_facts(p) for p in planned},
-                left_out=list(options.left_out),
+                not_applicable=list(options.not_applicable),
             ),
             cases=cases,
         )

@@ -178,6 +178,9 @@ def _virtual_device(task: Task) -> VirtualDevice:
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
     recorder = _PhaseRecorder(device.memory)
     with device:
         ran = _run_body(task, recorder)
@@ -196,6 +199,9 @@ def _on_cuda(task: Task) -> Recording:
         os.environ.pop(variable, None)
     if settings.conf:
         os.environ[rules.conf_variables[0]] = settings.conf
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
     recorder = _PhaseRecorder(cuda)
@@ -204,6 +210,24 @@ def _on_cuda(task: Task) -> Recording:
         cuda.discard()
         return Recording(None, ran.outcome, ran.message, [], missing=ran.missing)
     return Recording(cuda.stop(_provenance(task)), ran.outcome, ran.message, [], cuda.statistics, ran.missing)
+
+
+def _absent_code(task: Task) -> str:
+    """Import the installed code that the variant runs; why there is none, or ``""``.
+
+    What a package does while it is imported is not what is measured, and on the virtual device it should see the machine
+    as it is.
+    """
+    code = scenario_of(task).variants[task.variant].installed
+    if code is None:
+        return ""
+    try:
+        code.load()
+    except Exception as e:
+        traceback.print_exception(e)
+        where = f"{code.package} is installed, but {code.function} cannot be imported"
+        return printable(f"{where}: {type(e).__name__}: {e}", 600)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

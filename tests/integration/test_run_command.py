@@ -216,3 +216,33 @@ def test_a_closed_stdout_is_no_traceback(folder: Path) -> None:
     )
     os.close(write)
     assert "Traceback" not in done.stderr
+
+
+def test_the_nightly_matrix_is_measured_and_what_a_release_refuses_is_not_a_failure(tmp_path: Path) -> None:
+    write_scenarios(
+        tmp_path,
+        "cells",
+        """
+        OOM = fragscope.Expect("oom", conf="max_split*", torch="2.13")
+
+        @fragscope.scenario("cells", presets={"one": {}}, expect=OOM)
+        def _(case):
+            with case.measure():
+                kept = on_card(1)
+        """,
+    )
+    done = run_in(tmp_path, "scenario_cells.py", "--matrix", "nightly", code=3)
+    cases = results_in(tmp_path)["cases"]
+    cells = [(c["torch"], c["conf"], c["expected_outcome"]) for c in cases]
+    confs = ("", "max_split_size_mb:20", "expandable_segments:True")
+    assert cells == [
+        (release, conf, "oom" if (release, conf[:9]) == ("2.13", "max_split") else "ok")
+        for release in ("2.11", "2.13")
+        for conf in confs
+    ]
+    assert done.stderr.count("fragscope: ok: ") == 1
+    arguments = ("--conf", "", "--conf", "large_segment_size_mb:32", "--torch", "2.10", "--torch", "2.11")
+    done = run_in(tmp_path, "scenario_cells.py", *arguments)
+    assert len(results_in(tmp_path)["cases"]) == 3
+    assert "fragscope: not applicable: --conf large_segment_size_mb:32 --torch 2.10: " in done.stderr
+    assert [n["torch"] for n in results_in(tmp_path)["run"]["not_applicable"]] == ["2.10"]
