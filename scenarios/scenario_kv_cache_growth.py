@@ -1,13 +1,13 @@
 """Keys and values of all layers, kept while a model writes token after token.
 
-Source: transformers 5.23.0, ``DynamicLayer.update`` and ``StaticLayer.update`` in ``cache_utils.py``; transformers #25930
-and #30536 are about what growing by concatenation costs. The first concatenates: at each token every layer's cache moves
-into a slightly larger tensor. The second has room for a number of tokens that must be known beforehand. ``dynamic`` and
-``static`` are their own classes, run as they are installed; ``concatenated`` and ``preallocated`` ask for the same memory
-in the same order, and need nothing but torch. ``chunked`` is a proposal that serves any length.
+Source: transformers 5.23.0, ``DynamicLayer.update`` and ``StaticLayer.update`` in ``cache_utils.py``; #25930 and #30536
+there are about what growing by concatenation costs. The first concatenates: at each token every layer's cache moves into
+a slightly larger tensor. The second has room for a number of tokens that must be known beforehand. ``dynamic`` and
+``static`` are their own classes, run as they are installed; ``concatenated`` and ``preallocated`` ask for the same
+memory in the same order, and need nothing but torch. ``chunked`` is a proposal that serves any length.
 
-A step is the prompt first, then one token. Each layer makes its keys and values, hands them to the cache, and drops what
-it got back before the next layer begins, as attention does.
+A step is the prompt first, then one token. Each layer makes its keys and values, hands them to the cache, and drops
+what it got back before the next layer begins, as attention does.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ def grow(case: fragscope.Case, cache: Growing) -> None:
                 cache.update(keys, values, layer)
 
 
+def dynamic_cache() -> Any:
+    """The installed class, for any model."""
+    return DYNAMIC_CACHE.load()()
+
+
 def static_cache(layers: int, room: int) -> Any:
     """The installed class, for a model whose layers all attend to all tokens."""
     return STATIC_CACHE.load()(CONFIG.load()(num_hidden_layers=layers), max_cache_len=room)
@@ -151,13 +156,13 @@ def _(case: fragscope.Case) -> None:
 
 @kv_cache_growth.installed("dynamic", DYNAMIC_CACHE)
 def _(case: fragscope.Case) -> None:
-    """transformers' DynamicCache as it is installed."""
-    grow(case, DYNAMIC_CACHE.load()())
+    """DynamicCache of transformers, as it is installed."""
+    grow(case, dynamic_cache())
 
 
 @kv_cache_growth.installed("static", STATIC_CACHE)
 def _(case: fragscope.Case) -> None:
-    """transformers' StaticCache as it is installed."""
+    """StaticCache of transformers, as it is installed."""
     grow(case, static_cache(case.layers, case.prompt + case.tokens))
 
 
@@ -191,7 +196,7 @@ _CACHES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], Sequence[torch.
     "concatenated": (Concatenated, lambda cache, layer: cache.held[layer]),
     "preallocated": (lambda: Preallocated(sum(_STEPS)), lambda cache, layer: cache.held[layer]),
     "dynamic": (
-        lambda: DYNAMIC_CACHE.load()(),
+        dynamic_cache,
         lambda cache, layer: (cache.layers[layer].keys, cache.layers[layer].values),
     ),
     "static": (

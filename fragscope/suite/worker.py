@@ -215,8 +215,8 @@ def _on_cuda(task: Task) -> Recording:
 def _absent_code(task: Task) -> str:
     """Import the installed code that the variant runs; why there is none, or ``""``.
 
-    What a package does while it is imported is not what is measured, and on the virtual device it should see the machine
-    as it is.
+    What a package does while it is imported is not what is measured, and it should see the machine as it is, without a
+    virtual device.
     """
     code = scenario_of(task).variants[task.variant].installed
     if code is None:
