@@ -27,6 +27,7 @@ _COMMANDS = {
     "replay": "decide a trace's requests under other settings, or verify the model against it",
     "tune": "the best allocator conf for traces, found by replaying them under many",
     "fit": "the smallest memory in which a trace's requests run, and what fails below it",
+    "upstream": "whether the code that variants replay is what the installed packages have",
     "doctor": "what this machine can do: GPU, torch, allocator settings, recording",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from fragscope.cli.scenarios import selections_of, stdout_kept_clean
 from fragscope.errors import (
     EXIT_INTERNAL,
     EXIT_NOT_MEASURED,
@@ -21,7 +21,6 @@ from fragscope.errors import (
     FragscopeError,
     NotMeasuredError,
     UsageError,
-    printable,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +49,10 @@ _LONGEST = 7 * 24 * 3600.0  # what any system call that waits takes
 @click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile; repeatable.")
 @click.option("--capacity", metavar="SIZE", help="Bytes the card has left for segments, such as '22 GiB'.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Set a scenario's parameter.")
+@click.option("--sweep", metavar="NAME=LOW:HIGH[:STEP]",
+              help="Peak memory over a size such as tokens=1k:1M, and the largest that fits.")  # fmt: skip
+@click.option("--budgets", type=click.Path(path_type=Path),
+              help="With --sweep: the largest size must be within these, too.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0.1, max=_LONGEST), default=_TIMEOUT, show_default=True,
               help="Seconds one recording may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Recordings at once; one a core by default.")
@@ -69,6 +72,8 @@ def command(
     cards: tuple[str, ...],
     capacity: str | None,
     overrides: tuple[str, ...],
+    sweep: str | None,
+    budgets: Path | None,
     timeout: float,
     jobs: int | None,
     out: Path | None,
@@ -95,13 +100,13 @@ def command(
         raise UsageError("--timeout: nan is not a time")
     config = load_config()
     root = config.root or Path.cwd()
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    with _stdout_kept_clean():
+    with stdout_kept_clean():
         kind = _device(device)
-        selections = _selections(config, what, preset, variant)
+        selections = selections_of(config, what, preset, variant)
 
     from fragscope.allocator import DEFAULT_CARD
+    from fragscope.cli.sweep import FOLDER as SWEEP_FOLDER
+    from fragscope.cli.sweep import make_sweep, run_sweep, show_sweep
     from fragscope.suite.card_here import ask_card
     from fragscope.suite.installed import applicable
     from fragscope.suite.matrix import MATRICES, cells
@@ -110,104 +115,56 @@ def command(
     from fragscope.units import parse_memory
 
     parsed = _overrides(overrides, selections)
-    here = ask_card() if kind == "cuda" else None
+    here = ask_card({s.scenario.file: None for s in selections}) if kind == "cuda" else None
     settings, left_out = cells(
         conf or MATRICES[matrix].confs,
         releases or MATRICES[matrix].releases or (_release(config, kind),),
-        cards or _profile_of(here) or (config.card or DEFAULT_CARD,),
+        cards or _profile_of(None if here is None else here.card) or (config.card or DEFAULT_CARD,),
         None if capacity is None else parse_memory(capacity, "--capacity"),
     )
     selections, absent = applicable(selections)
     left_out += absent
+    _tell_left_out(left_out)
     if not selections:
-        raise NotMeasuredError("; ".join(f"{left.variant} is not applicable: {left.reason}" for left in absent))
-    planned = plan(selections, parsed, settings, kind)
+        raise NotMeasuredError("nothing that was asked for is applicable here")
+    folder = out or config.out or Path(".fragscope")
+    if sweep is not None:
+        swept = make_sweep(sweep, selections, parsed, settings, kind, budgets)
+        planned, folder = swept.first(), folder / SWEEP_FOLDER
+    elif budgets is not None:
+        raise UsageError("--budgets goes with --sweep; fragscope gate holds the results of a run against budgets")
+    else:
+        planned = plan(selections, parsed, settings, kind)
     if list_only:
         for case in planned:
             click.echo(case.id)
-        _tell_left_out(left_out)
         return EXIT_PASS
-    folder = out or config.out or Path(".fragscope")
     options = RunOptions(
         out=folder,
         root=root,
         jobs=jobs or (usable_cores() if kind == "virtual" else 1),
         timeout=timeout,
         resume=resume,
-        card=here,
+        card=None if here is None else here.card,
+        files_first=here is not None and here.files_first,
         command=("fragscope", *sys.argv[1:]),
         not_applicable=tuple(left_out),
     )
     try:
         with _stopped_by_signals(), _RichProgress() as progress:
-            results = run_plan(planned, options, progress)
+            if sweep is not None:
+                found = run_sweep(swept, options, progress)
+            else:
+                results = run_plan(planned, options, progress)
     except KeyboardInterrupt:
         click.echo(f"fragscope: what is finished is in {folder}; the same command with --resume goes on", err=True)
         raise click.Abort from None
     except OSError as e:
         raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
+    if sweep is not None:
+        return show_sweep(found, style, folder)
     _show(results, folder, style, report=not no_report)
-    _tell_left_out(left_out)
     return _exit_code(results)
-
-
-def _selections(
-    config: Config, what: tuple[str, ...], presets: tuple[str, ...], variants: tuple[str, ...]
-) -> list[Selection]:
-    from fragscope.suite.discover import load_scenarios, scenario_files, select
-
-    paths, names = _split(what)
-    searched = paths or list(config.scenarios)
-    if not searched:
-        unknown = f"{printable(names[0], 100)} is no file or folder here, and " if names else ""
-        raise UsageError(
-            f"{unknown}no scenarios are configured: name a file or folder, "
-            "or set scenarios = [...] in [tool.fragscope] of pyproject.toml"
-        )
-    files = scenario_files(searched)
-    if not files:
-        where = ", ".join(str(p) for p in searched)
-        raise NotMeasuredError(f"no scenario files in {where} (in a folder, they are named scenario_*.py)")
-    return select([s for file in files for s in load_scenarios(file)], names, presets, variants)
-
-
-def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """Arguments that are files or folders, and those that are names."""
-    paths, names = [], []
-    for item in what:
-        path = Path(item)
-        try:
-            is_folder, is_file = path.is_dir(), path.is_file()
-        except OSError:  # such as a name too long for any file
-            is_folder = is_file = False
-        if is_folder or (is_file and item.endswith(".py")):
-            paths.append(path)
-        elif item.endswith(".py"):
-            raise UsageError(f"{printable(item, 200)}: no such file")
-        elif is_file:
-            raise UsageError(f"{item}: is not a Python file")
-        else:
-            names.append(item)
-    return paths, names
-
-
-@contextlib.contextmanager
-def _stdout_kept_clean() -> Iterator[None]:
-    """What scenario files print while they are imported goes to stderr: stdout holds data only."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    except OSError:  # one of the two is closed
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager
@@ -358,6 +315,7 @@ class _RichProgress:
             transient=True,
         )
         self._task: Any = None
+        self._total = 0
 
     def __enter__(self) -> _RichProgress:
         self._bar.start()
@@ -368,9 +326,15 @@ class _RichProgress:
 
     def planned(self, cases: int, resumed: int) -> None:
         """Show how much there is to do."""
+        self._total = cases
         self._task = self._bar.add_task("starting workers", total=cases, completed=resumed)
         if resumed:
             click.echo(f"fragscope: {resumed} of {cases} cases are kept from the earlier run", err=True)
+
+    def planned_more(self, cases: int) -> None:
+        """Show that there is more to do."""
+        self._total += cases
+        self._bar.update(self._task, total=self._total)
 
     def started(self, what: str) -> None:
         """Show what runs."""

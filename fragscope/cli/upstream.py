@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from fragscope.cli.scenarios import selections_of, stdout_kept_clean
 from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, NotMeasuredError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -42,14 +41,11 @@ def command(what: tuple[str, ...], digest: str | None, package: str | None, styl
         return _print_digest(digest, package)
     if package is not None:
         raise UsageError("--package belongs to --digest")
-    from fragscope.cli.run import chosen, stdout_kept_clean
     from fragscope.config import load_config
     from fragscope.suite.replayed import replayed
 
-    config = load_config()
-    sys.path.insert(0, str(config.root or Path.cwd()))
     with stdout_kept_clean():
-        selections = chosen(config, what, (), ())
+        selections = selections_of(load_config(), what, (), ())
     found = replayed({s.scenario.name: s.scenario for s in selections}.values())
     if style == "json":
         import msgspec
