@@ -1,13 +1,18 @@
 """Keys and values of all layers, kept while a model writes token after token.
 
 Source: transformers 5.23.0, ``DynamicLayer.update`` and ``StaticLayer.update`` in ``cache_utils.py``; #25930 and #30536
-there are about what growing by concatenation costs. The first concatenates: at each token every layer's cache moves into
-a slightly larger tensor. The second has room for a number of tokens that must be known beforehand. ``dynamic`` and
+there are about what growing by concatenation costs. The first concatenates: at each token every layer's cache moves
+into a slightly larger tensor. The second has room for a number of tokens that must be known beforehand. ``dynamic`` and
 ``static`` are their own classes, run as they are installed; ``concatenated`` and ``preallocated`` ask for the same
 memory in the same order, and need nothing but torch. ``chunked`` is a proposal that serves any length.
 
-A step is the prompt first, then one token. Each layer makes its keys and values, hands them to the cache, and drops
-what it got back before the next layer begins, as attention does.
+The presets show two ways in which concatenation fragments. Each tensor of ``llama-2-7b`` is beyond 10 MiB and has a
+segment of its own; the prompt's are too small from the first token on. Tensors of ``mistral-7b`` share segments of
+20 MiB until they grow past 10 MiB: from then on a segment holds one, and what is left of it is too small for another.
+Under ``max_split_size_mb:20`` a segment of 20 MiB that is whole again serves nothing smaller until the card is full.
+
+A step is the prompt first, then one token. Each layer makes its keys and values, hands them to the cache, and is done
+with them and with what it got back before the next layer begins.
 """
 
 from __future__ import annotations
@@ -112,10 +117,15 @@ def grow(case: fragscope.Case, cache: Growing) -> None:
     with case.measure():
         for count in (case.prompt, *[1] * case.tokens):
             for layer in range(case.layers):
-                shape = (case.batch, case.heads, count, case.head_dim)
-                keys = torch.empty(shape, dtype=torch.bfloat16, device=case.device)
-                values = torch.empty(shape, dtype=torch.bfloat16, device=case.device)
-                cache.update(keys, values, layer)
+                attend(case, cache, count, layer)
+
+
+def attend(case: fragscope.Case, cache: Growing, count: int, layer: int) -> None:
+    """What a layer does with its cache; its own tensors end with it."""
+    shape = (case.batch, case.heads, count, case.head_dim)
+    keys = torch.empty(shape, dtype=torch.bfloat16, device=case.device)
+    values = torch.empty(shape, dtype=torch.bfloat16, device=case.device)
+    cache.update(keys, values, layer)
 
 
 def dynamic_cache() -> Any:

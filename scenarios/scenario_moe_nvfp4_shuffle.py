@@ -2,7 +2,8 @@
 
 Source: ``prepare_static_weights_for_trtllm_fp4_moe`` of SGLang (#26861) and its twin in vLLM (#55407), in three forms:
 before (list and stack), after (SGLang 0.5.13: preallocated outputs, scratch for permuted scales) and the newest (vLLM
-0.33.0: gathers straight into the outputs). ``in-place`` is a proposal.
+0.33.0: gathers straight into the outputs). ``vllm`` is the function itself, as it is installed. ``in-place`` is a
+proposal.
 
 ``finalize``: vLLM rebinds the parameters to the results; SGLang copies the results into the old parameters.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from flashinfer import nvfp4_block_scale_interleave
@@ -20,6 +22,13 @@ from moe_models import preset
 
 import fragscope
 
+_FUNCTION = "prepare_static_weights_for_trtllm_fp4_moe"
+VLLM_SHUFFLE = fragscope.Installed(
+    "vllm",
+    f"vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe:{_FUNCTION}",
+    first=("vllm.model_executor.layers.fused_moe",),
+)
+SGLANG_SHUFFLE = f"sglang.srt.layers.quantization.utils:{_FUNCTION}"
 EPILOGUE_TILE_M = 128
 ELEMENTS_PER_SCALE = 16
 
@@ -205,22 +214,48 @@ def process(layer: Layer, shuffle: Shuffle, *, copy: bool) -> None:
     variant="list-stack",
     params={"finalize": ("rebind", "copy")},
     source="SGLang #26861, vLLM #55407, before",
+    replays=fragscope.Replays("sglang", "0.5.12.post1", SGLANG_SHUFFLE, "2604814bd0bae7c462f7cf5c"),
 )
 def moe_nvfp4_shuffle(case: fragscope.Case) -> None:
     """Lists of shuffled experts, stacked at the end."""
     load(case, list_and_stack)
 
 
-@moe_nvfp4_shuffle.variant("preallocated", role="fixed")
+@moe_nvfp4_shuffle.variant(
+    "preallocated",
+    role="fixed",
+    replays=fragscope.Replays("sglang", "0.5.13", SGLANG_SHUFFLE, "8db7a30b535ec49dcac6a2b2"),
+)
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first, scratch for permuted scales (SGLang 0.5.13)."""
     load(case, preallocated)
 
 
-@moe_nvfp4_shuffle.variant("indexed-out", role="newest")
+@moe_nvfp4_shuffle.variant(
+    "indexed-out",
+    role="newest",
+    replays=fragscope.Replays("vllm", "0.33.0", VLLM_SHUFFLE.function, "e0f0118e648e1a51d1238967"),
+)
 def _(case: fragscope.Case) -> None:
     """Gathers straight into the outputs (vLLM 0.33.0)."""
     load(case, indexed_out)
+
+
+def vllm_shuffle(
+    w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, interleave: Interleave
+) -> Weights:
+    """What the installed vLLM does; ``interleave`` takes the place of the kernel that it imports when it is called."""
+    experts, rows, _ = w13.shape
+    with mock.patch("flashinfer.nvfp4_block_scale_interleave", interleave):
+        made = VLLM_SHUFFLE.load()(w13, w2, s13, s2, w2.shape[1], rows // 2, experts, is_gated_activation=True)
+    w13_out, s13_out, w2_out, s2_out = made
+    return w13_out, w2_out, s13_out, s2_out
+
+
+@moe_nvfp4_shuffle.installed("vllm", VLLM_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, vllm_shuffle)
 
 
 @moe_nvfp4_shuffle.variant("in-place", role="proposed")
@@ -233,6 +268,7 @@ _SHUFFLES: dict[str, Shuffle] = {
     "list-stack": list_and_stack,
     "preallocated": preallocated,
     "indexed-out": indexed_out,
+    "vllm": vllm_shuffle,
     "in-place": in_place,
 }
 _SMALL = (3, 128, 256)  # experts, intermediate, hidden

@@ -64,8 +64,8 @@ def _print_digest(function: str, package: str | None) -> int:
     from fragscope.suite.expect import check_code
     from fragscope.suite.upstream import installed_source
 
-    package = package or function.partition(".")[0].partition(":")[0]
-    check_code("--digest", function, package=package)
+    check_code("--digest", function)
+    package = package or function.partition(":")[0].partition(".")[0]
     source = installed_source(package, function)
     if source is None:
         raise NotMeasuredError(f"--digest {function}: {package} is not installed")
@@ -81,9 +81,9 @@ def _lines(found: list[Replayed]) -> list[str]:
     out = []
     for f in found:
         out.append(f"{f.state:<14} {f.scenario}  {f.function}")
-        here = "not installed" if f.version is None else f"installed {f.package} {f.version}"
-        digest = f", digest {f.digest}" if f.digest and f.state != "same" else ""
-        out.append(f"{'':14} {here}{digest}")
+        if f.version is not None:
+            digest = f", digest {f.digest}" if f.digest and f.state != "same" else ""
+            out.append(f"{'':14} installed: {f.package} {f.version}{digest}")
         for r in f.variants:
             mark = " = installed" if r.variant in f.same else ""
             out.append(f"{'':14} {r.variant}: {f.package} {r.version}, {r.digest or 'no digest'}{mark}")
