@@ -2,8 +2,8 @@
 
 Source: ``prepare_static_weights_for_trtllm_fp4_moe`` of SGLang (#26861) and its twin in vLLM (#55407), in three forms:
 before (list and stack), after (SGLang 0.5.13: preallocated outputs, scratch for permuted scales) and the newest (vLLM
-0.33.0: gathers straight into the outputs). ``vllm`` is the function itself, as it is installed. ``in-place`` is a
-proposal.
+0.33.0: gathers straight into the outputs). ``sglang`` and ``vllm`` are the functions themselves, as they are installed.
+``in-place`` is a proposal.
 
 ``finalize``: vLLM rebinds the parameters to the results; SGLang copies the results into the old parameters.
 """
@@ -28,7 +28,7 @@ VLLM_SHUFFLE = fragscope.Installed(
     f"vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe:{_FUNCTION}",
     first=("vllm.model_executor.layers.fused_moe",),
 )
-SGLANG_SHUFFLE = f"sglang.srt.layers.quantization.utils:{_FUNCTION}"
+SGLANG_SHUFFLE = fragscope.Installed("sglang", f"sglang.srt.layers.quantization.utils:{_FUNCTION}")
 EPILOGUE_TILE_M = 128
 ELEMENTS_PER_SCALE = 16
 
@@ -214,7 +214,7 @@ def process(layer: Layer, shuffle: Shuffle, *, copy: bool) -> None:
     variant="list-stack",
     params={"finalize": ("rebind", "copy")},
     source="SGLang #26861, vLLM #55407, before",
-    replays=fragscope.Replays("sglang", "0.5.12.post1", SGLANG_SHUFFLE, "2604814bd0bae7c462f7cf5c"),
+    replays=fragscope.Replays("sglang", "0.5.12.post1", SGLANG_SHUFFLE.function, "2604814bd0bae7c462f7cf5c"),
 )
 def moe_nvfp4_shuffle(case: fragscope.Case) -> None:
     """Lists of shuffled experts, stacked at the end."""
@@ -224,7 +224,7 @@ def moe_nvfp4_shuffle(case: fragscope.Case) -> None:
 @moe_nvfp4_shuffle.variant(
     "preallocated",
     role="fixed",
-    replays=fragscope.Replays("sglang", "0.5.13", SGLANG_SHUFFLE, "8db7a30b535ec49dcac6a2b2"),
+    replays=fragscope.Replays("sglang", "0.5.13", SGLANG_SHUFFLE.function, "8db7a30b535ec49dcac6a2b2"),
 )
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first, scratch for permuted scales (SGLang 0.5.13)."""
@@ -241,21 +241,30 @@ def _(case: fragscope.Case) -> None:
     load(case, indexed_out)
 
 
-def vllm_shuffle(
-    w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, interleave: Interleave
-) -> Weights:
-    """What the installed vLLM does; ``interleave`` takes the place of the kernel that it imports when it is called."""
-    experts, rows, _ = w13.shape
-    with mock.patch("flashinfer.nvfp4_block_scale_interleave", interleave):
-        made = VLLM_SHUFFLE.load()(w13, w2, s13, s2, w2.shape[1], rows // 2, experts, is_gated_activation=True)
-    w13_out, s13_out, w2_out, s2_out = made
-    return w13_out, w2_out, s13_out, s2_out
+def of_package(code: fragscope.Installed) -> Shuffle:
+    """What an installed package does; ``interleave`` takes the place of the kernel that it imports on each call."""
+
+    def shuffle(
+        w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, interleave: Interleave
+    ) -> Weights:
+        experts, hidden, gated = w13.shape[0], w2.shape[1], True
+        with mock.patch("flashinfer.nvfp4_block_scale_interleave", interleave):
+            w13, s13, w2, s2 = code.load()(w13, w2, s13, s2, hidden, w13.shape[1] // 2, experts, gated)
+        return w13, w2, s13, s2
+
+    return shuffle
+
+
+@moe_nvfp4_shuffle.installed("sglang", SGLANG_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of SGLang, as it is installed."""
+    load(case, of_package(SGLANG_SHUFFLE))
 
 
 @moe_nvfp4_shuffle.installed("vllm", VLLM_SHUFFLE)
 def _(case: fragscope.Case) -> None:
     """The function of vLLM, as it is installed."""
-    load(case, vllm_shuffle)
+    load(case, of_package(VLLM_SHUFFLE))
 
 
 @moe_nvfp4_shuffle.variant("in-place", role="proposed")
@@ -268,7 +277,8 @@ _SHUFFLES: dict[str, Shuffle] = {
     "list-stack": list_and_stack,
     "preallocated": preallocated,
     "indexed-out": indexed_out,
-    "vllm": vllm_shuffle,
+    "sglang": of_package(SGLANG_SHUFFLE),
+    "vllm": of_package(VLLM_SHUFFLE),
     "in-place": in_place,
 }
 _SMALL = (3, 128, 256)  # experts, intermediate, hidden
