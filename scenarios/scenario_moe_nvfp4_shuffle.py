@@ -2,7 +2,8 @@
 
 Source: ``prepare_static_weights_for_trtllm_fp4_moe`` of SGLang (#26861) and its twin in vLLM (#55407), in three forms:
 before (list and stack), after (SGLang 0.5.13: preallocated outputs, scratch for permuted scales) and the newest (vLLM
-0.33.0: gathers straight into the outputs). ``in-place`` is a proposal.
+0.33.0: gathers straight into the outputs). ``sglang`` and ``vllm`` are the functions themselves, as they are installed.
+``in-place`` is a proposal.
 
 ``finalize``: vLLM rebinds the parameters to the results; SGLang copies the results into the old parameters.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from flashinfer import nvfp4_block_scale_interleave
@@ -21,6 +23,13 @@ from moe_models import preset
 
 import fragscope
 
+_FUNCTION = "prepare_static_weights_for_trtllm_fp4_moe"
+VLLM_SHUFFLE = fragscope.Installed(
+    "vllm",
+    f"vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe:{_FUNCTION}",
+    first=("vllm.model_executor.layers.fused_moe",),
+)
+SGLANG_SHUFFLE = fragscope.Installed("sglang", f"sglang.srt.layers.quantization.utils:{_FUNCTION}")
 EPILOGUE_TILE_M = 128
 ELEMENTS_PER_SCALE = 16
 
@@ -208,22 +217,57 @@ def process(layer: Layer, shuffle: Shuffle, *, copy: bool) -> None:
     variant="list-stack",
     params={"finalize": ("rebind", "copy")},
     source="SGLang #26861, vLLM #55407, before",
+    replays=fragscope.Replays("sglang", "0.5.12.post1", SGLANG_SHUFFLE.function, "2604814bd0bae7c462f7cf5c"),
 )
 def moe_nvfp4_shuffle(case: fragscope.Case) -> None:
     """Lists of shuffled experts, stacked at the end."""
     load(case, list_and_stack)
 
 
-@moe_nvfp4_shuffle.variant("preallocated", role="fixed")
+@moe_nvfp4_shuffle.variant(
+    "preallocated",
+    role="fixed",
+    replays=fragscope.Replays("sglang", "0.5.13", SGLANG_SHUFFLE.function, "8db7a30b535ec49dcac6a2b2"),
+)
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first, scratch for permuted scales (SGLang 0.5.13)."""
     load(case, preallocated)
 
 
-@moe_nvfp4_shuffle.variant("indexed-out", role="newest")
+@moe_nvfp4_shuffle.variant(
+    "indexed-out",
+    role="newest",
+    replays=fragscope.Replays("vllm", "0.33.0", VLLM_SHUFFLE.function, "e0f0118e648e1a51d1238967"),
+)
 def _(case: fragscope.Case) -> None:
     """Gathers straight into the outputs (vLLM 0.33.0)."""
     load(case, indexed_out)
+
+
+def of_package(code: fragscope.Installed) -> Shuffle:
+    """What an installed package does; ``interleave`` takes the place of the kernel that it imports on each call."""
+
+    def shuffle(
+        w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, interleave: Interleave
+    ) -> Weights:
+        experts, hidden, gated = w13.shape[0], w2.shape[1], True
+        with mock.patch("flashinfer.nvfp4_block_scale_interleave", interleave):
+            w13, s13, w2, s2 = code.load()(w13, w2, s13, s2, hidden, w13.shape[1] // 2, experts, gated)
+        return w13, w2, s13, s2
+
+    return shuffle
+
+
+@moe_nvfp4_shuffle.installed("sglang", SGLANG_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of SGLang, as it is installed."""
+    load(case, of_package(SGLANG_SHUFFLE))
+
+
+@moe_nvfp4_shuffle.installed("vllm", VLLM_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, of_package(VLLM_SHUFFLE))
 
 
 @moe_nvfp4_shuffle.variant("in-place", role="proposed")
@@ -236,6 +280,8 @@ _SHUFFLES: dict[str, Shuffle] = {
     "list-stack": list_and_stack,
     "preallocated": preallocated,
     "indexed-out": indexed_out,
+    "sglang": of_package(SGLANG_SHUFFLE),
+    "vllm": of_package(VLLM_SHUFFLE),
     "in-place": in_place,
 }
 _SMALL = (3, 128, 256)  # experts, intermediate, hidden

@@ -226,8 +226,8 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     ]
     facts += [(_name(name), _name(version)) for name, version in run.versions.items() if name != "torch"]
     for left in run.not_applicable:
-        text = f"{left.conf or 'default'} under the rules of torch {left.torch}: {left.reason}"
-        facts.append(("not applicable", printable(text, 300)))
+        what = left.variant or f"{left.conf or 'default'} under the rules of torch {left.torch}"
+        facts.append(("not applicable", printable(f"{what}: {left.reason}", 300)))
     if run.command:
         facts.append(("command", printable(shlex.join(run.command), 300)))
     return tuple(facts)

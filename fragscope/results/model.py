@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 _FILE_LIMIT = 512 * MIB
 
 Outcome = Literal["ok", "oom", "overflow", "wrong", "hazard", "crash", "timeout", "unsupported", "skipped"]
-Role = Literal["original", "fixed", "newest", "proposed"]
+Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
@@ -112,6 +112,22 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool
 
 
+class InstalledCode(msgspec.Struct, frozen=True):
+    """The code of a package that a variant runs as it is.
+
+    Attributes:
+        package: the distribution.
+        version: the release that ran; ``"unknown"`` where the package has no metadata.
+        function: ``module:function``, ``module:Class`` or ``module:Class.method``.
+        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found.
+    """
+
+    package: str
+    version: str
+    function: str
+    digest: str = ""
+
+
 class LossRecord(msgspec.Struct, frozen=True):
     """Something a recording does not hold."""
 
@@ -144,6 +160,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         expected_outcome: what the scenario declares should happen.
         missing: bytes that something of a fixed size lacked, where the outcome is ``overflow`` and it could be told.
         replays: whose code the variant replays, as package, release and function.
+        installed: the code that the variant ran as it is installed.
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
         base, end_live: allocated bytes when the phase began and ended.
@@ -176,6 +193,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     expected_outcome: Outcome = "ok"
     missing: int | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
     base: int = 0
@@ -236,11 +254,18 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotApplicable(msgspec.Struct, frozen=True):
-    """A combination that was asked for and does not exist: the release refuses the conf."""
+    """What was asked for and does not exist here.
+
+    Attributes:
+        conf, torch: a conf, and a release that refuses it.
+        reason: one line.
+        variant: ``scenario/variant`` whose package is not installed; then there is no conf and no release.
+    """
 
     conf: str
     torch: str
     reason: str
+    variant: str = ""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,7 +279,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
-        not_applicable: combinations that were left out.
+        not_applicable: what was asked for and left out.
     """
 
     started: str

@@ -72,6 +72,19 @@ def declared(where: str, expect: object) -> tuple[Expect, ...]:
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?", re.ASCII)
 
 
+def check_code(where: str, function: str, **words: str) -> None:
+    """See that a package's code is named as it should be.
+
+    Raises:
+        UsageError: one of the words is none, or the function is not written ``module:function``.
+    """
+    for word, value in words.items():
+        if not value or not value.isprintable() or any(c.isspace() for c in value):
+            raise UsageError(f"{where}: {word} {printable(repr(value), 60)} is not one word")
+    if not _FUNCTION.fullmatch(function):
+        raise UsageError(f"{where}: function {printable(repr(function), 100)}: write module:function")
+
+
 @dataclass(frozen=True, slots=True)
 class Replays:
     """Whose code a variant replays.
@@ -80,7 +93,8 @@ class Replays:
         package: the distribution, such as ``"vllm"``.
         version: its release.
         function: ``module:function`` or ``module:Class.method``.
-        digest: of the function's source in that release; ``""`` where it was not taken.
+        digest: of the function's source in that release, as ``fragscope upstream --digest`` prints it; ``""`` where
+            it was not taken.
     """
 
     package: str
@@ -89,11 +103,7 @@ class Replays:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        for word, value in (("package", self.package), ("version", self.version)):
-            if not value or not value.isprintable() or any(c.isspace() for c in value):
-                raise UsageError(f"Replays: {word} {printable(repr(value), 60)} is not one word")
-        if not _FUNCTION.fullmatch(self.function):
-            raise UsageError(f"Replays: function {printable(repr(self.function), 100)}: write module:function")
+        check_code("Replays", self.function, package=self.package, version=self.version)
 
     def __str__(self) -> str:
         return f"{self.package} {self.version} {self.function}"

@@ -41,7 +41,7 @@ class RunOptions:
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
         files_first: scenario files may be imported before a process is forked that uses CUDA.
-        not_applicable: combinations that were asked for and do not exist, for the record.
+        not_applicable: what was asked for and does not exist here, for the record.
     """
 
     out: Path
@@ -335,6 +335,7 @@ class _PlanRun:
             timeout=self._options.timeout,
             card=self._options.card,
             replays=None if variant.replays is None else str(variant.replays),
+            installed=None if variant.installed is None else variant.installed.code(),
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:

@@ -31,6 +31,7 @@ from fragscope.errors import UsageError, printable
 from fragscope.record.device_memory import DeviceMemory, How, check_request
 from fragscope.results import Outcome, Role
 from fragscope.suite.expect import Declared, Expect, Replays, declared
+from fragscope.suite.installed import Installed
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,7 @@ class Variant:
     Attributes:
         expect: declared outcomes; ``ok`` in every cell that none of them is about.
         replays: whose code it replays; None for a proposal, and where nobody said.
+        installed: the code of a package that it runs as it is; None where it brings its own.
     """
 
     name: str
@@ -204,6 +206,7 @@ class Variant:
     expect: tuple[Expect, ...] = ()
     doc: str = ""
     replays: Replays | None = None
+    installed: Installed | None = None
 
     def expected(
         self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Value]
@@ -250,20 +253,46 @@ class Scenario:
         """
 
         def add(body: Body) -> Body:
-            self.add(name, role, body, expect, replays)
+            self.add(name, role, body, expect, replays=replays)
             return body
 
         return add
 
-    def add(self, name: str, role: Role, body: Body, expect: Declared = "ok", replays: Replays | None = None) -> None:
+    def installed(self, name: str, code: Installed, *, expect: Declared = "ok") -> Callable[[Body], Body]:
+        """Add a variant that runs a package's own code, where the package is installed; elsewhere it is left out.
+
+        Args:
+            name: unique within the scenario.
+            code: what the decorated function runs; it gets it from ``code.load()``.
+            expect: declared outcome; see ``Declared``.
+        """
+
+        def add(body: Body) -> Body:
+            self.add(name, "installed", body, expect, installed=code)
+            return body
+
+        return add
+
+    def add(
+        self,
+        name: str,
+        role: Role,
+        body: Body,
+        expect: Declared = "ok",
+        *,
+        replays: Replays | None = None,
+        installed: Installed | None = None,
+    ) -> None:
         """Add an implementation."""
         _check_name("variant", name)
         if name in self.variants:
             raise UsageError(f"scenario {self.name!r}: variant {name!r} is defined twice")
         if role not in get_args(Role):
             raise UsageError(f"scenario {self.name!r}: role {role!r} is none of {', '.join(get_args(Role))}")
+        if role == "installed" and installed is None:
+            raise UsageError(f"scenario {self.name!r}: variant {name!r}: add installed code with .installed(...)")
         rules = declared(f"scenario {self.name!r}: variant {name!r}", expect)
-        self.variants[name] = Variant(name, role, body, rules, inspect.getdoc(body) or "", replays)
+        self.variants[name] = Variant(name, role, body, rules, inspect.getdoc(body) or "", replays, installed)
 
     @overload
     def numeric(self, outputs: Outputs) -> Outputs: ...
@@ -392,7 +421,7 @@ def scenario(
             doc=inspect.getdoc(body) or "",
             file=_defining_file(body),
         )
-        made.add(variant, role, body, expect, replays)
+        made.add(variant, role, body, expect, replays=replays)
         if _registries:
             _registries[-1].found.append(made)
         return made

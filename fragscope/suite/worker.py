@@ -38,6 +38,7 @@ from fragscope.results import (
     Case,
     DeviceKind,
     EstimatedOp,
+    InstalledCode,
     LossRecord,
     OomRecord,
     Outcome,
@@ -75,6 +76,7 @@ class Task:
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
         replays: whose code the variant replays.
+        installed: the installed code that the variant runs.
     """
 
     file: Path
@@ -91,6 +93,7 @@ class Task:
     timeout: float
     card: Card | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
 
 
 class Report(msgspec.Struct):
@@ -176,6 +179,9 @@ def _virtual_device(task: Task) -> VirtualDevice:
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
     recorder = _PhaseRecorder(device.memory, device.take_device_memory, device.kernel)
     with device:
         ran = _run_body(task, recorder)
@@ -197,6 +203,9 @@ def _on_cuda(task: Task) -> Recording:
         os.environ.pop(variable, None)
     if settings.conf:
         os.environ[rules.conf_variables[0]] = settings.conf
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
     recorder = _PhaseRecorder(cuda, cuda.take_device_memory, lambda *_: None)
@@ -205,6 +214,24 @@ def _on_cuda(task: Task) -> Recording:
         cuda.discard()
         return Recording(None, ran.outcome, ran.message, [], missing=ran.missing)
     return Recording(cuda.stop(_provenance(task)), ran.outcome, ran.message, [], cuda.statistics, ran.missing)
+
+
+def _absent_code(task: Task) -> str:
+    """Import the installed code that the variant runs; why there is none, or ``""``.
+
+    What a package does while it is imported is not what is measured, and it should see the machine as it is, without a
+    virtual device.
+    """
+    code = scenario_of(task).variants[task.variant].installed
+    if code is None:
+        return ""
+    try:
+        code.load()
+    except Exception as e:
+        traceback.print_exception(e)
+        where = f"{code.package} is installed, but {code.function} cannot be imported"
+        return printable(f"{where}: {type(e).__name__}: {e}", 600)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +414,7 @@ def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torc
         outcome=outcome,
         expected_outcome=wanted.expect,
         replays=task.replays,
+        installed=task.installed,
         message=message,
     )
 

@@ -61,7 +61,7 @@ def cases(results: Results, torch: str) -> dict[str, Case]:
 
 
 def test_every_case_that_ran_on_the_card_runs_here(run: tuple[Results, Path]) -> None:
-    assert set(cases(run[0], "2.11.0")) == set(MEASURED)
+    assert set(cases(run[0], "2.11.0")) >= set(MEASURED)
     assert len(MEASURED) == 36
     assert all(m["verify"]["mismatches"] == 0 for m in MEASURED.values())
 

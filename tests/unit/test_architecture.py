@@ -100,6 +100,7 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.cli.thresholds",
         "fragscope.cli.replay",
         "fragscope.cli.tune",
+        "fragscope.cli.upstream",
         "fragscope.doctor",
         "fragscope.record.launch.process",
         "fragscope.search",
