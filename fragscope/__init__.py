@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
     from fragscope.record.device_memory import DeviceMemory
     from fragscope.suite.expect import Expect, Replays
-    from fragscope.suite.ranks import Rank, RankFailedError, RanksHungError, run_ranks
     from fragscope.suite.installed import Installed
+    from fragscope.suite.ranks import Rank, RankFailedError, RanksHungError, run_ranks
     from fragscope.suite.scenario import Case, Scenario, scenario
     from fragscope.trace import Trace, load_trace
 
