@@ -80,11 +80,9 @@ def preallocated(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
     w2_out = torch.empty(experts, width // BLOCK_K, rows2, BLOCK_K, dtype=torch.uint8, device=w2.device)
     for i in range(experts):
         t13 = shuffle_matrix_a(w13[i].view(torch.uint8), EPILOGUE_TILE_M)
-        t13 = convert_to_block_layout(t13, BLOCK_K)
-        w13_out[i] = t13
+        w13_out[i] = convert_to_block_layout(t13, BLOCK_K)
         t2 = shuffle_matrix_a(w2[i].view(torch.uint8), EPILOGUE_TILE_M)
-        t2 = convert_to_block_layout(t2, BLOCK_K)
-        w2_out[i] = t2
+        w2_out[i] = convert_to_block_layout(t2, BLOCK_K)
     return w13_out.view(torch.float8_e4m3fn), w2_out.view(torch.float8_e4m3fn)
 
 

@@ -111,13 +111,16 @@ def preallocated(
         index = _w13_index(cache, w13[i])
         w13_out[i] = w13[i].view(torch.uint8)[index]
         scale = s13[i].view(torch.uint8)
-        torch.index_select(scale, 0, _w13_index(cache, scale, ELEMENTS_PER_SCALE), out=s13_scratch)
+        scale_index = _w13_index(cache, scale, ELEMENTS_PER_SCALE)
+        torch.index_select(scale, 0, scale_index, out=s13_scratch)
         s13_out[i] = interleave(s13_scratch)
         index = _w2_index(cache, w2[i])
         w2_out[i] = w2[i].view(torch.uint8)[index]
         scale = s2[i].view(torch.uint8)
-        torch.index_select(scale, 0, _w2_index(cache, scale, ELEMENTS_PER_SCALE), out=s2_scratch)
+        scale_index = _w2_index(cache, scale, ELEMENTS_PER_SCALE)
+        torch.index_select(scale, 0, scale_index, out=s2_scratch)
         s2_out[i] = interleave(s2_scratch)
+    del s13_scratch, s2_scratch
     return (
         w13_out,
         w2_out,
@@ -135,8 +138,8 @@ def indexed_out(
     scale_index13 = _w13_index(cache, s13[0].view(torch.uint8), ELEMENTS_PER_SCALE)
     index2 = _w2_index(cache, w2[0])
     scale_index2 = _w2_index(cache, s2[0].view(torch.uint8), ELEMENTS_PER_SCALE)
-    w13_out, w2_out = torch.empty_like(w13), torch.empty_like(w2)
-    s13_out, s2_out = _scale_outputs(s13), _scale_outputs(s2)
+    w13_out, s13_out = torch.empty_like(w13), _scale_outputs(s13)
+    w2_out, s2_out = torch.empty_like(w2), _scale_outputs(s2)
     s13_scratch = torch.empty(s13.shape[1:], dtype=torch.uint8, device=s13.device)
     s2_scratch = torch.empty(s2.shape[1:], dtype=torch.uint8, device=s2.device)
     for i in range(w13.shape[0]):
