@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -116,10 +116,16 @@ class StandInRecorder:
 
 
 class ForkedWorkers:
-    """``WorkerServer`` with the test's own process as the server, so that workers know the stand-in."""
+    """``WorkerServer`` with the test's own process as the server, so that workers know the stand-in.
+
+    Attributes:
+        preloaded: for each server, the files it was to import.
+    """
+
+    preloaded: ClassVar[list[list[str]]] = []
 
     def __init__(self, preload: Iterable[Path], jobs: int, timeout: float) -> None:
-        pass
+        self.preloaded.append([file.name for file in preload])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ForkedWorkers]:
@@ -141,12 +147,13 @@ class ForkedWorkers:
                 finally:
                     os._exit(1)
             job.code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            waiting.extend(finished(job))
+            waiting[:0] = finished(job)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> StandInCard:
     """Put the stand-in in the place of CUDA."""
     card = StandInCard(folder / "cuda.log")
+    ForkedWorkers.preloaded.clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", card.properties)

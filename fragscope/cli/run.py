@@ -50,6 +50,10 @@ _LONGEST = 7 * 24 * 3600.0  # what any system call that waits takes
 @click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile; repeatable.")
 @click.option("--capacity", metavar="SIZE", help="Bytes the card has left for segments, such as '22 GiB'.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Set a scenario's parameter.")
+@click.option("--sweep", metavar="NAME=LOW:HIGH[:STEP]",
+              help="Peak memory over a size such as tokens=1k:1M, and the largest that fits.")  # fmt: skip
+@click.option("--budgets", type=click.Path(path_type=Path),
+              help="With --sweep: the largest size must be within these, too.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0.1, max=_LONGEST), default=_TIMEOUT, show_default=True,
               help="Seconds one recording may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Recordings at once; one a core by default.")
@@ -69,6 +73,8 @@ def command(
     cards: tuple[str, ...],
     capacity: str | None,
     overrides: tuple[str, ...],
+    sweep: str | None,
+    budgets: Path | None,
     timeout: float,
     jobs: int | None,
     out: Path | None,
@@ -102,6 +108,8 @@ def command(
         selections = _selections(config, what, preset, variant)
 
     from fragscope.allocator import DEFAULT_CARD
+    from fragscope.cli.sweep import FOLDER as SWEEP_FOLDER
+    from fragscope.cli.sweep import make_sweep, run_sweep, show_sweep
     from fragscope.suite.card_here import ask_card
     from fragscope.suite.matrix import MATRICES, cells
     from fragscope.suite.plan import plan
@@ -109,38 +117,50 @@ def command(
     from fragscope.units import parse_memory
 
     parsed = _overrides(overrides, selections)
-    here = ask_card() if kind == "cuda" else None
+    here = ask_card({s.scenario.file: None for s in selections}) if kind == "cuda" else None
     settings, left_out = cells(
         conf or MATRICES[matrix].confs,
         releases or MATRICES[matrix].releases or (_release(config, kind),),
-        cards or _profile_of(here) or (config.card or DEFAULT_CARD,),
+        cards or _profile_of(None if here is None else here.card) or (config.card or DEFAULT_CARD,),
         None if capacity is None else parse_memory(capacity, "--capacity"),
     )
-    planned = plan(selections, parsed, settings, kind)
+    folder = out or config.out or Path(".fragscope")
+    if sweep is not None:
+        swept = make_sweep(sweep, selections, parsed, settings, kind, budgets)
+        planned, folder = swept.first(), folder / SWEEP_FOLDER
+    elif budgets is not None:
+        raise UsageError("--budgets goes with --sweep; fragscope gate holds the results of a run against budgets")
+    else:
+        planned = plan(selections, parsed, settings, kind)
     if list_only:
         for case in planned:
             click.echo(case.id)
         _tell_left_out(left_out)
         return EXIT_PASS
-    folder = out or config.out or Path(".fragscope")
     options = RunOptions(
         out=folder,
         root=root,
         jobs=jobs or (usable_cores() if kind == "virtual" else 1),
         timeout=timeout,
         resume=resume,
-        card=here,
+        card=None if here is None else here.card,
+        files_first=here is not None and here.files_first,
         command=("fragscope", *sys.argv[1:]),
         not_applicable=tuple(left_out),
     )
     try:
         with _stopped_by_signals(), _RichProgress() as progress:
-            results = run_plan(planned, options, progress)
+            if sweep is not None:
+                found = run_sweep(swept, options, progress)
+            else:
+                results = run_plan(planned, options, progress)
     except KeyboardInterrupt:
         click.echo(f"fragscope: what is finished is in {folder}; the same command with --resume goes on", err=True)
         raise click.Abort from None
     except OSError as e:
         raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
+    if sweep is not None:
+        return show_sweep(found, style, folder)
     _show(results, folder, style, report=not no_report)
     _tell_left_out(left_out)
     return _exit_code(results)
@@ -352,6 +372,7 @@ class _RichProgress:
             transient=True,
         )
         self._task: Any = None
+        self._total = 0
 
     def __enter__(self) -> _RichProgress:
         self._bar.start()
@@ -362,9 +383,15 @@ class _RichProgress:
 
     def planned(self, cases: int, resumed: int) -> None:
         """Show how much there is to do."""
+        self._total = cases
         self._task = self._bar.add_task("starting workers", total=cases, completed=resumed)
         if resumed:
             click.echo(f"fragscope: {resumed} of {cases} cases are kept from the earlier run", err=True)
+
+    def planned_more(self, cases: int) -> None:
+        """Show that there is more to do."""
+        self._total += cases
+        self._bar.update(self._task, total=self._total)
 
     def started(self, what: str) -> None:
         """Show what runs."""

@@ -1,4 +1,4 @@
-"""The card at hand: what it is, and what is free of it now.
+"""The card at hand: what it is, what is free of it now, and how processes can be started that use it.
 
 Asked in a process of its own, once a run. A context held by this process would take memory that recordings then lack.
 """
@@ -6,6 +6,8 @@ Asked in a process of its own, once a run. A context held by this process would 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -36,22 +38,52 @@ class Answer(msgspec.Struct, frozen=True):
     l2: int
 
 
-def ask_card() -> Card:
+@dataclass(frozen=True, slots=True)
+class CardHere:
+    """The card at hand.
+
+    Attributes:
+        card: its facts.
+        files_first: a process can import the scenario files before it is forked and CUDA begins. A file that touches
+            CUDA while it is imported makes CUDA unusable in every fork.
+    """
+
+    card: Card
+    files_first: bool
+
+
+def ask_card(files: Iterable[Path]) -> CardHere:
     """The card that recordings on CUDA will use, of several the one that is current in a fresh process.
+
+    Args:
+        files: the scenario files of the run.
 
     Raises:
         NotMeasuredError: CUDA cannot be used now; says why in one line.
     """
+    said = _asked(tuple(files))
+    if isinstance(said, Answer):
+        return CardHere(_card(said), files_first=True)
+    said = _asked(())
+    if isinstance(said, Answer):
+        return CardHere(_card(said), files_first=False)
+    raise NotMeasuredError(f"--device cuda: the card cannot be used now: {said}")
+
+
+def _asked(files: tuple[Path, ...]) -> Answer | str:
+    """The answer, or why there is none."""
     with tempfile.TemporaryDirectory(prefix="fragscope-") as name:
         folder = Path(name)
         job = Job(_KEY, answer, (folder,))
-        with WorkerServer((), 1, _PATIENCE).running() as server:
+        with WorkerServer(files, 1, _PATIENCE).running() as server:
             server.run([job], lambda _: (), lambda _: None)
         try:
-            said = msgspec.json.decode(report_path(folder, _KEY).read_bytes(), type=Answer)
+            return msgspec.json.decode(report_path(folder, _KEY).read_bytes(), type=Answer)
         except (OSError, msgspec.MsgspecError):
-            how = f"no answer in {_PATIENCE:g} s" if job.timed_out else _last_words(folder)
-            raise NotMeasuredError(f"--device cuda: the card cannot be used now: {how}") from None
+            return f"no answer in {_PATIENCE:g} s" if job.timed_out else _last_words(folder)
+
+
+def _card(said: Answer) -> Card:
     return Card(
         name=said.product.lower().replace(" ", "-"),
         product=said.product,

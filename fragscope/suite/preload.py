@@ -27,9 +27,16 @@ os.dup2(_nothing, 2)
 # Some operators on metadata import a large part of torch at their first call; let that happen once, here.
 torch.stack([torch.zeros(1, device="meta")])
 
+# By itself torch asks CUDA whether there is a card, which makes CUDA unusable in every fork; NVML does no such harm.
+_before = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(os.pathsep)):
     with contextlib.suppress(BaseException):
         load_scenarios(Path(_name))
+if _before is None:
+    del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+else:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = _before
 remember_sources()
 
 os.dup2(_stderr, 2)

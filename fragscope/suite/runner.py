@@ -39,6 +39,7 @@ class RunOptions:
         resume: take valid results of an earlier run in the same folder.
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
+        files_first: scenario files may be imported before a process is forked that uses CUDA.
         not_applicable: combinations that were asked for and do not exist, for the record.
     """
 
@@ -48,6 +49,7 @@ class RunOptions:
     timeout: float
     resume: bool
     card: Card | None = None
+    files_first: bool = False
     command: tuple[str, ...] = ()
     not_applicable: tuple[NotApplicable, ...] = ()
 
@@ -58,6 +60,9 @@ class Progress(Protocol):
     def planned(self, cases: int, resumed: int) -> None:
         """How many cases there are, and how many of them an earlier run already finished."""
 
+    def planned_more(self, cases: int) -> None:
+        """There are more cases than was said."""
+
     def started(self, what: str) -> None:
         """A recording began."""
 
@@ -65,8 +70,24 @@ class Progress(Protocol):
         """A case has a result."""
 
 
-def run_plan(planned: Sequence[PlannedCase], options: RunOptions, progress: Progress) -> Results:
+More = Callable[[Case], Iterable[PlannedCase]]
+"""What else to run now that a case is finished."""
+
+
+def _nothing_more(_: Case) -> Iterable[PlannedCase]:
+    return ()
+
+
+def run_plan(
+    planned: Sequence[PlannedCase], options: RunOptions, progress: Progress, more: More = _nothing_more
+) -> Results:
     """Run every planned case and write results.json; an interrupt keeps what is finished and is raised again.
+
+    Args:
+        planned: what to run at least.
+        options: how.
+        progress: who is told how it goes.
+        more: asked after each case, those of an earlier run among them.
 
     Raises:
         UsageError: the folder for results cannot be written, or another run writes there.
@@ -74,15 +95,36 @@ def run_plan(planned: Sequence[PlannedCase], options: RunOptions, progress: Prog
     # The program may change the working directory.
     options = replace(options, out=options.out.absolute(), root=options.root.absolute())
     with locked(options.out):
-        return _run_locked(planned, options, progress)
+        return _run_locked(list(planned), options, progress, more)
 
 
-def _run_locked(planned: Sequence[PlannedCase], options: RunOptions, progress: Progress) -> Results:
+def _run_locked(planned: list[PlannedCase], options: RunOptions, progress: Progress, more: More) -> Results:
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     known = finished_cases(options.out) if options.resume else {}
-    results = {p.digest: known[p.digest] for p in planned if p.digest in known}
-    todo = [p for p in planned if p.digest not in results]
-    run = _PlanRun(options, progress, results)
+    results: dict[str, Case] = {}
+
+    def taken_up(wanted: Iterable[PlannedCase]) -> list[PlannedCase]:
+        """Add cases to the plan; those that an earlier run did not finish."""
+        todo = []
+        waiting = list(wanted)
+        while waiting:
+            case = waiting.pop(0)
+            if case.digest not in known:
+                todo.append(case)
+                continue
+            results[case.digest] = known[case.digest]
+            further = list(more(known[case.digest]))
+            planned.extend(further)
+            waiting.extend(further)
+        return todo
+
+    def after(case: Case) -> list[PlannedCase]:
+        further = list(more(case))
+        planned.extend(further)
+        return taken_up(further)
+
+    run = _PlanRun(options, progress, results, after)
+    todo = taken_up(list(planned))
 
     def write() -> Results:
         cases = [results[p.digest] for p in planned if p.digest in results]
@@ -148,10 +190,18 @@ def numeric_key(scenario: str) -> str:
 class _PlanRun:
     """The state of one run."""
 
-    def __init__(self, options: RunOptions, progress: Progress, results: dict[str, Case]) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        progress: Progress,
+        results: dict[str, Case],
+        after: Callable[[Case], list[PlannedCase]],
+    ) -> None:
         self._options = options
         self._progress = progress
         self._results = results
+        self._after = after
+        self._further: list[PlannedCase] = []
         self._numerics: dict[str, NumericReport] = {}
         self._held: dict[str, list[Case]] = {}  # cases by scenario whose numeric step is not over
         self._tasks: dict[str, Task] = {}
@@ -172,14 +222,10 @@ class _PlanRun:
         if not todo:
             return
         shutil.rmtree(self._options.out / "work", ignore_errors=True)
-        self._planned = {p.id: p for p in todo}
-        # A module that touches CUDA while it is imported would make CUDA unusable in every fork.
-        files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual")
+        first = self._options.files_first
+        files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual" or first)
         numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
-        groups: dict[Any, list[PlannedCase]] = {}
-        for planned in todo:
-            groups.setdefault(planned.recording, []).append(planned)
-        recordings = [self._first_job(group) for group in groups.values()]
+        recordings = self._first_jobs(todo)
         with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
             server.run([*numeric, *recordings], self._ended, self._started)
 
@@ -188,10 +234,20 @@ class _PlanRun:
         what = {run_numeric: f"numerics of {task.scenario}", run_need: f"need of {task.cases[0].id}"}
         self._progress.started(what.get(job.target, task.cases[0].id))
 
+    def _first_jobs(self, cases: Iterable[PlannedCase]) -> list[Job]:
+        groups: dict[Any, list[PlannedCase]] = {}
+        for planned in cases:
+            self._planned[planned.id] = planned
+            groups.setdefault(planned.recording, []).append(planned)
+        return [self._first_job(group) for group in groups.values()]
+
     def _ended(self, job: Job) -> Iterable[Job]:
         if job.target is run_numeric:
-            return self._numeric_ended(job)
-        return self._need_ended(job) if job.target is run_need else self._recording_ended(job)
+            jobs = list(self._numeric_ended(job))
+        else:
+            jobs = list(self._need_ended(job) if job.target is run_need else self._recording_ended(job))
+        further, self._further = self._further, []
+        return [*jobs, *self._first_jobs(further)]
 
     # --- numeric steps --------------------------------------------------------------------------------------------
 
@@ -308,6 +364,10 @@ class _PlanRun:
         assert self._journal is not None
         self._journal.add(case)
         self._progress.finished(case)
+        further = self._after(case)
+        if further:
+            self._progress.planned_more(len(further))
+            self._further.extend(further)
 
 
 def _one_per_scenario(todo: Sequence[PlannedCase]) -> list[PlannedCase]:

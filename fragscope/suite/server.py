@@ -85,6 +85,8 @@ class WorkerServer:
     ) -> None:
         """Run all jobs, and those that ``finished`` adds, until none is left.
 
+        What is added comes first: an interrupted run then has whole results instead of many beginnings.
+
         On any exception (an interrupt above all) running processes are stopped before it goes on.
         """
         waiting = list(jobs)
@@ -99,12 +101,12 @@ class WorkerServer:
                 ended = wait(list(running), timeout=max(0.0, soonest - monotonic()))
                 for sentinel in ended:
                     assert isinstance(sentinel, int)
-                    waiting.extend(_end(running.pop(sentinel), finished))
+                    waiting[:0] = _end(running.pop(sentinel), finished)
                 for sentinel, job in list(running.items()):
                     if monotonic() >= job.deadline:
                         job.timed_out = True
                         del running[sentinel]
-                        waiting.extend(_end(job, finished))
+                        waiting[:0] = _end(job, finished)
         finally:
             for job in running.values():
                 job.stop()

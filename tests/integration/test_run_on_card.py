@@ -20,8 +20,9 @@ from fragscope.trace import load_trace
 
 pytest.importorskip("torch")
 import torch
-from stand_in_card import FREE, NAME, StandInCard, install
+from stand_in_card import FREE, NAME, ForkedWorkers, StandInCard, install
 
+from fragscope.suite import card_here
 from fragscope.suite.card_here import ask_card
 from fragscope.suite.discover import Selection, load_scenarios
 from fragscope.suite.plan import plan
@@ -236,6 +237,8 @@ def test_a_card_that_cannot_be_used_ends_the_run_in_one_line(
 
 class Silent:
     def planned(self, cases: int, resumed: int) -> None: ...
+
+    def planned_more(self, cases: int) -> None: ...
     def started(self, what: str) -> None: ...
     def finished(self, case: Case) -> None: ...
 
@@ -255,7 +258,32 @@ def test_the_workers_of_a_run_know_the_card(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_there_is_no_answer() -> None:
     with pytest.raises(NotMeasuredError, match=r"the card cannot be used now: .*(CUDA|NVIDIA)"):
-        ask_card()
+        ask_card(())
+
+
+def test_scenario_files_are_imported_before_processes_fork(card: StandInCard) -> None:
+    write_scenarios(Path(), "needs", NEEDS)
+    runs("fits")
+    assert ForkedWorkers.preloaded == [["scenario_needs.py"]] * 2  # the process that asks, and those that record
+
+
+def test_files_that_touch_cuda_are_imported_in_each_process(card: StandInCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scenarios(Path(), "needs", NEEDS)
+    asked = card_here._asked
+    monkeypatch.setattr(card_here, "_asked", lambda files: "CUDA is unusable" if files else asked(files))
+    runs("fits")
+    assert only_case()["outcome"] == "ok"
+    assert ForkedWorkers.preloaded == [[], []]
+
+
+def test_a_recording_follows_its_own_precheck(card: StandInCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an interrupted run has results."""
+    write_scenarios(Path(), "needs", NEEDS)
+    started: list[str] = []
+    progress = sys.modules["fragscope.cli.run"].__dict__["_RichProgress"]
+    monkeypatch.setattr(progress, "started", lambda _, what: started.append(what.partition("/")[0]))
+    runs("fits", "caught")
+    assert started == ["need of fits", "fits", "need of caught", "caught"]
 
 
 def test_a_skipped_case_is_tried_again_when_there_is_room(card: StandInCard) -> None:

@@ -13,11 +13,13 @@ import pytest
 from fragscope.doctor import Diagnosis
 from fragscope.gate.verdict import Verdict
 from fragscope.results import Results
+from fragscope.suite.sweep import SweepResults
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 PUBLISHED = {
     "doctor.schema.json": Diagnosis,
     "results.schema.json": Results,
+    "sweep.schema.json": SweepResults,
     "verdict.schema.json": Verdict,
 }
 

@@ -1,0 +1,287 @@
+"""How peak memory grows with a size, and the largest size that fits.
+
+A sweep runs its cases at sizes spread evenly on a logarithmic scale, and then halves the interval between the largest
+size of them that fits and the smallest above it that does not, until nothing lies between. That the sizes in between
+fit is not proven: a size can fail below one that fits, and where the sizes tried show that, the answer says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from fragscope.errors import UsageError
+from fragscope.results import Case, Outcome
+from fragscope.suite.discover import Selection
+from fragscope.suite.plan import PlannedCase
+
+_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_RANGE = re.compile(r"([A-Za-z_]\w*)=(\d+)([A-Za-z]*):(\d+)([A-Za-z]*)(?::(\d+)([A-Za-z]*))?", re.ASCII)
+_TOO_LARGE: tuple[Outcome, ...] = ("oom", "overflow")
+_MOST = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """``NAME=LOW:HIGH[:STEP]``: sizes from ``low`` to ``high``, each ``low`` plus a multiple of ``step``."""
+
+    name: str
+    low: int
+    high: int
+    step: int = 1
+
+    @property
+    def grid(self) -> list[int]:
+        """Sizes to begin with: both ends, and the doublings of the lower one between them."""
+        out = [self.low]
+        while out[-1] * 2 < self.high:
+            out.append(self.at(self.steps(out[-1] * 2)))
+        return sorted({*out, self.at(self.steps(self.high))})
+
+    def steps(self, size: int) -> int:
+        """Whole steps from the lower end to a size, rounded down."""
+        return (size - self.low) // self.step
+
+    def at(self, steps: int) -> int:
+        """The size that many steps above the lower end."""
+        return self.low + steps * self.step
+
+
+def parse_range(text: str) -> Range:
+    """Read ``--sweep``; k, M, G are powers of 1000, Ki, Mi, Gi of 1024.
+
+    Raises:
+        UsageError: it is not of that form, or empty.
+    """
+    match = _RANGE.fullmatch(text)
+    if match is None or any(unit not in _FACTORS for unit in match.group(3, 5, 7) if unit is not None):
+        raise UsageError(
+            f"--sweep {text}: write NAME=LOW:HIGH or NAME=LOW:HIGH:STEP, such as tokens=1k:1M; "
+            "k, M and G are powers of 1000, Ki, Mi and Gi of 1024"
+        )
+    low, high = int(match[2]) * _FACTORS[match[3]], int(match[4]) * _FACTORS[match[5]]
+    step = 1 if match[6] is None else int(match[6]) * _FACTORS[match[7]]
+    if not 0 < low <= high < _MOST or step < 1:
+        raise UsageError(f"--sweep {text}: sizes go up from at least 1, in steps of at least 1")
+    return Range(match[1], low, high, step)
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One size and what it gave; bytes.
+
+    Attributes:
+        over: why it is over a budget, ``""`` where it is not.
+    """
+
+    size: int
+    outcome: Outcome
+    peak_allocated: int
+    peak_reserved: int
+    transient: int
+    exact: bool
+    over: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program came to its end within budget."""
+        return self.outcome == "ok" and not self.over
+
+
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sweep found out about one case; bytes.
+
+    Attributes:
+        name: ``scenario/preset/variant``.
+        conf, torch, card: what it was decided under.
+        capacity: bytes that segments could take together.
+        largest: the largest size that fits; None where not even the smallest does, or it could not be told.
+        limited_by: why the next size does not fit; ``""`` where the largest size asked for does.
+        problem: why there is no answer; ``""`` where there is.
+        fails_below: sizes below ``largest`` that do not fit.
+        points: by size.
+    """
+
+    name: str
+    conf: str
+    torch: str
+    card: str
+    capacity: int
+    largest: int | None
+    limited_by: str
+    problem: str
+    fails_below: list[int]
+    points: list[Point]
+
+
+class SweepResults(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of sweep.json.
+
+    Attributes:
+        parameter, low, high, step: what was swept.
+        command: the command line as it was given.
+        complete: every case has its answer, or the reason why there is none.
+    """
+
+    schema_version: int = 1
+    parameter: str
+    low: int
+    high: int
+    step: int
+    command: list[str] = []
+    complete: bool
+    curves: list[Curve]
+
+
+Over = Callable[[Case], str]
+"""Why a case is over a budget, ``""`` where it is within all."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """One case of the sweep, at all sizes so far."""
+
+    first: PlannedCase
+    points: dict[int, Point] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)
+
+    @property
+    def problem(self) -> str:
+        """What keeps the sweep from an answer: an outcome that has nothing to do with size."""
+        for size, point in sorted(self.points.items()):
+            if point.outcome != "ok" and point.outcome not in _TOO_LARGE:
+                return f"{point.outcome} at {size:,}: {self.reasons[size] or 'no message'}"
+        return ""
+
+    @property
+    def bracket(self) -> tuple[int | None, int | None]:
+        """The largest size that fits, and the smallest above it that does not."""
+        largest = max((s for s, p in self.points.items() if p.fits), default=None)
+        above = min((s for s in self.points if largest is None or s > largest), default=None)
+        return largest, above
+
+
+class Sweep:
+    """Which sizes to run next, given what came out so far.
+
+    Args:
+        sizes: what is swept.
+        at: the cases at one size, the same ones for every size.
+        over: holds a case against budgets.
+    """
+
+    def __init__(self, sizes: Range, at: Callable[[int], Sequence[PlannedCase]], over: Over) -> None:
+        self._sizes = sizes
+        self._at = at
+        self._over = over
+        self._cells: dict[tuple[object, ...], _Cell] = {}
+        self._where: dict[str, tuple[_Cell, int]] = {}
+
+    def first(self) -> list[PlannedCase]:
+        """The cases at the sizes to begin with."""
+        out = []
+        for size in self._sizes.grid:
+            for planned in self._at(size):
+                cell = self._cells.setdefault(_key(planned), _Cell(planned))
+                out.append(self._ask(cell, size, planned))
+        return out
+
+    def after(self, case: Case) -> Iterable[PlannedCase]:
+        """What to run now that a case is finished."""
+        cell, size = self._where[case.digest]
+        cell.reasons[size] = case.message
+        cell.points[size] = Point(
+            size=size,
+            outcome=case.outcome,
+            peak_allocated=case.peak.allocated,
+            peak_reserved=case.peak.reserved,
+            transient=case.transient,
+            exact=case.exact,
+            over=self._over(case) if case.outcome == "ok" else "",
+        )
+        if len(cell.points) < len(cell.asked) or cell.problem:
+            return ()
+        largest, above = cell.bracket
+        if largest is None or above is None:
+            return ()
+        between = (self._sizes.steps(largest) + self._sizes.steps(above)) // 2
+        size = self._sizes.at(between)
+        if size <= largest:
+            return ()
+        planned = next(p for p in self._at(size) if _key(p) == _key(cell.first))
+        return (self._ask(cell, size, planned),)
+
+    def _ask(self, cell: _Cell, size: int, planned: PlannedCase) -> PlannedCase:
+        cell.asked.add(size)
+        self._where[planned.digest] = (cell, size)
+        return planned
+
+    def results(self, command: Sequence[str], *, complete: bool) -> SweepResults:
+        """What came out, in the order of the plan."""
+        return SweepResults(
+            parameter=self._sizes.name,
+            low=self._sizes.low,
+            high=self._sizes.high,
+            step=self._sizes.step,
+            command=list(command),
+            complete=complete,
+            curves=[_curve(cell) for cell in self._cells.values()],
+        )
+
+
+def _curve(cell: _Cell) -> Curve:
+    settings = cell.first.settings
+    largest, above = cell.bracket
+    limited_by = ""
+    if above is not None:
+        point = cell.points[above]
+        # What torch says of an out-of-memory error goes on to advice.
+        why = cell.reasons[above].partition(". GPU ")[0]
+        limited_by = f"at {above:,}: {point.over or f'{point.outcome}: {why}'}"
+    return Curve(
+        name=cell.first.selection.name,
+        conf=settings.conf,
+        torch=settings.rules.torch,
+        card=settings.card,
+        capacity=settings.capacity,
+        largest=None if cell.problem else largest,
+        limited_by="" if cell.problem else limited_by,
+        problem=cell.problem,
+        fails_below=[s for s, p in sorted(cell.points.items()) if largest is not None and s < largest and not p.fits],
+        points=[point for _, point in sorted(cell.points.items())],
+    )
+
+
+def sweepable(selections: Sequence[Selection], name: str) -> tuple[list[Selection], list[str]]:
+    """The selections that have a size of that name, and the scenarios that have none.
+
+    Raises:
+        UsageError: none has.
+    """
+    chosen = []
+    for selection in selections:
+        value = selection.scenario.values_for(selection.preset, {}).get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and not _has_choices(selection, name):
+            chosen.append(selection)
+    if not chosen:
+        sizes = {
+            key
+            for s in selections
+            for key, value in s.scenario.values_for(s.preset, {}).items()
+            if isinstance(value, int) and not isinstance(value, bool) and not _has_choices(s, key)
+        }
+        known = f"sizes there are: {', '.join(sorted(sizes))}" if sizes else "they have no integer parameters"
+        raise UsageError(f"--sweep {name}: no selected scenario has an integer of that name; {known}")
+    having = {s.scenario.name for s in chosen}
+    return chosen, sorted({s.scenario.name for s in selections} - having)
+
+
+def _has_choices(selection: Selection, name: str) -> bool:
+    return isinstance(selection.scenario.params.get(name), tuple)
+
+
+def _key(planned: PlannedCase) -> tuple[object, ...]:
+    return planned.selection.name, planned.settings
