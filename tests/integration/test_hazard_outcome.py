@@ -46,8 +46,8 @@ def test_an_undeclared_hazard_is_told_with_both_lines_and_ends_with_3(tmp_path: 
     zero, encode = (next(n for n, line in enumerate(lines, 1) if text in line) for text in ("x.zero_()", '"encode", w'))
     assert (found["races/plain"]["outcome"], found["races/plain"]["message"]) == (
         "hazard",
-        f"encode (scenario_races.py:{encode}, on stream 1) writes memory that aten::zero_ (scenario_races.py:{zero}, on "
-        "the default stream) writes, and nothing orders them; 1 such pair at 1 place",
+        f"encode (scenario_races.py:{encode}, on stream 1) writes memory that aten::zero_ "
+        f"(scenario_races.py:{zero}, on the default stream) writes, and nothing orders them; 1 such pair at 1 place",
     )
 
 
