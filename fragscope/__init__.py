@@ -15,16 +15,22 @@ if TYPE_CHECKING:
         UsageError,
     )
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
+    from fragscope.record.device_memory import DeviceMemory
     from fragscope.suite.expect import Expect, Replays
+    from fragscope.suite.ranks import Rank, RankFailedError, RanksHungError, run_ranks
     from fragscope.suite.scenario import Case, Scenario, scenario
     from fragscope.trace import Trace, load_trace
 
 __all__ = [
     "Case",
+    "DeviceMemory",
     "Expect",
     "FragscopeError",
     "InputFileError",
     "NotMeasuredError",
+    "Rank",
+    "RankFailedError",
+    "RanksHungError",
     "Recorder",
     "RecorderOptions",
     "Replays",
@@ -36,6 +42,7 @@ __all__ = [
     "UsageError",
     "load_trace",
     "phase",
+    "run_ranks",
     "scenario",
 ]
 
@@ -45,6 +52,11 @@ _HOMES = {
     "RecorderOptions": "fragscope.record.cuda",
     "Stacks": "fragscope.record.cuda",
     "phase": "fragscope.record.cuda",
+    "DeviceMemory": "fragscope.record.device_memory",
+    "Rank": "fragscope.suite.ranks",
+    "RankFailedError": "fragscope.suite.ranks",
+    "RanksHungError": "fragscope.suite.ranks",
+    "run_ranks": "fragscope.suite.ranks",
     "Expect": "fragscope.suite.expect",
     "Replays": "fragscope.suite.expect",
     "Case": "fragscope.suite.scenario",

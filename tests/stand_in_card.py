@@ -22,6 +22,7 @@ import torch._dynamo  # which every virtual device imports: once here instead of
 from fragscope.allocator import Card, ReplaySettings, rules_for
 from fragscope.allocator.replay import SpanMeter
 from fragscope.record.cuda import PhaseStatistics, RecorderOptions, Stacks
+from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual import VirtualDevice
 from fragscope.suite import card_here, runner, worker
 from fragscope.suite.server import Job
@@ -100,6 +101,9 @@ class StandInRecorder:
         peak["reserved"] += self.card.wrong_reserved
         self.statistics = PhaseStatistics(peak, end)
         self.device.memory.end_phase()
+
+    def take_device_memory(self, size: int, how: How) -> DeviceMemory:
+        return self.device.take_device_memory(size, how)
 
     def discard(self) -> None:
         self.device.__exit__()

@@ -21,6 +21,7 @@ from fragscope.allocator.recorded import caught_of
 from fragscope.allocator.rules import NEWEST, RULES, TieBreak
 from fragscope.allocator.tape import Tape
 from fragscope.trace import DEFAULT_POOL, RequestKind
+from fragscope.trace.sizes import DRIVER_PAGE
 
 Effect = Literal["none", "bounded", "unknown"]
 _WORSE: tuple[Effect, ...] = ("none", "bounded", "unknown")
@@ -127,6 +128,7 @@ EFFECTS: dict[str, Callable[[Facts], Effect]] = {
     "limit_inferred": _of_limit,
     "fraction_assumed": _of_memory,
     # What the replay did that no recording confirms.
+    "raw_pages": _of_capacity,
     "tie_by_modelled_address": _always,
     "allocator_defect": _always,
     "settings_dropped": _always,
@@ -215,6 +217,10 @@ def _of_recording(f: Facts) -> _Found:
     elif uses:
         detail = "deferred frees complete when they did in the recorded run; under other settings, maybe at other times"
         yield "deferred_frees", uses, detail
+    parts = int(np.count_nonzero(trace.requests.size[trace.requests.kind == RequestKind.RAW_ALLOC] % DRIVER_PAGE))
+    if parts:
+        detail = "memory past the allocator is counted in whole pages; a card may put several small requests into one"
+        yield "raw_pages", parts, detail
     if f.late_frees:
         detail = "memory was freed that was never seen allocated; what it held is not in the figures"
         yield "late_start", f.late_frees, detail

@@ -111,13 +111,15 @@ def _plot(height: int, **options: Any) -> Any:
 def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
     """All variants of a group on one axis: allocated (solid) and reserved (dashed) over the measured phase.
 
+    Where memory was taken past the allocator, reserved plus that is there too (dotted).
+
     The horizontal axis is the share of each variant's own events, since variants do the same work in very different
     numbers of events; it is not time.
 
     Args:
         recordings: letter, colour number and Recording of each variant.
     """
-    largest = max(int(r.timeline.reserved[r.rows].max(initial=0)) for _, _, r in recordings)
+    largest = max(int(r.timeline.hbm[r.rows].max(initial=0)) for _, _, r in recordings)
     unit, unit_name = _unit(largest)
     height = 340
     plot = _plot(height, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=max(largest, 1) / unit * 1.08))
@@ -140,6 +142,11 @@ def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
         label.update(text_align="left" if share < 0.02 else "right" if share > 0.98 else "center")
         plot.add_layout(label)
     return _pack(plot, height)
+
+
+def has_raw(recording: Recording) -> bool:
+    """Whether memory was held past the allocator at any time of the phase."""
+    return bool(recording.timeline.raw[recording.rows].any())
 
 
 def _label(x: float, y: float, text: str, color: str) -> Label:
@@ -175,6 +182,9 @@ def _add_lines(plot: Any, variant: tuple[str, int], recording: Recording, units:
     line, rows = recording.timeline, recording.rows
     allocated, reserved = line.allocated[rows], line.reserved[rows]
     kept = np.union1d(decimate(allocated, LINE_POINTS), decimate(reserved, LINE_POINTS))
+    is_raw, hbm = has_raw(recording), line.hbm[rows]
+    if is_raw:
+        kept = np.union1d(kept, decimate(hbm, LINE_POINTS))
     last = max(len(allocated) - 1, 1)
     # A counter holds its value until the next event: each kept row is drawn as a step.
     at = np.repeat(kept, 2)
@@ -185,12 +195,16 @@ def _add_lines(plot: Any, variant: tuple[str, int], recording: Recording, units:
             "event": (at + rows.start).astype(np.int32),
             "allocated": (allocated[at] / unit).astype(np.float32),
             "reserved": (reserved[at] / unit).astype(np.float32),
+            **({"hbm": (hbm[at] / unit).astype(np.float32)} if is_raw else {}),
         }
     )
     color = placeholder(line_name(number))
     dashed = plot.line("x", "reserved", source=source, color=color, line_dash=[5, 4], alpha=0.75)
     solid = plot.line("x", "allocated", source=source, color=color, line_width=2, line_join="round")
     dashed.tags = solid.tags = [letter]
+    if is_raw:
+        dotted = plot.line("x", "hbm", source=source, color=color, line_dash=[1, 3], line_width=2, alpha=0.75)
+        dotted.tags = [letter]
     plot.add_tools(
         HoverTool(
             renderers=[solid],
@@ -201,6 +215,7 @@ def _add_lines(plot: Any, variant: tuple[str, int], recording: Recording, units:
                 ("event", "@event{0,0}"),
                 ("allocated", f"@allocated{{0,0.000}} {unit_name}"),
                 ("reserved", f"@reserved{{0,0.000}} {unit_name}"),
+                *([("with memory past the allocator", f"@hbm{{0,0.000}} {unit_name}")] if is_raw else []),
             ],
         )
     )

@@ -19,6 +19,7 @@ from fragscope.report.figures import (
     LINE_POINTS,
     STATE_WORDS,
     Drawing,
+    has_raw,
     map_figure,
     map_scale,
     progress_figure,
@@ -79,6 +80,7 @@ class Section:
         drawing: the variants on one axis.
         alternative: that in words.
         legend: name of a colour of the memory maps, and what it means.
+        has_raw: memory was taken past the allocator, and has a line.
     """
 
     anchor: str
@@ -87,6 +89,7 @@ class Section:
     drawing: Drawing | None
     alternative: str
     legend: tuple[tuple[str, str], ...]
+    has_raw: bool = False
 
 
 def render(results: Results, folder: Path) -> str:
@@ -151,6 +154,7 @@ def _section(number: int, group: Group, folder: Path) -> Section:
         spoken.append(
             f"{letter}, {group.rows[i].variant}: from {format_bytes(base)} allocated to a peak of "
             f"{format_bytes(level.allocated)}; peak reserved {format_bytes(level.reserved)}"
+            + (f"; with memory past the allocator {format_bytes(level.hbm)}" if has_raw(recording) else "")
         )
     alternative = f"Allocated and reserved bytes over the measured phase. {'; '.join(spoken)}."
     has_pools = any(len(recording.lives.holds) for _, _, recording in read)
@@ -162,6 +166,7 @@ def _section(number: int, group: Group, folder: Path) -> Section:
         drawing=progress_figure(read) if read else None,
         alternative=alternative,
         legend=tuple((f"cell-{state.value}", STATE_WORDS[state]) for state in states),
+        has_raw=any(has_raw(recording) for _, _, recording in read),
     )
 
 

@@ -273,6 +273,9 @@ def _headlines(results: Results, groups: tuple[Group, ...]) -> tuple[str, ...]:
             else f"All {len(cases)} outcomes are the declared ones."
         )
     for group in groups:
+        if any(row.case.peak.raw for row in group.rows):
+            out += _of_all_memory(group)
+            continue
         compared = [row for row in group.rows if row.difference is not None and row.case.outcome == "ok"]
         if not compared or compared[0].original is None:
             continue
@@ -285,6 +288,20 @@ def _headlines(results: Results, groups: tuple[Group, ...]) -> tuple[str, ...]:
         amount = f"{best.mark}{format_bytes(best.case.transient)}"
         out.append(f"{group.title}: {which}, {amount}, {against} the original's {reference}.")
     return tuple(out)
+
+
+def _of_all_memory(group: Group) -> list[str]:
+    """Who needs least where variants take memory past the allocator, which transients do not tell."""
+    rows = sorted((row for row in group.rows if row.case.outcome == "ok"), key=lambda row: row.case.peak.hbm)
+    if len(rows) < 2:
+        return []
+    least, most = rows[0], max(rows, key=lambda row: row.case.peak.hbm)
+    best = [row.variant for row in rows if row.case.peak.hbm == least.case.peak.hbm]
+    which = f"{' and '.join(best)} {'have' if len(best) > 1 else 'has'}"
+    amount = f"{least.mark}{format_bytes(least.case.peak.hbm)}"
+    more = most.case.peak.hbm - least.case.peak.hbm
+    rest = f"; {most.variant} has {most.mark or least.mark}{format_bytes(more)} more" if more else ""
+    return [f"{group.title}: {which} the smallest peak HBM, {amount}{rest}."]
 
 
 def _signed(count: int) -> str:

@@ -57,11 +57,16 @@ def _die_with_parent() -> None:
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when the one that forked it ends; elsewhere nothing is asked."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave() -> None:
@@ -73,10 +78,15 @@ def leave() -> None:
     os._exit(0)
 
 
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's, nor Python's, nor ours."""
+    return not file.startswith(_NOT_THE_USERS) and "/torch/" not in file
+
+
 def innermost(places: Iterable[tuple[str, int]], root: Path) -> str:
     """`` (at file:line)`` of the first place that is neither torch's, nor Python's, nor ours."""
     for file, line in places:
-        if not file.startswith(_NOT_THE_USERS) and "/torch/" not in file:
+        if is_users(file):
             return f" (at {_relative(file, root)}:{line})"
     return ""
 

@@ -55,7 +55,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
 
 
 def cases(results: Results, torch: str) -> dict[str, Case]:
-    return {f"{c.scenario}/{c.preset}/{c.variant}": c for c in results.cases if c.torch == torch}
+    """Of the scenarios that were recorded on the card."""
+    named = {f"{c.scenario}/{c.preset}/{c.variant}": c for c in results.cases if c.torch == torch}
+    recorded = {name.split("/")[0] for name in MEASURED}
+    return {name: c for name, c in named.items() if c.scenario in recorded}
 
 
 def test_every_case_that_ran_on_the_card_runs_here(run: tuple[Results, Path]) -> None:
@@ -142,7 +145,7 @@ def test_second_release_was_replayed_from_the_same_recording(run: tuple[Results,
 
 
 def test_numerics_agree_with_the_references(run: tuple[Results, Path]) -> None:
-    for case in run[0].cases:
+    for case in cases(run[0], "2.13.0").values():
         assert case.numeric is not None
         assert case.numeric["agree"] is True
         assert case.numeric["compared_with"] == "reference"

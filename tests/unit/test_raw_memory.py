@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from requests_of import MIB, trace_of
@@ -103,6 +104,18 @@ def test_more_held_than_the_recording_shows_makes_a_guessed_capacity_matter():
 
     assert effect(under) == "none"
     assert effect(under.with_conf("expandable_segments:True")) == "unknown"
+
+
+def test_requests_that_might_share_a_page_count_where_memory_is_short():
+    small = [("raw", 0, MIB), ("raw", 1, MIB), ("alloc", 2, 20 * MIB)]
+
+    def judged(requests: list[tuple[Any, ...]], capacity: int) -> tuple[bool, list[tuple[str, str, int]]]:
+        done = replay(trace_of(*requests), settings(capacity))
+        return done.exact, [(a.code, a.effect, a.events) for a in done.assumptions if a.code == "raw_pages"]
+
+    assert judged(small, 100) == (True, [("raw_pages", "none", 2)])
+    assert judged(small, 23) == (False, [("raw_pages", "bounded", 2)])  # in one page, they would leave enough
+    assert judged([("raw", 0, 2 * MIB), ("alloc", 1, 20 * MIB)], 100) == (True, [])
 
 
 # --- where a trace goes -----------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ import pytest
 from bokeh.document import Document
 from builders import FP8, bare_case, case_of, fp8_results, replayed, replayed_phase, results_of
 from driven_traces import Driven
+from requests_of import trace_of
 
+from fragscope.allocator import ReplaySettings, replay, rules_for
 from fragscope.errors import UsageError
 from fragscope.measure import lifetimes, timeline
 from fragscope.report import write_html
@@ -401,3 +403,27 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
         write_html(results_of([bare_case()]), tmp_path, out)
     assert out.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_memory_past_the_allocator_has_a_line_of_its_own(tmp_path: Path) -> None:
+    """20 MiB reserved; 30 and then 10 past the allocator: 50 together at most, 30 at the end."""
+    requests = [("alloc", 0, 20 * MIB), ("raw", 1, 30 * MIB), ("raw free", 1, 30 * MIB), ("raw", 2, 10 * MIB)]
+    replayed = replay(trace_of(*requests), ReplaySettings(rules_for("2.11"), "h100-80gb", 80 << 30, 70 << 30))
+    write_trace(replayed.trace, tmp_path / "raw.fscope")
+    peak = Peak(allocated=20 * MIB, reserved=20 * MIB, raw=30 * MIB, hbm=50 * MIB)
+    more = bare_case(variant="more", role="fixed", peak=Peak(raw=60 * MIB, hbm=60 * MIB))
+    seen = page(results_of([bare_case(trace="raw.fscope", peak=peak, allocs=1), more]), tmp_path)
+    assert "list-stack has the smallest peak HBM, 50.00 MiB; more has 10.00 MiB more." in seen.words
+    assert "past the allocator at most30.00 MiBpeak HBM50.00 MiB" in seen.words.replace("MiB peak", "MiBpeak")
+    assert any("with memory past the allocator 50.00 MiB" in (a.get("aria-label") or "") for _, a in seen.tags)
+    payload = next(text for kind, text in seen.scripts if kind == "text/plain")
+    (plot,) = Document.from_json(unpack(payload)["doc"]).roots
+    lines = [r for r in plot.renderers if r.glyph.__class__.__name__ == "Line"]
+    (line,) = (r.data_source.data["hbm"] for r in lines if r.glyph.y.field == "hbm")
+    assert line.max() == 50
+    assert line[-1] == 30
+    assert plot.y_range.end >= 50
+
+
+def test_pages_without_such_memory_say_nothing_of_it(fp8: tuple[Results, Path]) -> None:
+    assert "past the allocator" not in page(*fp8).words

@@ -85,6 +85,12 @@ class VirtualDevice(VirtualCard):
                 raise UsageError(f"kernel {what!r}: one of its tensors is not on the card")
         self.launched(what, reads, writes, LEGACY if stream is None else stream.cuda_stream)
 
+    @classmethod
+    def leave_active(cls) -> None:
+        """Leave the device that is active, if any: a forked child goes on without the card of its parent."""
+        if cls._active is not None:
+            cls._active.__exit__(None, None, None)
+
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:
         """The modes that show the card to the running thread; torch keeps them by thread."""
