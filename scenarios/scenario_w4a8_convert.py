@@ -172,7 +172,9 @@ def encode(t: torch.Tensor, extension: Extension) -> tuple[torch.Tensor, torch.T
 
 def quantize(x: torch.Tensor, fp8: torch.Tensor, scale: torch.Tensor) -> None:
     """Each row by the largest of its values."""
-    scale.copy_((x.float().abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=LEAST_SCALE))
+    # By a number on the host, torch's CUDA kernel would multiply by the reciprocal, which rounds otherwise.
+    largest = torch.full_like(scale, FP8_MAX)
+    scale.copy_((x.float().abs().amax(1, keepdim=True) / largest).clamp(min=LEAST_SCALE))
     fp8.copy_((x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(fp8.dtype))
 
 

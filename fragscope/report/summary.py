@@ -306,7 +306,7 @@ def _headlines(results: Results, groups: tuple[Group, ...]) -> tuple[str, ...]:
 def _of_all_memory(group: Group) -> list[str]:
     """Who needs least where variants take memory past the allocator, which transients do not tell."""
     rows = sorted((row for row in group.rows if row.case.outcome == "ok"), key=lambda row: row.case.peak.hbm)
-    if not rows:
+    if len(rows) < 2:
         return []
     least, most = rows[0], max(rows, key=lambda row: row.case.peak.hbm)
     best = [row.variant for row in rows if row.case.peak.hbm == least.case.peak.hbm]

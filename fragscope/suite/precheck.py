@@ -29,6 +29,7 @@ PLENTY = 1 << 46  # bytes; more than any card has, and modelled addresses still 
 FAR = 2
 """An estimate this many times what is free keeps a case from running. What it leaves out would only make it larger,
 unless the program caught an error and went another way."""
+_CAME_TO_ITS_END = ("ok", "hazard")
 _SHOWN_OPS = 3
 _OWN_OOM = "OutOfMemoryError"
 
@@ -147,7 +148,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
     def runs(needs: int | None, note: str = "") -> Judgement:
         return Judgement("", PrecheckRecord(needs, card.free, not need.unknown and not note, note))
 
-    if need.outcome in ("ok", "hazard"):
+    if need.outcome in _CAME_TO_ITS_END:
         if not need.unknown:
             return runs(need.held)
         return runs(need.held, f"it was run on an estimate of {_up(need.held)} MiB ({need.unknown})")
@@ -161,7 +162,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
         needs, words = card.free + 1, f"more than {_down(card.free)} MiB"
     else:
         needs = max(with_plenty.held, card.free + 1)
-        known = with_plenty.outcome == "ok" and not with_plenty.unknown
+        known = with_plenty.outcome in _CAME_TO_ITS_END and not with_plenty.unknown
         words = f"{'' if known else 'at least '}{_up(needs)} MiB"
     if not need.unknown:
         known = with_plenty is not None and not words.startswith("at least")

@@ -101,7 +101,7 @@ def run_ranks(work: Callable[[Rank], None], ranks: int, *, quiet: float = 3.0, t
         ranks: how many.
         quiet: a hang is told once every rank that has not ended sleeps, and none was woken for so many seconds. That
             does not depend on how loaded the machine is; only a function whose ranks all sleep for longer on purpose
-            needs more.
+            needs more. Where there is no ``/proc`` (macOS) ``timeout`` alone tells.
         timeout: seconds, from when all ranks stand at their start, after which ranks that still run count as hanging.
 
     Raises:

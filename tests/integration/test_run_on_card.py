@@ -49,6 +49,13 @@ NEEDS = """
         with case.measure():
             kept = [on_card(60 * MIB) for _ in range(3)]
 
+    @fragscope.scenario("past-the-allocator", presets={"fits": {"mib": 30}, "too-large": {"mib": 50}})
+    def _(case):
+        with case.measure():
+            held = case.device_memory(case.mib * MIB)
+            case.device_memory(2 * MIB, how="cudaMalloc").free()
+            kept = on_card(60 * MIB)
+
     @fragscope.scenario("too-large-before", presets=ONE)
     def _(case):
         base = on_card(10 * 2**40)
@@ -144,6 +151,7 @@ def only_case() -> dict[str, Any]:
     [
         ("too-large", "needs 180 MiB, card has 100"),  # three segments of 60
         ("too-large-before", "needs 10,485,760 MiB, card has 100"),
+        ("past-the-allocator/too-large", "needs 110 MiB, card has 100"),
         ("looks", "needs more than 100 MiB, card has 100"),
         ("stops-after-too-much", "needs at least 300 MiB, card has 100"),
         # the sorted copy, the indices and the input share a segment of 2 MiB
@@ -207,6 +215,16 @@ def test_the_need_of_what_fits_is_kept(card: StandInCard) -> None:
     runs("fits")
     assert only_case()["precheck"] == {"needs": 100 * 2**20, "free": FREE, "exact": True, "note": ""}
     assert len(card.used("recorded")) == 1
+
+
+def test_what_is_taken_past_the_allocator_is_verified_with_the_rest(card: StandInCard) -> None:
+    write_scenarios(Path(), "needs", NEEDS)
+    runs("past-the-allocator/fits")
+    case = only_case()
+    assert (case["outcome"], case["verify"]["mismatches"], case["exact"]) == ("ok", 0, True)
+    peaks = [case["peak"][name] // 2**20 for name in ("raw", "reserved", "hbm")]
+    assert peaks == [32, 60, 90]
+    assert case["precheck"]["needs"] == 90 * 2**20
 
 
 def test_a_declared_oom_is_had_on_the_card(card: StandInCard) -> None:

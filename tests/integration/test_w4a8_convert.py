@@ -70,7 +70,7 @@ def test_before_the_fix_the_encode_reads_what_the_last_step_of_the_conversion_wr
 
 
 def test_the_fix_orders_the_encode_and_not_the_packing_of_the_scales(results: Results) -> None:
-    """Source: cutlass::pack_scale_fp8 in mixed_dtype_utils.hpp (4.2.1, 4.4.2) copies with cudaMemcpy, on stream 0."""
+    """Source: cutlass::pack_scale_fp8 in mixed_dtype_utils.hpp (4.2.1 to 4.7.0) copies with cudaMemcpy, on stream 0."""
     for preset in SHAPES:
         for variant in ("synchronised", "all-at-once"):
             message = case(results, preset, variant).message
@@ -116,7 +116,7 @@ def test_peaks_are_what_the_shapes_say(results: Results, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", SHAPES)
 def test_upstreams_reorder_takes_an_experts_size_from_the_driver(results: Results, preset: str) -> None:
-    """Source: cutlass::DeviceAllocation of count x bits / 8 bytes in device_memory.h (4.2.1, 4.4.2)."""
+    """Source: cutlass::DeviceAllocation of count x bits / 8 bytes in device_memory.h (4.2.1, 4.4.2, 4.7.0)."""
     _, hidden, intermediate, _ = SHAPES[preset]
     expert = 2 * intermediate * hidden // 2
     for variant in (*UPSTREAM, "ordered"):

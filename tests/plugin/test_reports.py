@@ -101,6 +101,7 @@ def test_memory_stands_beside_times(pytester):
         "fragscope_peak_requested": 50 * MIB,
         "fragscope_peak_allocated": 50 * MIB,
         "fragscope_peak_reserved": 50 * MIB,
+        "fragscope_peak_hbm": 50 * MIB,
         "fragscope_transient": 50 * MIB,
         "fragscope_retained": 0,
         "fragscope_stranded": 0,

@@ -412,8 +412,9 @@ def test_memory_past_the_allocator_has_a_line_of_its_own(tmp_path: Path) -> None
     replayed = replay(trace_of(*requests), ReplaySettings(rules_for("2.11"), "h100-80gb", 80 << 30, 70 << 30))
     write_trace(replayed.trace, tmp_path / "raw.fscope")
     peak = Peak(allocated=20 * MIB, reserved=20 * MIB, raw=30 * MIB, hbm=50 * MIB)
-    seen = page(results_of([bare_case(trace="raw.fscope", peak=peak, allocs=1)]), tmp_path)
-    assert "list-stack has the smallest peak HBM, 50.00 MiB." in seen.words
+    more = bare_case(variant="more", role="fixed", peak=Peak(raw=60 * MIB, hbm=60 * MIB))
+    seen = page(results_of([bare_case(trace="raw.fscope", peak=peak, allocs=1), more]), tmp_path)
+    assert "list-stack has the smallest peak HBM, 50.00 MiB; more has 10.00 MiB more." in seen.words
     assert "past the allocator at most30.00 MiBpeak HBM50.00 MiB" in seen.words.replace("MiB peak", "MiBpeak")
     assert any("with memory past the allocator 50.00 MiB" in (a.get("aria-label") or "") for _, a in seen.tags)
     payload = next(text for kind, text in seen.scripts if kind == "text/plain")

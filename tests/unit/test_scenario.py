@@ -23,6 +23,9 @@ class Phases:
     def end_phase(self) -> None:
         self.seen.append(("end", gc.isenabled()))
 
+    def kernel(self, what: str, reads: object, writes: object, stream: object) -> None:
+        self.seen.append((f"kernel {what}: {reads}, {writes}, {stream}", gc.isenabled()))
+
 
 def body(case: Case) -> None:
     """The first line.
@@ -176,6 +179,14 @@ def test_an_error_inside_ends_the_phase_and_restores_collection() -> None:
         raise ValueError("inside")
     assert phases.seen[-1][0] == "end"
     assert gc.isenabled()
+
+
+def test_a_kernel_is_passed_on_with_what_it_touches() -> None:
+    phases = Phases()
+    made = case(phases)
+    made.kernel("encode", reads=["a"], writes=["b"])  # type: ignore[list-item]
+    made.kernel("pack", stream="own")
+    assert [what for what, _ in phases.seen] == ["kernel encode: ['a'], ['b'], None", "kernel pack: (), (), own"]
 
 
 def test_a_case_has_one_phase() -> None:
