@@ -71,11 +71,13 @@ def test_the_guide_as_written(tmp_path: Path):
     for language, attributes, text in blocks():
         if "file" in attributes:
             write(folder, attributes, text)
+        elif language == "python":
+            compile(text + "def _(case): ...\n", "guide", "exec")  # a part of a file, to be read
         else:
-            assert language == "console", "every block is a file or a session"
+            assert language == "console", "every block is a file, a part of one, or a session"
             assert [line.rstrip() for line in play(folder, text, environment)] == text.splitlines()
             played += 1
-    assert played == 5
+    assert played == 8
 
 
 def test_the_fix_computes_what_the_loader_computed(tmp_path: Path):
