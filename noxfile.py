@@ -25,7 +25,7 @@ def group(name: str) -> list[str]:
 @nox.session
 def suite(session: nox.Session) -> None:
     """The main job: every scenario on the virtual device, the report, and the results against budgets.toml."""
-    session.install(*CONSTRAINTS, ".[torch,flashinfer,report]")
+    session.install(*CONSTRAINTS, ".[torch,flashinfer,report]", *group("scenarios"))
     session.run("fragscope", "run", "--device", "virtual", *session.posargs)
     session.run("fragscope", "gate")
     print(f"report: {Path('.fragscope/report.html').resolve()}")
@@ -34,7 +34,7 @@ def suite(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither a GPU nor a browser, with branch coverage, which may only rise."""
-    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report,fast]", *group("test"))
+    session.install(*CONSTRAINTS, "-e", ".[torch,flashinfer,report,fast]", *group("test"), *group("scenarios"))
     if session.posargs:
         session.run("pytest", *session.posargs)
         return

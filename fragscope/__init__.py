@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
     from fragscope.record.device_memory import DeviceMemory
     from fragscope.suite.expect import Expect, Replays
+    from fragscope.suite.installed import Installed
     from fragscope.suite.ranks import Rank, RankFailedError, RanksHungError, run_ranks
     from fragscope.suite.scenario import Case, Scenario, scenario
     from fragscope.trace import Trace, load_trace
@@ -27,6 +28,7 @@ __all__ = [
     "Expect",
     "FragscopeError",
     "InputFileError",
+    "Installed",
     "NotMeasuredError",
     "Rank",
     "RankFailedError",
@@ -59,6 +61,7 @@ _HOMES = {
     "run_ranks": "fragscope.suite.ranks",
     "Expect": "fragscope.suite.expect",
     "Replays": "fragscope.suite.expect",
+    "Installed": "fragscope.suite.installed",
     "Case": "fragscope.suite.scenario",
     "Scenario": "fragscope.suite.scenario",
     "scenario": "fragscope.suite.scenario",

@@ -14,16 +14,16 @@ from typing import Protocol
 
 import torch
 from moe_alltoall import MoeLayer, TooSmallError, check_use, needed_by, release_of, workspace_bytes
-from moe_models import models
 
 import fragscope
+from fragscope.thresholds import shipped_models
 
 TOKENS = 8192  # scheduler_config.max_num_batched_tokens
 
 
 def preset(model: str, head: str, ranks: int = 8) -> dict[str, int | str]:
     """Values for a model whose layers send NVFP4 and whose head sends ``head``."""
-    shape = models()[model]
+    shape = shipped_models()[model]
     return {
         "hidden": shape.hidden, "top_k": shape.top_k, "experts": shape.experts, "ranks": ranks, "tokens": TOKENS,
         "layers": 2, "head": head,

@@ -1,8 +1,8 @@
 """FP8 block-scale MoE weights, shuffled for TensorRT-LLM kernels after loading.
 
 Source: vLLM #39054, ``_shuffle_deepseek_fp8_moe_weights`` and its caller, in three forms: before the fix (list and
-stack), after it (0.20.0: preallocated outputs) and the newest (0.33.0: one batched gather a matrix). ``in-place`` is a
-proposal.
+stack), after it (0.20.0: preallocated outputs) and the newest (0.33.0: one batched gather a matrix). ``vllm`` is the
+function itself, as it is installed. ``in-place`` is a proposal.
 
 Every form keeps the lifetimes of the original: the loader's locals hold the old parameters until a layer is done, and
 the swap of w13's halves, a full copy, lives until the shuffle returns.
@@ -21,6 +21,11 @@ from moe_models import preset
 
 import fragscope
 
+VLLM_SHUFFLE = fragscope.Installed(
+    "vllm",
+    "vllm.model_executor.layers.quantization.utils.flashinfer_utils:_shuffle_deepseek_fp8_moe_weights",
+    first=("vllm.model_executor.layers.fused_moe",),
+)
 EPILOGUE_TILE_M = 64
 BLOCK_K = 128
 
@@ -75,11 +80,9 @@ def preallocated(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
     w2_out = torch.empty(experts, width // BLOCK_K, rows2, BLOCK_K, dtype=torch.uint8, device=w2.device)
     for i in range(experts):
         t13 = shuffle_matrix_a(w13[i].view(torch.uint8), EPILOGUE_TILE_M)
-        t13 = convert_to_block_layout(t13, BLOCK_K)
-        w13_out[i] = t13
+        w13_out[i] = convert_to_block_layout(t13, BLOCK_K)
         t2 = shuffle_matrix_a(w2[i].view(torch.uint8), EPILOGUE_TILE_M)
-        t2 = convert_to_block_layout(t2, BLOCK_K)
-        w2_out[i] = t2
+        w2_out[i] = convert_to_block_layout(t2, BLOCK_K)
     return w13_out.view(torch.float8_e4m3fn), w2_out.view(torch.float8_e4m3fn)
 
 
@@ -153,22 +156,45 @@ def converted(w13: torch.Tensor, w2: torch.Tensor, shuffle: Shuffle, *, swap: bo
     return shuffle(w13, w2)
 
 
-@fragscope.scenario("moe-fp8-shuffle", presets=PRESETS, variant="list-stack", source="vLLM #39054, before")
+def _replays(version: str, digest: str) -> fragscope.Replays:
+    return fragscope.Replays("vllm", version, VLLM_SHUFFLE.function, digest)
+
+
+# No release has the form before the fix. This commit has, in wzhao18/vllm, where the fix was written.
+@fragscope.scenario(
+    "moe-fp8-shuffle",
+    presets=PRESETS,
+    variant="list-stack",
+    source="vLLM #39054, before",
+    replays=_replays("0a75c822", "b70d5731611b1aa171fca687"),
+)
 def moe_fp8_shuffle(case: fragscope.Case) -> None:
     """Lists of shuffled experts, stacked at the end."""
     load(case, list_and_stack)
 
 
-@moe_fp8_shuffle.variant("preallocated", role="fixed")
+@moe_fp8_shuffle.variant("preallocated", role="fixed", replays=_replays("0.20.0", "cd92809c5eba7774d063980a"))
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first (vLLM 0.20.0)."""
     load(case, preallocated)
 
 
-@moe_fp8_shuffle.variant("batched", role="newest")
+@moe_fp8_shuffle.variant("batched", role="newest", replays=_replays("0.33.0", "dbcc24965a0f082b965aa23a"))
 def _(case: fragscope.Case) -> None:
     """One gather a matrix (vLLM 0.33.0)."""
     load(case, batched)
+
+
+def vllm_shuffle(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
+    """What the installed vLLM does."""
+    made: Pair = VLLM_SHUFFLE.load()(w13, w2)
+    return made
+
+
+@moe_fp8_shuffle.installed("vllm", VLLM_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, vllm_shuffle)
 
 
 @moe_fp8_shuffle.variant("in-place", role="proposed")
@@ -181,6 +207,7 @@ _SHUFFLES: dict[str, tuple[Shuffle, bool]] = {
     "list-stack": (list_and_stack, True),
     "preallocated": (preallocated, True),
     "batched": (batched, True),
+    "vllm": (vllm_shuffle, True),
     "in-place": (in_place, False),
 }
 _SMALL = (3, 256, 384)  # experts, intermediate, hidden

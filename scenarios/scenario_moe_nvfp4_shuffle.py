@@ -2,7 +2,8 @@
 
 Source: ``prepare_static_weights_for_trtllm_fp4_moe`` of SGLang (#26861) and its twin in vLLM (#55407), in three forms:
 before (list and stack), after (SGLang 0.5.13: preallocated outputs, scratch for permuted scales) and the newest (vLLM
-0.33.0: gathers straight into the outputs). ``in-place`` is a proposal.
+0.33.0: gathers straight into the outputs). ``sglang`` and ``vllm`` are the functions themselves, as they are installed.
+``in-place`` is a proposal.
 
 ``finalize``: vLLM rebinds the parameters to the results; SGLang copies the results into the old parameters.
 """
@@ -12,14 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from flashinfer import nvfp4_block_scale_interleave
 from flashinfer.fused_moe.core import _maybe_get_cached_w3_w1_permute_indices, get_w2_permute_indices_with_cache
+from moe_layouts import interleave_on_host, rearranged, swizzled
 from moe_models import preset
 
 import fragscope
 
+_FUNCTION = "prepare_static_weights_for_trtllm_fp4_moe"
+VLLM_SHUFFLE = fragscope.Installed(
+    "vllm",
+    f"vllm.model_executor.layers.quantization.utils.flashinfer_fp4_moe:{_FUNCTION}",
+    first=("vllm.model_executor.layers.fused_moe",),
+)
+SGLANG_SHUFFLE = fragscope.Installed("sglang", f"sglang.srt.layers.quantization.utils:{_FUNCTION}")
 EPILOGUE_TILE_M = 128
 ELEMENTS_PER_SCALE = 16
 
@@ -93,20 +103,24 @@ def preallocated(
     """Outputs first; permuted scales go through scratch. Weight gathers and interleaved scales are still temporary."""
     cache: _Cache = {}
     w13_out, w2_out = torch.empty_like(w13), torch.empty_like(w2)
-    s13_out, s2_out = _scale_outputs(s13), _scale_outputs(s2)
+    s13_out = _scale_outputs(s13)
     s13_scratch = torch.empty(s13.shape[1:], dtype=torch.uint8, device=s13.device)
+    s2_out = _scale_outputs(s2)
     s2_scratch = torch.empty(s2.shape[1:], dtype=torch.uint8, device=s2.device)
     for i in range(w13.shape[0]):
         index = _w13_index(cache, w13[i])
         w13_out[i] = w13[i].view(torch.uint8)[index]
         scale = s13[i].view(torch.uint8)
-        torch.index_select(scale, 0, _w13_index(cache, scale, ELEMENTS_PER_SCALE), out=s13_scratch)
+        scale_index = _w13_index(cache, scale, ELEMENTS_PER_SCALE)
+        torch.index_select(scale, 0, scale_index, out=s13_scratch)
         s13_out[i] = interleave(s13_scratch)
         index = _w2_index(cache, w2[i])
         w2_out[i] = w2[i].view(torch.uint8)[index]
         scale = s2[i].view(torch.uint8)
-        torch.index_select(scale, 0, _w2_index(cache, scale, ELEMENTS_PER_SCALE), out=s2_scratch)
+        scale_index = _w2_index(cache, scale, ELEMENTS_PER_SCALE)
+        torch.index_select(scale, 0, scale_index, out=s2_scratch)
         s2_out[i] = interleave(s2_scratch)
+    del s13_scratch, s2_scratch
     return (
         w13_out,
         w2_out,
@@ -120,11 +134,12 @@ def indexed_out(
 ) -> Weights:
     """Indices once; weights are gathered straight into their outputs."""
     cache: _Cache = {}
-    index13, index2 = _w13_index(cache, w13[0]), _w2_index(cache, w2[0])
+    index13 = _w13_index(cache, w13[0])
     scale_index13 = _w13_index(cache, s13[0].view(torch.uint8), ELEMENTS_PER_SCALE)
+    index2 = _w2_index(cache, w2[0])
     scale_index2 = _w2_index(cache, s2[0].view(torch.uint8), ELEMENTS_PER_SCALE)
-    w13_out, w2_out = torch.empty_like(w13), torch.empty_like(w2)
-    s13_out, s2_out = _scale_outputs(s13), _scale_outputs(s2)
+    w13_out, s13_out = torch.empty_like(w13), _scale_outputs(s13)
+    w2_out, s2_out = torch.empty_like(w2), _scale_outputs(s2)
     s13_scratch = torch.empty(s13.shape[1:], dtype=torch.uint8, device=s13.device)
     s2_scratch = torch.empty(s2.shape[1:], dtype=torch.uint8, device=s2.device)
     for i in range(w13.shape[0]):
@@ -205,22 +220,57 @@ def process(layer: Layer, shuffle: Shuffle, *, copy: bool) -> None:
     variant="list-stack",
     params={"finalize": ("rebind", "copy")},
     source="SGLang #26861, vLLM #55407, before",
+    replays=fragscope.Replays("sglang", "0.5.12.post1", SGLANG_SHUFFLE.function, "2604814bd0bae7c462f7cf5c"),
 )
 def moe_nvfp4_shuffle(case: fragscope.Case) -> None:
     """Lists of shuffled experts, stacked at the end."""
     load(case, list_and_stack)
 
 
-@moe_nvfp4_shuffle.variant("preallocated", role="fixed")
+@moe_nvfp4_shuffle.variant(
+    "preallocated",
+    role="fixed",
+    replays=fragscope.Replays("sglang", "0.5.13", SGLANG_SHUFFLE.function, "8db7a30b535ec49dcac6a2b2"),
+)
 def _(case: fragscope.Case) -> None:
     """Outputs allocated first, scratch for permuted scales (SGLang 0.5.13)."""
     load(case, preallocated)
 
 
-@moe_nvfp4_shuffle.variant("indexed-out", role="newest")
+@moe_nvfp4_shuffle.variant(
+    "indexed-out",
+    role="newest",
+    replays=fragscope.Replays("vllm", "0.33.0", VLLM_SHUFFLE.function, "e0f0118e648e1a51d1238967"),
+)
 def _(case: fragscope.Case) -> None:
     """Gathers straight into the outputs (vLLM 0.33.0)."""
     load(case, indexed_out)
+
+
+def of_package(code: fragscope.Installed) -> Shuffle:
+    """What an installed package does; ``interleave`` takes the place of the kernel that it imports on each call."""
+
+    def shuffle(
+        w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, interleave: Interleave
+    ) -> Weights:
+        experts, hidden, gated = w13.shape[0], w2.shape[1], True
+        with mock.patch("flashinfer.nvfp4_block_scale_interleave", interleave):
+            w13, s13, w2, s2 = code.load()(w13, w2, s13, s2, hidden, w13.shape[1] // 2, experts, gated)
+        return w13, w2, s13, s2
+
+    return shuffle
+
+
+@moe_nvfp4_shuffle.installed("sglang", SGLANG_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of SGLang, as it is installed."""
+    load(case, of_package(SGLANG_SHUFFLE))
+
+
+@moe_nvfp4_shuffle.installed("vllm", VLLM_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, of_package(VLLM_SHUFFLE))
 
 
 @moe_nvfp4_shuffle.variant("in-place", role="proposed")
@@ -233,6 +283,8 @@ _SHUFFLES: dict[str, Shuffle] = {
     "list-stack": list_and_stack,
     "preallocated": preallocated,
     "indexed-out": indexed_out,
+    "sglang": of_package(SGLANG_SHUFFLE),
+    "vllm": of_package(VLLM_SHUFFLE),
     "in-place": in_place,
 }
 _SMALL = (3, 128, 256)  # experts, intermediate, hidden
@@ -253,15 +305,6 @@ def _weights(device: str) -> Weights:
     )
 
 
-def interleave_on_host(scales: torch.Tensor) -> torch.Tensor:
-    """What the interleave kernel does, for a host without it: tiles of 128 rows x 4 columns, 32 x 4 x 4 inside."""
-    rows, columns = scales.shape
-    padded = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=scales.dtype)
-    padded[:rows, :columns] = scales
-    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
-
-
 @moe_nvfp4_shuffle.numeric
 def outputs(variant: str, device: str) -> Sequence[torch.Tensor]:
     """A variant's results for small random weights; on a GPU with the real interleave kernel."""
@@ -271,37 +314,12 @@ def outputs(variant: str, device: str) -> Sequence[torch.Tensor]:
 
 @moe_nvfp4_shuffle.reference
 def reference(device: str) -> Sequence[torch.Tensor]:
-    """Byte by byte from the layouts' definitions, with no indices or kernels of flashinfer.
-
-    Rows: w13's two halves are woven (row 0 of each, row 1 of each, ...). Then, for an epilogue tile of 128 rows, blocks
-    of 32 rows are shuffled: target row n of a block comes from row 4 (n mod 8) + n div 8.
-    Scales: row m, column k of the shuffled scales goes to byte
-    512 (m div 128 * columns/4 + k div 4) + 16 (m mod 32) + 4 (m mod 128 div 32) + k mod 4.
-    """
+    """Byte by byte from the layouts' definitions. w13 comes with its up half first, so that nothing is swapped."""
     w13, w2, s13, s2 = _weights("cpu")
-
-    def source(row: int, rows: int, *, woven: bool) -> int:
-        row = row // 32 * 32 + 4 * (row % 8) + row % 32 // 8
-        return row // 2 + (row % 2) * (rows // 2) if woven else row
-
-    def rearranged(w: torch.Tensor, *, woven: bool) -> torch.Tensor:
-        data = w.view(torch.uint8)
-        return torch.stack([data[:, source(r, w.shape[1], woven=woven)] for r in range(w.shape[1])], dim=1)
-
-    def swizzled(s: torch.Tensor, *, woven: bool) -> torch.Tensor:
-        shuffled = rearranged(s, woven=woven)
-        experts, rows, columns = shuffled.shape
-        out = torch.zeros(experts, rows * columns, dtype=torch.uint8)
-        for m in range(rows):
-            for k in range(columns):
-                tile = m // 128 * (columns // 4) + k // 4
-                out[:, 512 * tile + 16 * (m % 32) + 4 * (m % 128 // 32) + k % 4] = shuffled[:, m, k]
-        return out.view(torch.float8_e4m3fn).reshape(s.shape)
-
     results = (
         rearranged(w13, woven=True),
         rearranged(w2, woven=False),
-        swizzled(s13, woven=True),
-        swizzled(s2, woven=False),
+        swizzled(rearranged(s13, woven=True)).view(torch.float8_e4m3fn),
+        swizzled(rearranged(s2, woven=False)).view(torch.float8_e4m3fn),
     )
     return [r.to(device) for r in results]

@@ -157,6 +157,7 @@ LOSSES = {
     "not_written": "gap",
     "notes": "notes",
     "unknown_notes": "notes",
+    "stacks": None,
     "torn": None,  # what is there is whole
     "gave_way": None,
     "no_tracker": None,

@@ -27,6 +27,8 @@ _COMMANDS = {
     "replay": "decide a trace's requests under other settings, or verify the model against it",
     "tune": "the best allocator conf for traces, found by replaying them under many",
     "fit": "the smallest memory in which a trace's requests run, and what fails below it",
+    "thresholds": "how many tokens a launch of MoE kernels may have: grid, memory, and what is enough",
+    "upstream": "whether the code that variants replay is what the installed packages have",
     "doctor": "what this machine can do: GPU, torch, allocator settings, recording",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from fragscope.cli.scenarios import selections_of, stdout_kept_clean
 from fragscope.errors import (
     EXIT_INTERNAL,
     EXIT_NOT_MEASURED,
@@ -21,7 +21,6 @@ from fragscope.errors import (
     FragscopeError,
     NotMeasuredError,
     UsageError,
-    printable,
 )
 
 if TYPE_CHECKING:
@@ -101,16 +100,15 @@ def command(
         raise UsageError("--timeout: nan is not a time")
     config = load_config()
     root = config.root or Path.cwd()
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    with _stdout_kept_clean():
+    with stdout_kept_clean():
         kind = _device(device)
-        selections = _selections(config, what, preset, variant)
+        selections = selections_of(config, what, preset, variant)
 
     from fragscope.allocator import DEFAULT_CARD
     from fragscope.cli.sweep import FOLDER as SWEEP_FOLDER
     from fragscope.cli.sweep import make_sweep, run_sweep, show_sweep
     from fragscope.suite.card_here import ask_card
+    from fragscope.suite.installed import applicable
     from fragscope.suite.matrix import MATRICES, cells
     from fragscope.suite.plan import plan
     from fragscope.suite.runner import RunOptions, run_plan, usable_cores
@@ -124,6 +122,11 @@ def command(
         cards or _profile_of(None if here is None else here.card) or (config.card or DEFAULT_CARD,),
         None if capacity is None else parse_memory(capacity, "--capacity"),
     )
+    selections, absent = applicable(selections)
+    left_out += absent
+    _tell_left_out(left_out)
+    if not selections:
+        raise NotMeasuredError("nothing that was asked for is applicable here")
     folder = out or config.out or Path(".fragscope")
     if sweep is not None:
         swept = make_sweep(sweep, selections, parsed, settings, kind, budgets)
@@ -135,7 +138,6 @@ def command(
     if list_only:
         for case in planned:
             click.echo(case.id)
-        _tell_left_out(left_out)
         return EXIT_PASS
     options = RunOptions(
         out=folder,
@@ -160,69 +162,9 @@ def command(
     except OSError as e:
         raise FragscopeError(f"cannot write to {folder}: {e.strerror or type(e).__name__}") from e
     if sweep is not None:
-        return show_sweep(found, style, folder)
+        return show_sweep(found, style, folder, report=not no_report)
     _show(results, folder, style, report=not no_report)
-    _tell_left_out(left_out)
     return _exit_code(results)
-
-
-def _selections(
-    config: Config, what: tuple[str, ...], presets: tuple[str, ...], variants: tuple[str, ...]
-) -> list[Selection]:
-    from fragscope.suite.discover import load_scenarios, scenario_files, select
-
-    paths, names = _split(what)
-    searched = paths or list(config.scenarios)
-    if not searched:
-        unknown = f"{printable(names[0], 100)} is no file or folder here, and " if names else ""
-        raise UsageError(
-            f"{unknown}no scenarios are configured: name a file or folder, "
-            "or set scenarios = [...] in [tool.fragscope] of pyproject.toml"
-        )
-    files = scenario_files(searched)
-    if not files:
-        where = ", ".join(str(p) for p in searched)
-        raise NotMeasuredError(f"no scenario files in {where} (in a folder, they are named scenario_*.py)")
-    return select([s for file in files for s in load_scenarios(file)], names, presets, variants)
-
-
-def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """Arguments that are files or folders, and those that are names."""
-    paths, names = [], []
-    for item in what:
-        path = Path(item)
-        try:
-            is_folder, is_file = path.is_dir(), path.is_file()
-        except OSError:  # such as a name too long for any file
-            is_folder = is_file = False
-        if is_folder or (is_file and item.endswith(".py")):
-            paths.append(path)
-        elif item.endswith(".py"):
-            raise UsageError(f"{printable(item, 200)}: no such file")
-        elif is_file:
-            raise UsageError(f"{item}: is not a Python file")
-        else:
-            names.append(item)
-    return paths, names
-
-
-@contextlib.contextmanager
-def _stdout_kept_clean() -> Iterator[None]:
-    """What scenario files print while they are imported goes to stderr: stdout holds data only."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    except OSError:  # one of the two is closed
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager
@@ -293,7 +235,8 @@ def _release(config: Config, kind: DeviceKind) -> str:
 
 def _tell_left_out(left_out: list[NotApplicable]) -> None:
     for left in left_out:
-        click.echo(f"fragscope: not applicable: --conf {left.conf} --torch {left.torch}: {left.reason}", err=True)
+        what = left.variant or f"--conf {left.conf} --torch {left.torch}"
+        click.echo(f"fragscope: not applicable: {what}: {left.reason}", err=True)
 
 
 def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[str, str]:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fragscope.allocator import ReplaySettings
-    from fragscope.results import Case, DeviceKind
+    from fragscope.results import Case, Curve, DeviceKind, SweepResults
     from fragscope.suite.discover import Selection
     from fragscope.suite.runner import Progress, RunOptions
-    from fragscope.suite.sweep import Curve, Sweep, SweepResults
+    from fragscope.suite.sweep import Sweep
 
 FOLDER = "sweep"
 """Where a sweep's results go, below the folder for results: its failures are no regressions."""
@@ -89,16 +89,24 @@ def run_sweep(sweep: Sweep, options: RunOptions, progress: Progress) -> SweepRes
     return made
 
 
-def show_sweep(results: SweepResults, style: str, folder: Path) -> int:
-    """Print what came out; the exit code."""
+def show_sweep(results: SweepResults, style: str, folder: Path, *, report: bool) -> int:
+    """Print what came out, and write the page; the exit code."""
+    from fragscope.report import write_sweep_html
+
+    if report:
+        try:
+            write_sweep_html(results, folder / "sweep.html")
+        except UsageError as e:  # the extra is not installed; the results are there all the same
+            click.echo(f"fragscope: no sweep.html: {e}", err=True)
+            report = False
     if style == "json":
         click.echo((folder / "sweep.json").read_bytes(), nl=False)
     elif style == "markdown":
         click.echo("\n".join(_markdown(results)))
     else:
         click.echo("\n".join(_text(results)))
-    click.echo(f"fragscope: wrote sweep.json to {folder}", err=True)
-    return EXIT_NOT_MEASURED if any(c.problem for c in results.curves) else EXIT_PASS
+    click.echo(f"fragscope: wrote sweep.json{', sweep.html' if report else ''} to {folder}", err=True)
+    return EXIT_NOT_MEASURED if any(c.problem and not c.declared for c in results.curves) else EXIT_PASS
 
 
 def _sentence(curve: Curve, results: SweepResults) -> str:
@@ -106,11 +114,11 @@ def _sentence(curve: Curve, results: SweepResults) -> str:
     name = results.parameter
     under = f"{curve.name} ({curve.conf or 'default'}, torch {curve.torch}, {curve.card})"
     if curve.problem:
-        return f"{under}: no answer: {curve.problem}"
+        return f"{under}: no answer: {curve.problem}{' (declared)' if curve.declared else ''}"
     if curve.largest is None:
         return f"{under}: not even {name} = {results.low:,} fits: {curve.limited_by}"
     if not curve.limited_by:
-        return f"{under}: every {name} tried fits, up to {curve.largest:,}"
+        return f"{under}: every size tried fits, up to {name} = {curve.largest:,}"
     caveat = ""
     if curve.fails_below:
         caveat = f"; of the smaller ones tried, {', '.join(f'{s:,}' for s in curve.fails_below)} do not fit"

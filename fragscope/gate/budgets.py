@@ -26,28 +26,24 @@ More specific is, in this order: more parts without wildcards; more narrowing ke
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from fragscope.errors import InputFileError, UsageError, printable
-from fragscope.gate.toml_lines import KeyLines, TooNestedError, find_lines
+from fragscope.errors import UsageError
 from fragscope.results import Case, DeviceKind
-from fragscope.units import MIB, format_bytes, parse_bytes
+from fragscope.toml import TomlFile, nearest, parse_toml, quoted, read_toml
+from fragscope.units import parse_bytes
 
 METRICS = ("peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "retained", "stranded")
 """What a limit can be set on. ``stranded`` is what is stranded when the measured phase is over, not its peak."""
 
 NARROWING = ("conf", "torch", "card", "device")
 
-_FILE_LIMIT = MIB
 _LARGEST = 2**63 - 1  # what results.json and its readers in other languages can hold
 _WILDCARD = re.compile(r"\[!?\]?[^\]]*\]|[*?]")  # as fnmatch reads them; "[" without "]" stands for itself
-_SYNTAX_LINE = re.compile(r" ?\(at (?:line (\d+), column \d+|end of document)\)")
 
 
 class Bytes(Protocol):
@@ -226,21 +222,7 @@ def load_budgets(path: Path, shown_as: str | None = None) -> Budgets:
         InputFileError: unreadable, too large, not TOML, or with a table, key or value that means nothing; names the
             line and the key.
     """
-    shown = str(path) if shown_as is None else shown_as
-    try:
-        with path.open("rb") as f:
-            raw = f.read(_FILE_LIMIT + 1)
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else None
-        raise InputFileError(shown, (reason or type(e).__name__).lower()) from None
-    if len(raw) > _FILE_LIMIT:
-        raise InputFileError(shown, f"holds more than {format_bytes(_FILE_LIMIT)}; that is not a budgets file")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise InputFileError(shown, f"line {line}: is not UTF-8 text") from None
-    return parse_budgets(text, shown)
+    return _budgets(read_toml(path, str(path) if shown_as is None else shown_as, "budgets"))
 
 
 def parse_budgets(text: str, file: str = "budgets.toml") -> Budgets:
@@ -249,43 +231,28 @@ def parse_budgets(text: str, file: str = "budgets.toml") -> Budgets:
     Raises:
         InputFileError: as ``load_budgets``.
     """
-    try:
-        lines = find_lines(text)
-    except TooNestedError as e:
-        raise InputFileError(file, f"line {e.line}: is nested deeper than any budget") from None
-    try:
-        content = tomllib.loads(text)
-    except (ValueError, RecursionError) as e:  # ValueError: also an integer of absurd length
-        raise InputFileError(file, _syntax_error(str(e), text, lines)) from None
-    return Budgets(file, tuple(_Reader(file, lines).budgets(content)))
+    return _budgets(parse_toml(text, file, "budgets"))
 
 
-def _syntax_error(message: str, text: str, lines: KeyLines) -> str:
-    found = _SYNTAX_LINE.search(message)
-    if found is None:
-        return f"is not TOML: {message}"
-    # What is missing at the end of the file belongs to the declaration that was never closed.
-    line = int(found[1]) if found[1] else lines.stopped or text.count("\n") + 1
-    reason = _SYNTAX_LINE.sub("", message)
-    if line in lines.twice:
-        reason = f"stands twice, first in line {lines.twice[line]} ({reason})"
-    return f"line {line}: {reason}"
+def _budgets(toml: TomlFile) -> Budgets:
+    return Budgets(toml.file, tuple(_Reader(toml).budgets()))
 
 
 class _Reader:
     """Turns decoded TOML into budgets; every complaint names line and key."""
 
-    def __init__(self, file: str, lines: KeyLines) -> None:
-        self._file = file
-        self._lines = lines
+    def __init__(self, toml: TomlFile) -> None:
+        self._toml = toml
+        self._lines = toml.lines
 
-    def budgets(self, content: dict[str, Any]) -> list[Budget]:
+    def budgets(self) -> list[Budget]:
+        content = self._toml.content
         for key in content:
             if key != "budget":
-                raise self._error((key,), f"unknown table {quoted(key)}; {nearest(key, ('budget',))}")
+                raise self._toml.error((key,), f"unknown table {quoted(key)}; {nearest(key, ('budget',))}")
         tables = content.get("budget", {})
         if not isinstance(tables, dict):
-            raise self._error(("budget",), 'budget is not a table; write [budget."scenario/preset/variant"]')
+            raise self._toml.error(("budget",), 'budget is not a table; write [budget."scenario/preset/variant"]')
         found: list[Budget] = []
         for pattern, value in tables.items():
             path = ("budget", pattern)
@@ -295,24 +262,24 @@ class _Reader:
                 continue
             for index, table in enumerate(value):
                 if not isinstance(table, dict):
-                    raise self._error((*path, index), f"budget.{quoted(pattern)} holds something that is no table")
+                    raise self._toml.error((*path, index), f"budget.{quoted(pattern)} holds something that is no table")
                 found.append(self._budget((*path, index), pattern, table))
         # Tables may be written in any order, and a dotted key may come back to an earlier one.
         return sorted(found, key=lambda b: b.line)
 
     def _check_pattern(self, path: tuple[str, ...], pattern: str, value: object) -> None:
         if pattern in METRICS or pattern in NARROWING:
-            raise self._error(
+            raise self._toml.error(
                 path, f'budget.{pattern} belongs to no case; write it below [budget."scenario/preset/variant"]'
             )
         if pattern.count("/") < 2:
-            raise self._error(
+            raise self._toml.error(
                 path,
                 f"budget.{quoted(pattern)} has fewer than three parts; a budget's name is a quoted glob over "
                 'scenario/preset/variant, such as "moe-fp8-shuffle/*/*"',
             )
         if not isinstance(value, dict | list) or value == []:
-            raise self._error(path, f"budget.{quoted(pattern)} is not a table of limits")
+            raise self._toml.error(path, f"budget.{quoted(pattern)} is not a table of limits")
 
     def _budget(self, path: tuple[str | int, ...], pattern: str, table: dict[str, Any]) -> Budget:
         limits: dict[str, Limit] = {}
@@ -324,9 +291,9 @@ class _Reader:
                 narrowing[key] = self._narrowing((*path, key), key, value)
             else:
                 known = (*METRICS, *NARROWING)
-                raise self._error((*path, key), f"unknown key {quoted(key)}; {nearest(key, known)}")
+                raise self._toml.error((*path, key), f"unknown key {quoted(key)}; {nearest(key, known)}")
         if not limits:
-            raise self._error(
+            raise self._toml.error(
                 path, f"budget.{quoted(pattern)} states no limit; give at least one of {', '.join(METRICS)}"
             )
         return Budget(pattern=pattern, limits=limits, line=self._lines.of(*path), **narrowing)
@@ -335,19 +302,18 @@ class _Reader:
         try:
             return parse_limit(key, value)
         except UsageError as e:
-            raise self._error(path, str(e)) from None
+            raise self._toml.error(path, str(e)) from None
 
     def _narrowing(self, path: tuple[str | int, ...], key: str, value: object) -> str:
         if not isinstance(value, str):
-            raise self._error(path, f"{key}: {quoted(value)} is not a string; write it in quotes")
+            raise self._toml.error(path, f"{key}: {quoted(value)} is not a string; write it in quotes")
         if key == "device" and value not in get_args(DeviceKind):
-            raise self._error(path, f"device: unknown device {quoted(value)}; {nearest(value, get_args(DeviceKind))}")
+            raise self._toml.error(
+                path, f"device: unknown device {quoted(value)}; {nearest(value, get_args(DeviceKind))}"
+            )
         if key != "conf" and not value:
-            raise self._error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
+            raise self._toml.error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
         return value
-
-    def _error(self, path: tuple[str | int, ...], reason: str) -> InputFileError:
-        return InputFileError(self._file, f"line {self._lines.of(*path)}: {reason}")
 
 
 def _same_conf(a: str, b: str) -> bool:
@@ -361,17 +327,3 @@ def _same_conf(a: str, b: str) -> bool:
 def _is_release(release: str, wanted: str) -> bool:
     # A prefix ends where a part of the release ends: "2.1" is not the beginning of 2.11.
     return release == wanted or (release.startswith(wanted) and release[len(wanted)] in ".+")
-
-
-def nearest(name: str, known: tuple[str, ...]) -> str:
-    """What to write instead of an unknown name: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-
-
-def quoted(value: object) -> str:
-    """A value from a file as one harmless word."""
-    try:
-        return printable(repr(value), 120)
-    except ValueError:  # an integer with more digits than Python converts
-        return "an absurdly long number"

@@ -8,11 +8,14 @@ import torch
 
 
 def why_no_cuda() -> str | None:
-    """Why nothing can run on a GPU here; None where it can."""
+    """Why nothing can be recorded on a GPU here, in one line; None where it can."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
     if not torch.cuda.is_available():
         return "there is no usable NVIDIA GPU"
+    backend = torch.cuda.memory.get_allocator_backend()
+    if backend != "native":
+        return f"the allocator backend is {backend!r}; only PyTorch's own (native) is recorded"
     return None
 
 

@@ -5,40 +5,31 @@ Nothing here carries text from a results file: variants appear as letters, which
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.embed import json_item
 from bokeh.models import (
-    BoxZoomTool,
     ColumnDataSource,
     CustomJSHover,
     HoverTool,
     LinearColorMapper,
     NumeralTickFormatter,
     Range1d,
-    ResetTool,
 )
-from bokeh.models.annotations import BoxAnnotation, Label, Span
-from bokeh.plotting import figure
+from bokeh.models.annotations import BoxAnnotation, Span
 
 from fragscope.measure import decimate
 from fragscope.report.colors import line_name, placeholder
+from fragscope.report.drawing import Drawing, label_at, new_plot, pack, unit_for
 from fragscope.report.memory_map import AddressRanges, Canvas, CellState, MemoryMap, address_ranges, memory_map
 from fragscope.report.pools import Places, is_plain, places
 from fragscope.report.traces import Recording, first_row
-from fragscope.units import GIB, MIB
 
 LINE_POINTS = 500
 """Rows kept of each counter; every peak is among them."""
 MAP_ROWS = 320
 MAP_COLUMNS = 800
 _LEAD = 0.04  # share of the phase's length shown before it
-_FONT = "Inter, ui-sans-serif, system-ui, sans-serif"
 
 STATE_WORDS: dict[CellState, str] = {
     CellState.NOT_RESERVED: "not reserved",
@@ -50,62 +41,6 @@ STATE_WORDS: dict[CellState, str] = {
     CellState.STRANDED: "stranded: idle, pinned by a live block",
     CellState.POOL_IDLE: "idle in a private pool that has users",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """A figure as the page carries it.
-
-    Attributes:
-        payload: base64 of the zlib-compressed Bokeh JSON; safe inside a script element.
-        height: CSS pixels.
-    """
-
-    payload: str
-    height: int
-
-
-def unpack(payload: str) -> Any:
-    """What the page's script decodes; the inverse of packing."""
-    return json.loads(zlib.decompress(base64.b64decode(payload)))
-
-
-def _pack(plot: Any, height: int) -> Drawing:
-    text = json.dumps(json_item(plot), separators=(",", ":"))
-    return Drawing(base64.b64encode(zlib.compress(text.encode(), 9)).decode(), height)
-
-
-def _unit(largest: int) -> tuple[int, str]:
-    return (GIB, "GiB") if largest >= 2 * GIB else (MIB, "MiB")
-
-
-def _plot(height: int, **options: Any) -> Any:
-    plot = figure(
-        height=height,
-        sizing_mode="stretch_width",
-        toolbar_location="above",
-        tools=[],
-        min_border_left=56,
-        min_border_right=22,
-        outline_line_color=None,
-        background_fill_color=placeholder("paper"),
-        border_fill_color=placeholder("paper"),
-        **options,
-    )
-    plot.toolbar.logo = None
-    plot.toolbar.autohide = True
-    plot.add_tools(BoxZoomTool(), ResetTool())
-    for axis in plot.axis:
-        axis.axis_line_color = placeholder("rule")
-        axis.major_tick_line_color = placeholder("rule")
-        axis.minor_tick_line_color = None
-        axis.major_label_text_color = axis.axis_label_text_color = placeholder("muted")
-        axis.major_label_text_font = axis.axis_label_text_font = _FONT
-        axis.major_label_text_font_size = axis.axis_label_text_font_size = "12px"
-        axis.axis_label_text_font_style = "normal"
-    plot.xgrid.grid_line_color = None
-    plot.ygrid.grid_line_color = placeholder("grid")
-    return plot
 
 
 def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
@@ -120,9 +55,11 @@ def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
         recordings: letter, colour number and Recording of each variant.
     """
     largest = max(int(r.timeline.hbm[r.rows].max(initial=0)) for _, _, r in recordings)
-    unit, unit_name = _unit(largest)
+    unit, unit_name = unit_for(largest)
     height = 340
-    plot = _plot(height, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=max(largest, 1) / unit * 1.08))
+    plot = new_plot(
+        height, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=max(largest, 1) / unit * 1.08)
+    )
     plot.xaxis.formatter = NumeralTickFormatter(format="0%")
     plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
     plot.xaxis.axis_label = "share of each variant's own events"
@@ -137,11 +74,11 @@ def progress_figure(recordings: list[tuple[str, int, Recording]]) -> Drawing:
         color = placeholder(line_name(number))
         dot = plot.scatter([share], [value / unit], size=7, color=color, line_color=placeholder("paper"))
         dot.tags = [letter]  # what the page's buttons find a variant's parts by
-        label = _label(share, value / unit, letter, "ink")
+        label = label_at(share, value / unit, letter, "ink")
         label.update(tags=[letter], x_offset=right, y_offset=6, text_color=color, text_font_style="bold")
         label.update(text_align="left" if share < 0.02 else "right" if share > 0.98 else "center")
         plot.add_layout(label)
-    return _pack(plot, height)
+    return pack(plot, height)
 
 
 def has_raw(recording: Recording) -> bool:
@@ -149,14 +86,10 @@ def has_raw(recording: Recording) -> bool:
     return bool(recording.timeline.raw[recording.rows].any())
 
 
-def _label(x: float, y: float, text: str, color: str) -> Label:
-    return Label(x=x, y=y, text=text, text_color=placeholder(color), text_font=_FONT, text_font_size="12px")
-
-
 def _mark_base(plot: Any, base: float) -> None:
     plot.add_layout(BoxAnnotation(top=base, fill_color=placeholder("muted"), fill_alpha=0.07, line_color=None))
     plot.add_layout(Span(location=base, dimension="width", line_color=placeholder("muted"), line_dash="dotted"))
-    label = _label(0, base, "base", "muted")
+    label = label_at(0, base, "base", "muted")
     label.update(x_offset=6, y_offset=-17)
     plot.add_layout(label)
 
@@ -251,10 +184,10 @@ def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
         drawn: from ``raster``.
         scale: bytes that the vertical axis covers.
     """
-    unit, unit_name = _unit(scale)
+    unit, unit_name = unit_for(scale)
     height, canvas = 320, drawn.canvas
     rows, columns = drawn.cells.shape
-    plot = _plot(
+    plot = new_plot(
         height,
         x_range=Range1d(start=canvas.rows.start, end=max(canvas.rows.stop, canvas.rows.start + 1)),
         y_range=Range1d(start=0, end=scale / unit),
@@ -281,7 +214,7 @@ def map_figure(recording: Recording, drawn: MemoryMap, scale: int) -> Drawing:
         )
     kinds = None if is_plain(recording.lives) else places(recording.trace, recording.lives, canvas.rows, canvas.ranges)
     _add_map_hover(plot, image, canvas.ranges, unit, kinds)
-    return _pack(plot, height)
+    return pack(plot, height)
 
 
 def _add_map_hover(plot: Any, image: Any, ranges: AddressRanges, unit: int, kinds: Places | None) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
-from bokeh.resources import Resources
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from fragscope.errors import printable
-from fragscope.report.colors import NAMES, SCHEMES, line_name
+from fragscope.report.colors import line_name
+from fragscope.report.drawing import Drawing
 from fragscope.report.figures import (
     LINE_POINTS,
     STATE_WORDS,
-    Drawing,
     has_raw,
     map_figure,
     map_scale,
@@ -27,6 +20,7 @@ from fragscope.report.figures import (
 )
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
 from fragscope.report.pools import Breakdown, PoolShare, breakdown
+from fragscope.report.shell import page
 from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, refutation, summarize
 from fragscope.report.table import HEADINGS
 from fragscope.report.table import figures as table_figures
@@ -96,22 +90,11 @@ def render(results: Results, folder: Path) -> str:
     """The whole page as one string."""
     summary = summarize(results)
     sections = tuple(_section(number, group, folder) for number, group in enumerate(summary.groups))
-    environment = Environment(
-        loader=PackageLoader("fragscope.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["figures"] = table_figures
-    environment.filters["pool_cells"] = _pool_cells
-    bokeh = _bokeh_script()
-    script = environment.get_template("report.js").render().strip()
-    return environment.get_template("report.html").render(
+    return page(
+        "report.html",
+        {"figures": table_figures, "pool_cells": _pool_cells},
         summary=summary,
         sections=sections,
-        style=Markup(environment.get_template("report.css").render(schemes=SCHEMES)),  # noqa: S704 our own file
-        bokeh=Markup(bokeh),  # noqa: S704 the library's own script
-        script=Markup(script),  # noqa: S704 our own file
-        script_hashes=" ".join(_hash(text) for text in (bokeh, script)),
-        color_names=" ".join(NAMES),
         headings=HEADINGS,
         pool_headings=POOL_HEADINGS,
         hole_share=f"1/{round(1 / HOLE_SHARE)}",
@@ -119,19 +102,6 @@ def render(results: Results, folder: Path) -> str:
         estimated_means=ESTIMATED_MEANS,
         draws=any(s.drawing for s in sections),
     )
-
-
-@cache
-def _bokeh_script() -> str:
-    """Bokeh's core without its widgets, tables, WebGL and MathJax, which no figure here uses."""
-    text = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
-    assert "</script" not in text.lower()
-    return text
-
-
-def _hash(script: str) -> str:
-    """The script's source expression for the page's Content-Security-Policy: nothing else may run."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _letter(number: int) -> str:

@@ -76,7 +76,8 @@ class Row:
     def notes(self) -> tuple[str, ...]:
         """What no column of the comparison shows, a printable line each."""
         before = self.case.precheck.note if self.case.precheck is not None else ""
-        return tuple(filter(None, (refutation(self.case), printable(before), self._pool_note, self._raw_note)))
+        told = (refutation(self.case), printable(before), surprise(self.case), self._pool_note, self._raw_note)
+        return tuple(filter(None, told))
 
     @property
     def _pool_note(self) -> str:
@@ -161,6 +162,18 @@ def refutation(case: Case) -> str:
     return f"{differ}{case.verify.compared:,} comparisons, and the figures are the model's{first}"
 
 
+def surprise(case: Case) -> str:
+    """What a card did otherwise than the virtual device had said, as one printable line; empty where nothing."""
+    differing = [
+        f"{name} {count:+,}" if name == "allocs" else f"{name} {_signed(count)}"
+        for name, count in case.surprises.items()
+    ]
+    if not differing:
+        return ""
+    rough = "" if case.predicted is None or case.predicted.exact else " by estimate"
+    return f"against what the virtual device said{rough}: {', '.join(differing)}"
+
+
 def _complete(case: Case) -> bool:
     return case.measured and case.outcome != "oom"
 
@@ -213,8 +226,8 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     ]
     facts += [(_name(name), _name(version)) for name, version in run.versions.items() if name != "torch"]
     for left in run.not_applicable:
-        text = f"{left.conf or 'default'} under the rules of torch {left.torch}: {left.reason}"
-        facts.append(("not applicable", printable(text, 300)))
+        what = left.variant or f"{left.conf or 'default'} under the rules of torch {left.torch}"
+        facts.append(("not applicable", printable(f"{what}: {left.reason}", 300)))
     if run.command:
         facts.append(("command", printable(shlex.join(run.command), 300)))
     return tuple(facts)

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 _FILE_LIMIT = 512 * MIB
 
 Outcome = Literal["ok", "oom", "overflow", "wrong", "hazard", "crash", "timeout", "unsupported", "skipped"]
-Role = Literal["original", "fixed", "newest", "proposed"]
+Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
@@ -96,6 +96,38 @@ class PrecheckRecord(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """What the virtual device said of a phase before it ran on a card, under that card's rules and memory; bytes.
+
+    Attributes:
+        exact: every operator's memory is known.
+    """
+
+    base: int
+    transient: int
+    retained: int
+    peak: Peak
+    end: Peak
+    allocs: int
+    exact: bool
+
+
+class InstalledCode(msgspec.Struct, frozen=True):
+    """The code of a package that a variant runs as it is.
+
+    Attributes:
+        package: the distribution.
+        version: the release that ran; ``"unknown"`` where the package has no metadata.
+        function: ``module:function``, ``module:Class`` or ``module:Class.method``.
+        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found.
+    """
+
+    package: str
+    version: str
+    function: str
+    digest: str = ""
+
+
 class LossRecord(msgspec.Struct, frozen=True):
     """Something a recording does not hold."""
 
@@ -128,6 +160,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         expected_outcome: what the scenario declares should happen.
         missing: bytes that something of a fixed size lacked, where the outcome is ``overflow`` and it could be told.
         replays: whose code the variant replays, as package, release and function.
+        installed: the code that the variant ran as it is installed.
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
         base, end_live: allocated bytes when the phase began and ended.
@@ -135,6 +168,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         retained: end minus base.
         precheck: what was known of its need before it ran on a card; None on the virtual device, and for a case that
             is declared to run out of memory.
+        predicted: what the virtual device said of it beforehand; None on the virtual device, and where it said nothing.
         message: one line about what went wrong.
         seconds: wall time of the recording or replay.
         trace: path of the Trace, relative to the results file.
@@ -159,6 +193,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     expected_outcome: Outcome = "ok"
     missing: int | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
     base: int = 0
@@ -177,6 +212,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     numeric: dict[str, Any] | None = None
     verify: VerifyRecord | None = None
     precheck: PrecheckRecord | None = None
+    predicted: Prediction | None = None
     lost: list[LossRecord] = []
     assumptions: list[AssumptionRecord] = []
     findings: list[dict[str, Any]] = []
@@ -196,17 +232,40 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return self.verify is not None and self.verify.mismatches > 0
 
     @property
+    def surprises(self) -> dict[str, int]:
+        """By how much each figure differs from what the virtual device said; only those that do. Bytes, or a count."""
+        said = self.predicted
+        if said is None or not self.measured:
+            return {}
+        pairs = [
+            (name, getattr(self, name), getattr(said, name)) for name in ("base", "transient", "retained", "allocs")
+        ]
+        for which in ("peak", "end"):
+            ours, theirs = getattr(self, which), getattr(said, which)
+            pairs += [
+                (f"{which} {name}", getattr(ours, name), getattr(theirs, name)) for name in Peak.__struct_fields__
+            ]
+        return {name: measured - predicted for name, measured, predicted in pairs if measured != predicted}
+
+    @property
     def as_expected(self) -> bool:
         """Whether the outcome is the declared one."""
         return self.outcome == self.expected_outcome
 
 
 class NotApplicable(msgspec.Struct, frozen=True):
-    """A combination that was asked for and does not exist: the release refuses the conf."""
+    """What was asked for and does not exist here.
+
+    Attributes:
+        conf, torch: a conf, and a release that refuses it.
+        reason: one line.
+        variant: ``scenario/variant`` whose package is not installed; then there is no conf and no release.
+    """
 
     conf: str
     torch: str
     reason: str
+    variant: str = ""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,7 +279,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         versions: fragscope, python, torch and the like.
         command: the command line as it was given.
         card: name to facts about the card, bytes.
-        not_applicable: combinations that were left out.
+        not_applicable: what was asked for and left out.
     """
 
     started: str

@@ -39,6 +39,11 @@ class Selection:
         """``scenario/preset/variant``."""
         return f"{self.scenario.name}/{self.preset}/{self.variant}"
 
+    @property
+    def of(self) -> str:
+        """``scenario/variant``."""
+        return f"{self.scenario.name}/{self.variant}"
+
 
 def scenario_files(paths: Iterable[Path]) -> list[Path]:
     """The scenario files at the given files and folders, sorted, each once.

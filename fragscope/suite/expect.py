@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Any, get_args
 
 from fragscope.errors import UsageError, printable
 from fragscope.results import Outcome
@@ -20,6 +20,8 @@ class Expect:
         outcome: how the variant should end there.
         preset, conf, torch, card, device: globs that a cell's own values must match; ``conf=""`` is no conf, and
             ``torch`` is matched as it was named, such as ``2.11*``.
+        when: of the case's preset values and parameters by name, which ``--set`` and ``--sweep`` change; None means
+            always.
     """
 
     outcome: Outcome
@@ -28,11 +30,12 @@ class Expect:
     torch: str = "*"
     card: str = "*"
     device: str = "*"
+    when: Callable[[Mapping[str, Any]], bool] | None = None
 
-    def applies(self, preset: str, conf: str, torch: str, card: str, device: str) -> bool:
+    def applies(self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Any]) -> bool:
         """Whether a cell is among those meant."""
         cell = ((preset, self.preset), (conf, self.conf), (torch, self.torch), (card, self.card), (device, self.device))
-        return all(fnmatchcase(value, glob) for value, glob in cell)
+        return all(fnmatchcase(value, glob) for value, glob in cell) and (self.when is None or self.when(values))
 
 
 Declared = Outcome | Expect | Sequence[Expect]
@@ -69,6 +72,19 @@ def declared(where: str, expect: object) -> tuple[Expect, ...]:
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?", re.ASCII)
 
 
+def check_code(where: str, function: str, **words: str) -> None:
+    """See that a package's code is named as it should be.
+
+    Raises:
+        UsageError: one of the words is none, or the function is not written ``module:function``.
+    """
+    for word, value in words.items():
+        if not value or not value.isprintable() or any(c.isspace() for c in value):
+            raise UsageError(f"{where}: {word} {printable(repr(value), 60)} is not one word")
+    if not _FUNCTION.fullmatch(function):
+        raise UsageError(f"{where}: function {printable(repr(function), 100)}: write module:function")
+
+
 @dataclass(frozen=True, slots=True)
 class Replays:
     """Whose code a variant replays.
@@ -77,7 +93,8 @@ class Replays:
         package: the distribution, such as ``"vllm"``.
         version: its release.
         function: ``module:function`` or ``module:Class.method``.
-        digest: of the function's source in that release; ``""`` where it was not taken.
+        digest: of the function's source in that release, as ``fragscope upstream --digest`` prints it; ``""`` where
+            it was not taken.
     """
 
     package: str
@@ -86,11 +103,7 @@ class Replays:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        for word, value in (("package", self.package), ("version", self.version)):
-            if not value or not value.isprintable() or any(c.isspace() for c in value):
-                raise UsageError(f"Replays: {word} {printable(repr(value), 60)} is not one word")
-        if not _FUNCTION.fullmatch(self.function):
-            raise UsageError(f"Replays: function {printable(repr(self.function), 100)}: write module:function")
+        check_code("Replays", self.function, package=self.package, version=self.version)
 
     def __str__(self) -> str:
         return f"{self.package} {self.version} {self.function}"

@@ -42,7 +42,7 @@ class PlannedCase:
         """What its variant declares for this cell."""
         s = self.settings
         variant = self.selection.scenario.variants[self.selection.variant]
-        return variant.expected(self.selection.preset, s.conf, s.rules.torch, s.card, self.device)
+        return variant.expected(self.selection.preset, s.conf, s.rules.torch, s.card, self.device, dict(self.values))
 
     @property
     def recording(self) -> tuple[str, tuple[tuple[str, Value], ...], str, str]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
-from fragscope.allocator import Card
+from fragscope.allocator import Card, ReplaySettings, replay
 from fragscope.errors import UsageError, printable
 from fragscope.record.virtual import VirtualDevice
-from fragscope.results import Outcome, PrecheckRecord
+from fragscope.results import Outcome, PrecheckRecord, Prediction
 from fragscope.suite.process import enter, leave, log_path, report_path
 from fragscope.suite.verification import installed_rules
-from fragscope.suite.worker import Task, on_virtual
+from fragscope.suite.worker import Recording, Task, on_virtual, peak_of
 from fragscope.trace.containers import write_atomically
 from fragscope.units import MIB
 
@@ -29,6 +29,7 @@ PLENTY = 1 << 46  # bytes; more than any card has, and modelled addresses still 
 FAR = 2
 """An estimate this many times what is free keeps a case from running. What it leaves out would only make it larger,
 unless the program caught an error and went another way."""
+_CAME_TO_ITS_END = ("ok", "hazard")
 _SHOWN_OPS = 3
 _OWN_OOM = "OutOfMemoryError"
 
@@ -42,6 +43,7 @@ class Need(msgspec.Struct, frozen=True):
         limit: a memory fraction's limit that was in force at the end, None without one.
         unknown: what ``held`` leaves out, for people; ``""`` where it is all.
         looked: the program read memory state, so that on another card it may go another way.
+        prediction: figures of the measured phase, where it ran to its end.
     """
 
     outcome: Outcome
@@ -50,6 +52,7 @@ class Need(msgspec.Struct, frozen=True):
     limit: int | None = None
     unknown: str = ""
     looked: bool = False
+    prediction: Prediction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,22 @@ def need_of(task: Task, *, plenty: bool) -> Need:
         limit=allocator.limit,
         unknown=_listed([e.op for e in ran.estimated]),
         looked=bool(seen),
+        prediction=_prediction(ran, settings),
+    )
+
+
+def _prediction(ran: Recording, settings: ReplaySettings) -> Prediction | None:
+    span = replay(ran.trace, settings).measured if ran.trace is not None and ran.outcome == "ok" else None
+    if span is None:
+        return None
+    return Prediction(
+        base=span.base.allocated,
+        transient=span.transient,
+        retained=span.retained,
+        peak=peak_of(span.peak),
+        end=peak_of(span.end),
+        allocs=span.allocs,
+        exact=not ran.estimated,
     )
 
 
@@ -129,7 +148,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
     def runs(needs: int | None, note: str = "") -> Judgement:
         return Judgement("", PrecheckRecord(needs, card.free, not need.unknown and not note, note))
 
-    if need.outcome == "ok":
+    if need.outcome in _CAME_TO_ITS_END:
         if not need.unknown:
             return runs(need.held)
         return runs(need.held, f"it was run on an estimate of {_up(need.held)} MiB ({need.unknown})")
@@ -143,7 +162,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
         needs, words = card.free + 1, f"more than {_down(card.free)} MiB"
     else:
         needs = max(with_plenty.held, card.free + 1)
-        known = with_plenty.outcome == "ok" and not with_plenty.unknown
+        known = with_plenty.outcome in _CAME_TO_ITS_END and not with_plenty.unknown
         words = f"{'' if known else 'at least '}{_up(needs)} MiB"
     if not need.unknown:
         known = with_plenty is not None and not words.startswith("at least")

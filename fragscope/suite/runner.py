@@ -17,13 +17,14 @@ import msgspec
 
 from fragscope.allocator import Card, card_named
 from fragscope.errors import printable
-from fragscope.results import Case, NotApplicable, Outcome, PrecheckRecord, Results, Run, save_results
+from fragscope.results import Case, NotApplicable, Outcome, PrecheckRecord, Prediction, Results, Run, save_results
 from fragscope.suite.journal import Journal, finished_cases, locked
 from fragscope.suite.numerics import NumericReport, run_numeric
 from fragscope.suite.plan import PlannedCase, versions
 from fragscope.suite.precheck import Need, asks_for_plenty, judge, run_need
 from fragscope.suite.process import log_path, place_in_log, report_path
 from fragscope.suite.server import Job, WorkerServer
+from fragscope.suite.verification import installed_rules
 from fragscope.suite.worker import CaseTask, Report, Task, bare_case, run_task
 
 
@@ -40,7 +41,7 @@ class RunOptions:
         card: the card at hand with what is free of it, where cases run on CUDA; one that does not fit is skipped.
         command: the command line, for provenance.
         files_first: scenario files may be imported before a process is forked that uses CUDA.
-        not_applicable: combinations that were asked for and do not exist, for the record.
+        not_applicable: what was asked for and does not exist here, for the record.
     """
 
     out: Path
@@ -307,6 +308,13 @@ class _PlanRun:
             self._finish(bare_case(task, wanted, "skipped", judgement.skip, versions().get("torch", "")))
         return ()
 
+    def _prediction(self, planned: PlannedCase) -> Prediction | None:
+        """What the virtual device said of a case; it said it under the rules that run here, and no others."""
+        need = self._needs.get(planned.digest)
+        if need is None or planned.settings.rules.rules != installed_rules().rules:
+            return None
+        return need.prediction
+
     # --- recordings -----------------------------------------------------------------------------------------------
 
     def _task(self, group: Sequence[PlannedCase]) -> Task:
@@ -327,6 +335,7 @@ class _PlanRun:
             timeout=self._options.timeout,
             card=self._options.card,
             replays=None if variant.replays is None else str(variant.replays),
+            installed=None if variant.installed is None else variant.installed.code(),
         )
 
     def _recording_job(self, group: Sequence[PlannedCase]) -> Job:
@@ -349,7 +358,10 @@ class _PlanRun:
         return [self._recording_job([self._planned[i]]) for i in report.again]
 
     def _finish(self, case: Case) -> None:
-        case = msgspec.structs.replace(case, precheck=self._prechecks.get(self._planned[case.id].recording))
+        planned = self._planned[case.id]
+        case = msgspec.structs.replace(
+            case, precheck=self._prechecks.get(planned.recording), predicted=self._prediction(planned)
+        )
         if case.scenario in self._held:
             self._held[case.scenario].append(case)
             return

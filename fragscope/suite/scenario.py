@@ -31,6 +31,7 @@ from fragscope.errors import UsageError, printable
 from fragscope.record.device_memory import DeviceMemory, How, check_request
 from fragscope.results import Outcome, Role
 from fragscope.suite.expect import Declared, Expect, Replays, declared
+from fragscope.suite.installed import Installed
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,9 @@ class Recorder(Protocol):
 
     def take_device_memory(self, size: int, how: How) -> DeviceMemory:
         """Take device memory past the caching allocator; raises ``torch.OutOfMemoryError`` where it lacks."""
+
+    def kernel(self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any) -> None:
+        """A kernel that torch does not see touches tensors."""
 
 
 class EndCase(Exception):  # noqa: N818 - not an error
@@ -137,6 +141,30 @@ class Case:
         check_request(size, how)
         return self._recorder.take_device_memory(size, how)
 
+    def kernel(
+        self,
+        what: str,
+        *,
+        reads: Sequence[torch.Tensor] = (),
+        writes: Sequence[torch.Tensor] = (),
+        stream: Any = None,
+    ) -> None:
+        """Say which tensors a kernel outside torch reads and writes, and on which stream it runs.
+
+        The virtual device holds it against the work of other streams. On a GPU nothing happens.
+
+        Args:
+            what: its name in messages.
+            reads: tensors it only reads.
+            writes: tensors it writes, or reads and writes.
+            stream: a ``torch.cuda.Stream``; None is the legacy default stream, on which ``kernel<<<grid, block>>>``
+                and ``cudaMemcpy`` run.
+
+        Raises:
+            UsageError: a tensor is not on the card.
+        """
+        self._recorder.kernel(what, reads, writes, stream)
+
     def skip(self, reason: str) -> NoReturn:
         """End the case as skipped: it cannot run here."""
         self.end("skipped", reason)
@@ -169,6 +197,7 @@ class Variant:
     Attributes:
         expect: declared outcomes; ``ok`` in every cell that none of them is about.
         replays: whose code it replays; None for a proposal, and where nobody said.
+        installed: the code of a package that it runs as it is; None where it brings its own.
     """
 
     name: str
@@ -177,11 +206,14 @@ class Variant:
     expect: tuple[Expect, ...] = ()
     doc: str = ""
     replays: Replays | None = None
+    installed: Installed | None = None
 
-    def expected(self, preset: str, conf: str, torch: str, card: str, device: str) -> Outcome:
+    def expected(
+        self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Value]
+    ) -> Outcome:
         """The declared outcome of one cell."""
         for rule in self.expect:
-            if rule.applies(preset, conf, torch, card, device):
+            if rule.applies(preset, conf, torch, card, device, values):
                 return rule.outcome
         return "ok"
 
@@ -221,20 +253,46 @@ class Scenario:
         """
 
         def add(body: Body) -> Body:
-            self.add(name, role, body, expect, replays)
+            self.add(name, role, body, expect, replays=replays)
             return body
 
         return add
 
-    def add(self, name: str, role: Role, body: Body, expect: Declared = "ok", replays: Replays | None = None) -> None:
+    def installed(self, name: str, code: Installed, *, expect: Declared = "ok") -> Callable[[Body], Body]:
+        """Add a variant that runs a package's own code, where the package is installed; elsewhere it is left out.
+
+        Args:
+            name: unique within the scenario.
+            code: what the decorated function runs; it gets it from ``code.load()``.
+            expect: declared outcome; see ``Declared``.
+        """
+
+        def add(body: Body) -> Body:
+            self.add(name, "installed", body, expect, installed=code)
+            return body
+
+        return add
+
+    def add(
+        self,
+        name: str,
+        role: Role,
+        body: Body,
+        expect: Declared = "ok",
+        *,
+        replays: Replays | None = None,
+        installed: Installed | None = None,
+    ) -> None:
         """Add an implementation."""
         _check_name("variant", name)
         if name in self.variants:
             raise UsageError(f"scenario {self.name!r}: variant {name!r} is defined twice")
         if role not in get_args(Role):
             raise UsageError(f"scenario {self.name!r}: role {role!r} is none of {', '.join(get_args(Role))}")
+        if role == "installed" and installed is None:
+            raise UsageError(f"scenario {self.name!r}: variant {name!r}: add installed code with .installed(...)")
         rules = declared(f"scenario {self.name!r}: variant {name!r}", expect)
-        self.variants[name] = Variant(name, role, body, rules, inspect.getdoc(body) or "", replays)
+        self.variants[name] = Variant(name, role, body, rules, inspect.getdoc(body) or "", replays, installed)
 
     @overload
     def numeric(self, outputs: Outputs) -> Outputs: ...
@@ -363,7 +421,7 @@ def scenario(
             doc=inspect.getdoc(body) or "",
             file=_defining_file(body),
         )
-        made.add(variant, role, body, expect, replays)
+        made.add(variant, role, body, expect, replays=replays)
         if _registries:
             _registries[-1].found.append(made)
         return made
@@ -381,8 +439,8 @@ def _check_name(what: str, name: str) -> None:
 
 _TAKEN = frozenset(
     {
-        "scenario", "preset", "variant", "values", "device", "device_memory", "measured", "measure", "skip", "end",
-        "overflow",
+        "scenario", "preset", "variant", "values", "device", "device_memory", "kernel", "measured", "measure",
+        "skip", "end", "overflow",
     }
 )  # fmt: skip
 """What ``case`` has besides its values."""

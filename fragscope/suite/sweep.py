@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from fragscope.errors import UsageError
-from fragscope.results import Case, Outcome
+from fragscope.results import Case, Curve, Outcome, Point, SweepResults
 from fragscope.suite.discover import Selection
 from fragscope.suite.plan import PlannedCase
 
@@ -69,72 +67,6 @@ def parse_range(text: str) -> Range:
     return Range(match[1], low, high, step)
 
 
-class Point(msgspec.Struct, frozen=True):
-    """One size and what it gave; bytes.
-
-    Attributes:
-        over: why it is over a budget, ``""`` where it is not.
-    """
-
-    size: int
-    outcome: Outcome
-    peak_allocated: int
-    peak_reserved: int
-    transient: int
-    exact: bool
-    over: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the program came to its end within budget."""
-        return self.outcome == "ok" and not self.over
-
-
-class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sweep found out about one case; bytes.
-
-    Attributes:
-        name: ``scenario/preset/variant``.
-        conf, torch, card: what it was decided under.
-        capacity: bytes that segments could take together.
-        largest: the largest size that fits; None where not even the smallest does, or it could not be told.
-        limited_by: why the next size does not fit; ``""`` where the largest size asked for does.
-        problem: why there is no answer; ``""`` where there is.
-        fails_below: sizes below ``largest`` that do not fit.
-        points: by size.
-    """
-
-    name: str
-    conf: str
-    torch: str
-    card: str
-    capacity: int
-    largest: int | None
-    limited_by: str
-    problem: str
-    fails_below: list[int]
-    points: list[Point]
-
-
-class SweepResults(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of sweep.json.
-
-    Attributes:
-        parameter, low, high, step: what was swept.
-        command: the command line as it was given.
-        complete: every case has its answer, or the reason why there is none.
-    """
-
-    schema_version: int = 1
-    parameter: str
-    low: int
-    high: int
-    step: int
-    command: list[str] = []
-    complete: bool
-    curves: list[Curve]
-
-
 Over = Callable[[Case], str]
 """Why a case is over a budget, ``""`` where it is within all."""
 
@@ -146,6 +78,7 @@ class _Cell:
     first: PlannedCase
     points: dict[int, Point] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    undeclared: bool = False
     asked: set[int] = field(default_factory=set)
 
     @property
@@ -193,6 +126,7 @@ class Sweep:
         """What to run now that a case is finished."""
         cell, size = self._where[case.digest]
         cell.reasons[size] = case.message
+        cell.undeclared |= case.outcome not in ("ok", *_TOO_LARGE) and not case.as_expected
         cell.points[size] = Point(
             size=size,
             outcome=case.outcome,
@@ -250,6 +184,7 @@ def _curve(cell: _Cell) -> Curve:
         largest=None if cell.problem else largest,
         limited_by="" if cell.problem else limited_by,
         problem=cell.problem,
+        declared=bool(cell.problem) and not cell.undeclared,
         fails_below=[s for s, p in sorted(cell.points.items()) if largest is not None and s < largest and not p.fits],
         points=[point for _, point in sorted(cell.points.items())],
     )

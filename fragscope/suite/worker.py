@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from fragscope.results import (
     Case,
     DeviceKind,
     EstimatedOp,
+    InstalledCode,
     LossRecord,
     OomRecord,
     Outcome,
@@ -75,6 +76,7 @@ class Task:
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
         replays: whose code the variant replays.
+        installed: the installed code that the variant runs.
     """
 
     file: Path
@@ -91,6 +93,7 @@ class Task:
     timeout: float
     card: Card | None = None
     replays: str | None = None
+    installed: InstalledCode | None = None
 
 
 class Report(msgspec.Struct):
@@ -176,9 +179,15 @@ def _virtual_device(task: Task) -> VirtualDevice:
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     """Run the variant on a virtual device, whatever device the task is for."""
-    recorder = _PhaseRecorder(device.memory, device.take_device_memory)
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
+    recorder = _PhaseRecorder(device.memory, device.take_device_memory, device.kernel)
     with device:
         ran = _run_body(task, recorder)
+        unordered = device.memory.ordering.summary()
+        if ran.outcome == "ok" and unordered:
+            ran = replace(ran, outcome="hazard", message=printable(unordered, 600))
         trace = device.trace(_provenance(task)) if ran.measured else None
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
     if ran.outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
@@ -194,14 +203,35 @@ def _on_cuda(task: Task) -> Recording:
         os.environ.pop(variable, None)
     if settings.conf:
         os.environ[rules.conf_variables[0]] = settings.conf
+    absent = _absent_code(task)
+    if absent:
+        return Recording(None, "skipped", absent, [])
     cuda = CudaRecorder(RecorderOptions(stacks=Stacks.PYTHON, sample_non_torch=_SAMPLE_EVERY))
     cuda.start()
-    recorder = _PhaseRecorder(cuda, cuda.take_device_memory)
+    recorder = _PhaseRecorder(cuda, cuda.take_device_memory, lambda *_: None)
     ran = _run_body(task, recorder)
     if not ran.measured:
         cuda.discard()
         return Recording(None, ran.outcome, ran.message, [], missing=ran.missing)
     return Recording(cuda.stop(_provenance(task)), ran.outcome, ran.message, [], cuda.statistics, ran.missing)
+
+
+def _absent_code(task: Task) -> str:
+    """Import the installed code that the variant runs; why there is none, or ``""``.
+
+    What a package does while it is imported is not what is measured, and it should see the machine as it is, without a
+    virtual device.
+    """
+    code = scenario_of(task).variants[task.variant].installed
+    if code is None:
+        return ""
+    try:
+        code.load()
+    except Exception as e:
+        traceback.print_exception(e)
+        where = f"{code.package} is installed, but {code.function} cannot be imported"
+        return printable(f"{where}: {type(e).__name__}: {e}", 600)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +299,15 @@ class _Marks(Protocol):
 class _PhaseRecorder:
     """Marks the phase once at each end, whatever happens inside."""
 
-    def __init__(self, target: _Marks, take: Callable[[int, How], DeviceMemory]) -> None:
+    def __init__(
+        self,
+        target: _Marks,
+        take: Callable[[int, How], DeviceMemory],
+        kernel: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor], Any], None],
+    ) -> None:
         self._target = target
         self.take_device_memory = take
+        self.kernel = kernel
         self._open = False
 
     def begin_phase(self, name: str) -> None:
@@ -339,7 +375,7 @@ def _result(
     if decided is not None and decided.measured is not None:
         facts = _figures(decided, decided.measured, decided.trace)
         right = verified is None or not verified.mismatches
-        facts["exact"] = right and decided.exact and not recording.estimated and recording.outcome == "ok"
+        facts["exact"] = right and decided.exact and not recording.estimated and recording.outcome in ("ok", "hazard")
         facts["verify"] = verified
         outside = None if recording.trace is None else non_torch(recording.trace)
         facts["non_torch_peak"] = None if outside is None else outside.peak
@@ -378,6 +414,7 @@ def bare_case(task: Task, wanted: CaseTask, outcome: Outcome, message: str, torc
         outcome=outcome,
         expected_outcome=wanted.expect,
         replays=task.replays,
+        installed=task.installed,
         message=message,
     )
 
@@ -393,8 +430,8 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
         "end_live": span.end.allocated,
         "transient": span.transient,
         "retained": span.retained,
-        "peak": _peak(span.peak),
-        "end": _peak(span.end),
+        "peak": peak_of(span.peak),
+        "end": peak_of(span.end),
         "after_empty_cache": AfterEmptyCache(span.reserved_after_empty_cache),
         "segments_peak": span.segments_peak,
         "allocs": span.allocs,
@@ -406,5 +443,6 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _peak(counters: Counters) -> Peak:
+def peak_of(counters: Counters) -> Peak:
+    """Counters as results hold them."""
     return Peak(*(getattr(counters, name) for name in Counters.__dataclass_fields__))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fragscope.errors import UsageError
-from fragscope.gate.budgets import METRICS, nearest, parse_limit, quoted
+from fragscope.gate.budgets import METRICS, parse_limit
 from fragscope.testing import MARKER
+from fragscope.toml import nearest, quoted
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and named arguments of a marker."""

@@ -199,9 +199,17 @@ class _ColumnLog:
 
 
 class RequestLog(_ColumnLog):
-    """Collects requests in program order."""
+    """Collects requests in program order.
+
+    Attributes:
+        thread: who asks for what is added now, where ``append`` is not told.
+    """
 
     _dtypes = REQUEST_DTYPES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = 0
 
     def append(
         self,
@@ -211,7 +219,7 @@ class RequestLog(_ColumnLog):
         size: int = 0,
         stream: int = 0,
         pool: int = 0,
-        thread: int = 0,
+        thread: int | None = None,
         stack: int = NO_STACK,
         phase: int = 0,
     ) -> int:
@@ -222,7 +230,7 @@ class RequestLog(_ColumnLog):
         c["size"].append(size)
         c["stream"].append(stream)
         c["pool"].append(pool)
-        c["thread"].append(thread)
+        c["thread"].append(self.thread if thread is None else thread)
         c["stack"].append(stack)
         c["phase"].append(phase)
         return len(c["kind"]) - 1

@@ -106,9 +106,12 @@ def _trace(folder: Path, check: Checker, beginning: Beginning, end: End | None, 
     if stood:
         live = tuple(sorted(live_at_end(check, beginning.segments, device), key=lambda b: b.addr))
         reader.begin(StartState(stood, live))
-    _read(reader, records, read_stacks(folder, device))
+    stacks = read_stacks(folder, device)
+    _read(reader, records, stacks)
     reader.finish()
-    lost += _losses(reader, beginning, end, pools)
+    lost += _losses(reader, end, pools)
+    if stacks is not None and stacks.parted:
+        lost.append(Loss("stacks", "call stacks that the history did not hold in the order of events", stacks.parted))
     final = None if end is None else final_segments(check, end.segments, device, pools, page)
     is_asked_for = device == beginning.device
     return Trace(
@@ -147,11 +150,13 @@ def _read(reader: NotedReader, records: Records, stacks: DeviceStacks | None) ->
     counted = (records["kind"] < NOTE) & (records["kind"] != EventKind.SNAPSHOT)
     first = int(np.count_nonzero(counted)) - (0 if stacks is None else len(stacks.of))
     scopes = _scopes_of_captures(records)
+    threads: dict[int, int] = {}  # as the system numbers them -> in order of appearance
     event = 0  # events, as stacks count them
     number = 0
     for part in range(0, len(records), _AT_ONCE):
         for record in _rows(records[part : part + _AT_ONCE]):
-            kind, addr, size, stream, pool_first, pool_second, text = record
+            kind, addr, size, stream, pool_first, pool_second, text, thread = record
+            reader.requests.thread = threads.setdefault(thread, len(threads))
             if kind >= NOTE:
                 pool = (pool_first, pool_second)
                 if kind == note(RequestKind.SCOPE_OPEN) and addr:
@@ -184,7 +189,7 @@ def _scopes_of_captures(records: Records) -> dict[int, PoolId]:
 
 
 def _rows(records: Records) -> Iterator[tuple[int, ...]]:
-    names = ("kind", "addr", "size", "stream", "pool_first", "pool_second", "text")
+    names = ("kind", "addr", "size", "stream", "pool_first", "pool_second", "text", "thread")
     return zip(*(records[name].tolist() for name in names), strict=True)
 
 
@@ -196,7 +201,7 @@ def _frames(stacks: DeviceStacks | None) -> list[list[dict[str, Any]]]:
     return [[frames[i] for i in stack] for stack in stacks.stacks]
 
 
-def _losses(reader: NotedReader, beginning: Beginning, end: End | None, pools: Pools) -> list[Loss]:
+def _losses(reader: NotedReader, end: End | None, pools: Pools) -> list[Loss]:
     inferred = reader.inferred
     inferred.held = 0  # what stood at the start was recorded, and is not lost
     lost = inferred.losses()

@@ -15,7 +15,8 @@ from scenario_files import cases_in, results_in, write_scenarios
 from fragscope.allocator import CARDS, DEFAULT_CARD, Card, ReplaySettings, rules_for
 from fragscope.cli import run
 from fragscope.errors import NotMeasuredError
-from fragscope.results import Case
+from fragscope.report.summary import summarize
+from fragscope.results import Case, load_results
 from fragscope.trace import load_trace
 
 pytest.importorskip("torch")
@@ -395,3 +396,41 @@ def test_where_the_model_is_wrong_the_trace_is_what_the_card_did(card: StandInCa
     trace = Path("out", case["trace"])
     assert load_trace(trace).source == "cuda"
     assert run(["replay", str(trace), "--verify"]) == 1
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(card: StandInCard) -> None:
+    write_scenarios(Path(), "needs", NEEDS)
+    runs("fits")
+    case = only_case()
+    predicted = case["predicted"]
+    assert predicted["exact"]
+    for figure in ("base", "transient", "retained", "allocs", "peak", "end"):
+        assert predicted[figure] == case[figure], figure
+    runs("fits", "--torch", "2.13", "--torch", "2.11")
+    of_release = {c["torch"]: c["predicted"] for c in results_in(Path())["cases"]}
+    installed = ".".join(torch.__version__.split(".")[:2])
+    # Under other rules the card was not asked, so there is nothing to hold a prediction against.
+    assert {release for release, said in of_release.items() if said} <= {installed}
+
+
+TWICE = """
+    @fragscope.scenario("grows", presets={"one": {}})
+    def _(case):
+        from pathlib import Path
+
+        seen = Path(__file__).with_name("seen")
+        with case.measure():
+            kept = on_card(3 * 2**20 if seen.exists() else 2**20)
+        seen.touch()
+"""
+
+
+def test_a_card_that_does_otherwise_than_predicted_is_told(card: StandInCard) -> None:
+    write_scenarios(Path(), "grows", TWICE)
+    runs("grows")
+    results = load_results(Path("out"))
+    (case,) = results.cases
+    assert case.surprises["peak requested"] == case.surprises["retained"] == 2 * 2**20
+    assert "allocs" not in case.surprises
+    (row,) = (row for group in summarize(results).groups for row in group.rows)
+    assert any("against what the virtual device said: retained +2.00 MiB" in note for note in row.notes)

@@ -67,7 +67,7 @@ def test_a_second_run_takes_up_what_the_first_finished(folder: Path) -> None:
     before = curves(folder)
     run_in(folder, "scenario_sizes.py", "grow", "--sweep", "mib=1k:4k:100", "--resume")
     assert curves(folder) == before
-    assert "every mib tried fits, up to 4,000" in first.stdout
+    assert "every size tried fits, up to mib = 4,000" in first.stdout
 
 
 @pytest.mark.parametrize(

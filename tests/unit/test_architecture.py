@@ -16,6 +16,7 @@ BASE = {"errors", "units", "cache"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "cache": set(),
+    "toml": BASE,
     "units": {"errors"},
     "config": BASE,
     "trace": BASE,
@@ -26,13 +27,14 @@ ARROWS: dict[str, set[str]] = {
     "record": BASE | {"trace", "allocator"},
     "doctor": BASE | {"trace", "allocator", "record"},
     "suite": BASE | {"trace", "allocator", "measure", "record", "results", "fragscope"},
-    "gate": BASE | {"trace", "results", "config"},
-    "report": BASE | {"trace", "allocator", "measure", "results"},
-    "testing": BASE | {"trace", "allocator", "measure", "gate", "record", "config"},
+    "gate": BASE | {"trace", "results", "config", "toml"},
+    "thresholds": BASE | {"trace", "allocator", "toml"},
+    "report": BASE | {"trace", "allocator", "measure", "results", "thresholds"},
+    "testing": BASE | {"trace", "allocator", "measure", "gate", "record", "config", "toml"},
     "pytest_plugin": BASE | {"testing"},
     "cli": BASE
     | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report", "search", "record"}
-    | {"doctor"},
+    | {"doctor", "thresholds"},
     "fragscope": BASE | {"trace", "record", "suite"},  # the public face: fragscope/__init__.py
     "__main__": {"cli"},
 }
@@ -95,8 +97,10 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.cli.gate",
         "fragscope.cli.report",
         "fragscope.cli.record",
+        "fragscope.cli.thresholds",
         "fragscope.cli.replay",
         "fragscope.cli.tune",
+        "fragscope.cli.upstream",
         "fragscope.doctor",
         "fragscope.record.launch.process",
         "fragscope.search",

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fragscope.errors import InputFileError
 from fragscope.gate import Budget, load_budgets, parse_budgets
-from fragscope.gate.toml_lines import MAX_DEPTH, TooNestedError, find_lines
 from fragscope.results import Case
+from fragscope.toml.lines import MAX_DEPTH, TooNestedError, find_lines
 
 MIB = 2**20
 GIB = 2**30

@@ -17,9 +17,9 @@ def define(**changes: object) -> Scenario:
     return fragscope.scenario("sizes", presets={"small": {}, "large": {}}, **changes)(body)  # type: ignore[arg-type]
 
 
-def expected(made: Scenario, **cell: str) -> str:
-    values = {"preset": "small", "conf": "", "torch": "2.13.0", "card": "h100-80gb", "device": "virtual", **cell}
-    return made.variants["original"].expected(**values)
+def expected(made: Scenario, tokens: int = 1, **cell: str) -> str:
+    named = {"preset": "small", "conf": "", "torch": "2.13.0", "card": "h100-80gb", "device": "virtual", **cell}
+    return made.variants["original"].expected(**named, values={"tokens": tokens})
 
 
 def test_one_outcome_holds_in_every_cell() -> None:
@@ -43,6 +43,12 @@ def test_the_first_rule_that_applies_counts_and_the_rest_is_ok() -> None:
     assert expected(made, preset="large", conf="expandable_segments:True") == "oom"
     assert expected(made, conf="expandable_segments:True") == "hazard"
     assert expected(made, conf="max_split_size_mb:20") == "ok"
+
+
+def test_an_outcome_can_depend_on_the_cases_values() -> None:
+    made = define(expect=Expect("overflow", preset="large", when=lambda values: values["tokens"] > 100))
+    assert [expected(made, tokens, preset="large") for tokens in (100, 101)] == ["ok", "overflow"]
+    assert expected(made, 101, preset="small") == "ok"
 
 
 @pytest.mark.parametrize(

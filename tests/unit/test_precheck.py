@@ -32,6 +32,7 @@ def test_an_oom_that_plenty_says_nothing_about() -> None:
     [
         (Need("oom"), Need("ok", held=39_454 * MIB), "needs 39,454 MiB, card has 1,000"),
         (Need("oom"), Need("ok", held=1000 * MIB + 1), "needs 1,001 MiB, card has 1,000"),
+        (Need("oom"), Need("hazard", held=39_454 * MIB), "needs 39,454 MiB, card has 1,000"),
         (Need("oom"), Need("unsupported", held=2000 * MIB), "needs at least 2,000 MiB, card has 1,000"),
         (Need("oom"), Need("ok", held=2000 * MIB, unknown=ROUGH), "needs at least 2,000 MiB, card has 1,000"),
         # It failed with 1,000; that it later seems to take less (it goes another way) does not make it fit.
@@ -59,6 +60,7 @@ def test_what_does_not_fit_is_not_run(need: Need, plenty: Need | None, message: 
     ("need", "plenty", "note"),
     [
         (Need("ok", held=1000 * MIB), None, ""),
+        (Need("hazard", "no order", held=1000 * MIB), None, ""),
         (Need("ok", held=10 * MIB, unknown=ROUGH), None, f"it was run on an estimate of 10 MiB ({ROUGH})"),
         (Need("timeout"), None, "it was run without knowing what it needs: timeout on the virtual device"),
         (Need("crash", "why"), None, "it was run without knowing what it needs: crash on the virtual device: why"),

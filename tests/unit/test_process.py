@@ -19,7 +19,10 @@ def test_the_reason_why_there_is_no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_no_cuda() == "there is no usable NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "native")
     assert why_no_cuda() is None
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert why_no_cuda() == "the allocator backend is 'cudaMallocAsync'; only PyTorch's own (native) is recorded"
 
 
 def test_the_release_is_named_without_its_build(monkeypatch):

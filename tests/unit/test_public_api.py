@@ -12,13 +12,13 @@ import pytest
 import fragscope
 
 PUBLIC = {
-    "Case", "Expect", "FragscopeError", "InputFileError", "NotMeasuredError", "Recorder", "RecorderOptions", "Replays",
-    "Scenario", "Stacks", "Trace", "UnmodelledError", "UnsupportedError", "UsageError", "load_trace", "phase",
-    "scenario",
+    "Case", "DeviceMemory", "Expect", "FragscopeError", "InputFileError", "Installed", "NotMeasuredError", "Rank",
+    "RankFailedError", "RanksHungError", "Recorder", "RecorderOptions", "Replays", "Scenario", "Stacks", "Trace",
+    "UnmodelledError", "UnsupportedError", "UsageError", "load_trace", "phase", "run_ranks", "scenario",
 }  # fmt: skip
 ROOMS = [
     "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",
-    "fragscope.report", "fragscope.search", "fragscope.doctor",
+    "fragscope.report", "fragscope.search", "fragscope.doctor", "fragscope.thresholds", "fragscope.toml",
 ]  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import os
 import pickle
 import tempfile
+import threading
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -56,6 +58,38 @@ def same_columns(ours: Any, theirs: Any) -> None:
     for field in fields(ours):
         if field.name not in ("stack", "thread"):
             assert np.array_equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+
+
+def test_requests_name_the_thread_that_made_them():
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    with Recorder(edge=cuda) as recorder:
+        cuda.play(500)
+        other = threading.Thread(target=cuda.play, args=(500,))
+        other.start()
+        other.join()
+        cuda.play(500)
+    assert recorder.trace is not None
+    requests = recorder.trace.requests
+    turns = np.flatnonzero(np.diff(requests.thread)) + 1
+    assert requests.thread[[0, *turns]].tolist() == [0, 1, 0]
+    # By then the allocations of the first 500 and of the first 1,000 events had been made.
+    made = [sum(e["action"] == "alloc" for e in cuda._entries[:n]) for n in (500, 1000)]
+    counted = np.cumsum(requests.kind == RequestKind.ALLOC)[turns - 1].tolist()
+    assert counted == made
+
+
+def test_stacks_that_the_history_lost_are_said(tmp_path):
+    cuda = FakeCuda(snapshot("train_vit-default"))
+    options = RecorderOptions(stacks=Stacks.PYTHON, keep=tmp_path / "kept")
+    with Recorder(options, edge=cuda) as recorder:
+        cuda.play(300)
+    assert recorder.trace is not None
+    assert "stacks" not in {x.code for x in recorder.trace.lost}
+    file = tmp_path / "kept" / "stacks-0.json"
+    stored = json.loads(file.read_bytes())
+    stored["parted"], stored["of"] = 100, stored["of"][100:]
+    file.write_text(json.dumps(stored))
+    assert [(x.code, x.events) for x in load_trace(tmp_path / "kept").lost] == [("stacks", 100)]
 
 
 @pytest.mark.parametrize("name", PLAYED)

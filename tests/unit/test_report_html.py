@@ -21,7 +21,8 @@ from fragscope.allocator import ReplaySettings, replay, rules_for
 from fragscope.errors import UsageError
 from fragscope.measure import lifetimes, timeline
 from fragscope.report import write_html
-from fragscope.report.figures import LINE_POINTS, map_figure, map_scale, raster, unpack
+from fragscope.report.drawing import unpack
+from fragscope.report.figures import LINE_POINTS, map_figure, map_scale, raster
 from fragscope.report.memory_map import Canvas, CellState, address_ranges, cell_shares
 from fragscope.report.pools import MOST_SHARES, breakdown, places
 from fragscope.report.traces import Recording, Unavailable, open_recording

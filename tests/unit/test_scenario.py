@@ -23,6 +23,9 @@ class Phases:
     def end_phase(self) -> None:
         self.seen.append(("end", gc.isenabled()))
 
+    def kernel(self, what: str, reads: object, writes: object, stream: object) -> None:
+        self.seen.append((f"kernel {what}: {reads}, {writes}, {stream}", gc.isenabled()))
+
 
 def body(case: Case) -> None:
     """The first line.
@@ -50,7 +53,9 @@ def test_name_comes_from_the_function_unless_given() -> None:
 def test_variants_keep_their_order_roles_and_declared_outcomes() -> None:
     made = define(variant="before", expect="oom")
     made.variant("after", role="fixed")(body)
-    assert [(v.name, v.role, v.expected("one", "", "2.13", "a-card", "virtual")) for v in made.variants.values()] == [
+    assert [
+        (v.name, v.role, v.expected("one", "", "2.13", "a-card", "virtual", {})) for v in made.variants.values()
+    ] == [
         ("before", "original", "oom"),
         ("after", "fixed", "ok"),
     ]
@@ -174,6 +179,14 @@ def test_an_error_inside_ends_the_phase_and_restores_collection() -> None:
         raise ValueError("inside")
     assert phases.seen[-1][0] == "end"
     assert gc.isenabled()
+
+
+def test_a_kernel_is_passed_on_with_what_it_touches() -> None:
+    phases = Phases()
+    made = case(phases)
+    made.kernel("encode", reads=["a"], writes=["b"])  # type: ignore[list-item]
+    made.kernel("pack", stream="own")
+    assert [what for what, _ in phases.seen] == ["kernel encode: ['a'], ['b'], None", "kernel pack: (), (), own"]
 
 
 def test_a_case_has_one_phase() -> None:

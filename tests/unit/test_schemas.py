@@ -12,8 +12,7 @@ import pytest
 
 from fragscope.doctor import Diagnosis
 from fragscope.gate.verdict import Verdict
-from fragscope.results import Results
-from fragscope.suite.sweep import SweepResults
+from fragscope.results import Results, SweepResults
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 PUBLISHED = {

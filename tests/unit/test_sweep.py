@@ -11,13 +11,13 @@ from builders import bare_case
 import fragscope
 from fragscope.allocator import DEFAULT_CARD
 from fragscope.errors import UsageError
-from fragscope.results import Case, Outcome
+from fragscope.results import Case, Curve, Outcome
 from fragscope.suite.discover import select
 from fragscope.suite.matrix import cells
 from fragscope.suite.plan import PlannedCase, plan
 from fragscope.suite.scenario import Case as ScenarioCase
 from fragscope.suite.scenario import Scenario
-from fragscope.suite.sweep import Curve, Range, Sweep, parse_range, sweepable
+from fragscope.suite.sweep import Range, Sweep, parse_range, sweepable
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,17 @@ def test_what_has_nothing_to_do_with_size_leaves_no_answer(tmp_path: Path) -> No
     curves, _ = swept(scenario(tmp_path), Range("tokens", 10, 100), answer)
     assert (curves[0].largest, curves[0].problem) == (49, "")
     assert (curves[1].largest, curves[1].problem[:11]) == (None, "crash at 40")
+
+
+def test_a_declared_problem_is_told_from_a_surprise(tmp_path: Path) -> None:
+    def wrong(expected: Outcome) -> list[Curve]:
+        def answer(planned: PlannedCase, size: int) -> Case:
+            return bare_case(digest=planned.digest, outcome="wrong", expected_outcome=expected, message=f"at {size}")
+
+        return swept(scenario(tmp_path), Range("tokens", 10, 100), answer)[0]
+
+    assert [(c.problem, c.declared) for c in wrong("wrong")] == [("wrong at 10: at 10", True)] * 2
+    assert [(c.problem, c.declared) for c in wrong("ok")] == [("wrong at 10: at 10", False)] * 2
 
 
 def test_only_integers_without_choices_are_sizes(tmp_path: Path) -> None:

@@ -143,15 +143,9 @@ class TorchEdge:
         return str(self._torch.__version__)
 
     def why_not(self) -> str | None:
-        torch = self._torch
-        if torch.version.cuda is None:
-            return f"torch {torch.__version__} is not a CUDA build"
-        if not torch.cuda.is_available():
-            return "no CUDA device is available to this process"
-        backend = torch.cuda.memory.get_allocator_backend()
-        if backend != "native":
-            return f"the allocator backend is {backend!r}; only PyTorch's own (native) is recorded"
-        return None
+        from fragscope.record.process import why_no_cuda  # noqa: PLC0415 - it imports torch
+
+        return why_no_cuda()
 
     def begin(self) -> int:
         self._torch.cuda.init()

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 import numpy as np
@@ -235,14 +236,27 @@ class _FakeTracker:
         kind = KINDS.get(entry["action"], 255)
         addr = entry["device_free"] if kind == EventKind.OOM else entry.get("addr", 0)
         pool = entry.get("pool_id", (0, 0))
-        self._put((kind, self._device, 0, 1, addr, entry["size"], entry["stream"], *pool, entry.get("time_us", 0), -1))
+        self._put(
+            (
+                kind,
+                self._device,
+                0,
+                get_native_id(),
+                addr,
+                entry["size"],
+                entry["stream"],
+                *pool,
+                entry.get("time_us", 0),
+                -1,
+            )
+        )
 
     def snapshot(self) -> None:
         """A snapshot was taken."""
-        self._put((EventKind.SNAPSHOT, self._device, 0, 1, 0, 0, 0, 0, 0, 0, -1))
+        self._put((EventKind.SNAPSHOT, self._device, 0, get_native_id(), 0, 0, 0, 0, 0, 0, -1))
 
     def note(self, kind: int, device: int, addr: int, size: int, stream: int, pool: tuple[int, int], text: int) -> None:
-        self._put((kind, device, 0, 1, addr, size, stream, *pool, 0, text))
+        self._put((kind, device, 0, get_native_id(), addr, size, stream, *pool, 0, text))
 
     def _put(self, record: tuple[int, ...]) -> None:
         if self._writer is None:

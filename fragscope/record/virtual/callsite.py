@@ -26,6 +26,7 @@ class CallSites:
     def __init__(self, root: Path | None = None) -> None:
         self._root = f"{root}/" if root is not None else None
         self._frames: dict[tuple[CodeType, int], Frame | None] = {}
+        self._hidden: dict[str, bool] = {}
 
     def stack(self) -> Stack:
         """The calling user code, innermost frame first."""
@@ -47,10 +48,26 @@ class CallSites:
         stack = self.stack()
         return f"{stack[0].file}:{stack[0].line}" if stack else None
 
+    def line(self) -> tuple[str, int] | None:
+        """File and line of the innermost frame of user code; cheaper than a stack."""
+        frame: FrameType | None = sys._getframe(1)
+        hidden = self._hidden
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if file not in hidden:
+                hidden[file] = _is_hidden(file)
+            if not hidden[file]:
+                return self._shown(file), frame.f_lineno
+            frame = frame.f_back
+        return None
+
     def _describe(self, code: CodeType, line: int) -> Frame | None:
         file = code.co_filename
-        if file.startswith(_HIDDEN) or "/multiprocessing/" in file or file.endswith("/contextlib.py"):
-            return None
-        if self._root is not None and file.startswith(self._root):
-            file = file[len(self._root) :]
-        return Frame(file, line, code.co_qualname)
+        return None if _is_hidden(file) else Frame(self._shown(file), line, code.co_qualname)
+
+    def _shown(self, file: str) -> str:
+        return file[len(self._root) :] if self._root is not None and file.startswith(self._root) else file
+
+
+def _is_hidden(file: str) -> bool:
+    return file.startswith(_HIDDEN) or "/multiprocessing/" in file or file.endswith("/contextlib.py")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from fragscope.errors import UnsupportedError
 from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.footprints import GEMM_WORKSPACE
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
@@ -46,6 +47,7 @@ class VirtualCard:
         self.refused: dict[str, tuple[int, str]] = {}
         self._thread = ThreadState()
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
+        self._graph_task = -1
 
     @property
     def stream(self) -> int:
@@ -113,7 +115,13 @@ class VirtualCard:
             id_ = self.memory.take_raw(taken, self.sites.stack())
         except OutOfMemoryError as e:
             raise torch.OutOfMemoryError(f"{how}: {_size(taken)} asked for, {_size(e.free)} free") from None
-        return DeviceMemory(taken, how, lambda: self.memory.give_raw(id_, taken))
+
+        def give() -> None:
+            self.memory.give_raw(id_, taken)
+            if how == "cudaMalloc" and self.memory.ordered:
+                self.memory.finished_work()  # cudaFree waits for the card
+
+        return DeviceMemory(taken, how, give)
 
     def register(self, tensor: torch.Tensor) -> None:
         """Give a new tensor's storage its memory on the card, unless it is followed already."""
@@ -132,6 +140,7 @@ class VirtualCard:
         old = entry.id
         entry.id = self.allocate(size)
         entry.size = size
+        entry.address = None
         if old is not None:
             self.memory.free(old)
 
@@ -195,6 +204,47 @@ class VirtualCard:
             self.estimate("cuBLAS workspace")
             return
         self.gemm_workspaces[self.stream] = self.allocate(size) or 0
+
+    # --- order of work --------------------------------------------------------------------------------------------
+
+    def launched(
+        self, what: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor], stream: int | None = None
+    ) -> None:
+        """Work reads and writes tensors, on a stream by its handle or on the current one.
+
+        What of them is not on the card is left out.
+        """
+        if not self.memory.ordered:
+            return
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            # A backward pass runs each operator on the stream of its forward pass and orders them itself. Here all run
+            # on the caller's, so its borders count as waiting for everything.
+            self._graph_task = task
+            self.memory.finished_work()
+        read, written = self._touched(reads), self._touched(writes)
+        if read or written:
+            self.memory.launch(self.stream if stream is None else stream, what, self.sites.line, read, written)
+
+    def _touched(self, tensors: Iterable[torch.Tensor]) -> list[tuple[int, Extent]]:
+        """Lifetime ids of tensors on the card, and the bytes they cover, by address."""
+        out = []
+        for tensor in tensors:
+            entry = self.storages.find(tensor)
+            if entry is None or entry.place is not Place.CARD or entry.id is None:
+                continue
+            if entry.address is None:
+                entry.address = self.memory.address(entry.id)
+            size = tensor.itemsize
+            start = entry.address + int(tensor.storage_offset()) * size
+            if tensor.is_contiguous():
+                length = int(tensor.numel()) * size
+                extent = Extent(start, start + length, length) if length else None
+            else:
+                extent = extent_of(start, tensor.shape, tensor.stride(), size)
+            if extent is not None:
+                out.append((entry.id, extent))
+        return out
 
     # --- what cannot be known -------------------------------------------------------------------------------------
 

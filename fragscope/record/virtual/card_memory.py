@@ -14,6 +14,9 @@ from fragscope.allocator import (
     ReplaySettings,
     parse_conf,
 )
+from fragscope.record.virtual.extent import Extent
+from fragscope.record.virtual.ordering import Ordering
+from fragscope.record.virtual.shadow import Clock, Place
 from fragscope.trace import (
     Observation,
     RequestKind,
@@ -23,6 +26,21 @@ from fragscope.trace import (
     StackTable,
     Trace,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event on a stream.
+
+    Attributes:
+        stream: handle of the stream.
+        at: position in the order of events.
+        clock: what is over when it is.
+    """
+
+    stream: int
+    at: int
+    clock: Clock
 
 
 @dataclass(slots=True)
@@ -43,6 +61,8 @@ class CardMemory:
     Attributes:
         allocator: the model, with the decisions so far.
         requests: the log so far.
+        ordering: order of the work of the measured phase.
+        ordered: whether work is followed now.
     """
 
     def __init__(self, settings: ReplaySettings) -> None:
@@ -64,6 +84,8 @@ class CardMemory:
         self._recorded_uses: dict[int, set[int]] = {}
         self._next_id = 0
         self._lock = _Turn(self._free)
+        self.ordering = Ordering()
+        self.ordered = False
         self.clock = 0  # counts allocations, frees and event records: the order that events refer to
 
     def alloc(self, size: int, stream: int, stack: Stack) -> int:
@@ -79,11 +101,14 @@ class CardMemory:
             self.allocator.row = self.requests.append(
                 RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
             )
+            released = self.allocator.calls.free if self.ordered else 0
             try:
                 self.allocator.malloc(id_, size, stream)
             except OutOfMemoryError:
                 self._observe("OutOfMemoryError", stack)
                 raise
+            if self.ordered:
+                self._released(released)
             self._streams[id_] = stream
             return id_
 
@@ -95,8 +120,12 @@ class CardMemory:
         stream = self._streams.pop(id_)
         self.clock += 1
         self.allocator.row = self.requests.append(RequestKind.FREE, id=id_, stream=stream, phase=self._phase)
-        for user in sorted(self._recorded_uses.pop(id_, ())):
+        users = sorted(self._recorded_uses.pop(id_, ()))
+        for user in users:
             self._uses.append(_Use(id_, user, self.clock))
+        if users and self.ordered:
+            block = self.allocator.block(id_)
+            self.ordering.freed(block.addr, block.addr + block.size, users)
         self.allocator.free(id_)
 
     def take_raw(self, size: int, stack: Stack) -> int:
@@ -142,24 +171,66 @@ class CardMemory:
             self.allocator.record_stream(id_, stream)
             self._recorded_uses.setdefault(id_, set()).add(stream)
 
-    def mark(self) -> int:
-        """A moment that ``finished(until=...)`` can refer to."""
+    def launch(
+        self,
+        stream: int,
+        what: str,
+        where: Callable[[], Place | None],
+        reads: list[tuple[int, Extent]],
+        writes: list[tuple[int, Extent]],
+    ) -> None:
+        """Work on a stream reads and writes bytes of allocations; see ``Ordering.launch``."""
+        with self._lock:
+            self.ordering.launch(stream, what, where(), reads, writes)
+
+    def record_event(self, stream: int) -> Recorded:
+        """An event is recorded on a stream."""
         with self._lock:
             self.clock += 1
-            return self.clock
+            return Recorded(stream, self.clock, self.ordering.record(stream) if self.ordered else [])
 
-    def finished(self, stream: int | None = None, until: int | None = None) -> None:
-        """The host knows that work is done: on one stream or all, everything or only what came before ``until``.
+    def wait(self, stream: int, event: Recorded) -> None:
+        """A stream waits for an event; memory is not moved by it."""
+        if self.ordered:
+            with self._lock:
+                self.ordering.wait(stream, event.clock)
+
+    def finished(self, stream: int | None = None) -> None:
+        """The host knows that the work so far of one stream, or of all, is done.
 
         Deferred frees complete no earlier than this, which is the latest moment that a real card allows and therefore
         an upper bound of what they hold.
         """
-        if not self._uses:
-            return
         with self._lock:
-            self._finished(stream, until)
+            if self.ordered and stream is None:
+                self.ordering.host_waits_for_all()
+            elif self.ordered and stream is not None:
+                self.ordering.host_waits_for_stream(stream)
+            self._finished(stream)
+
+    def finished_work(self) -> None:
+        """All later work comes after all work so far."""
+        with self._lock:
+            self.ordering.host_waits_for_all()
+
+    def finished_event(self, event: Recorded) -> None:
+        """The host knows that what came before an event on its stream is done."""
+        with self._lock:
+            if self.ordered:
+                self.ordering.host_waits(event.clock)
+            self._finished(event.stream, event.at)
+
+    def _released(self, before: int) -> None:
+        """The allocator gave memory back to the driver, which waits for the card.
+
+        Source: ``unmapHandles`` in c10/cuda/CUDACachingAllocator.cpp, which says so of cudaFree and waits itself.
+        """
+        if self.allocator.calls.free != before:
+            self.ordering.host_waits_for_all()
 
     def _finished(self, stream: int | None = None, until: int | None = None) -> None:
+        if not self._uses:
+            return
         done = [u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)]
         self._uses = [u for u in self._uses if u not in done]
         waiting = {u.id for u in self._uses}
@@ -173,7 +244,10 @@ class CardMemory:
         with self._lock:
             self._finished()
             self.allocator.row = self.requests.append(RequestKind.EMPTY_CACHE, phase=self._phase)
+            released = self.allocator.calls.free if self.ordered else 0
             self.allocator.empty_cache()
+            if self.ordered:
+                self._released(released)
 
     def set_memory_fraction(self, fraction: float) -> None:
         """``torch.cuda.set_per_process_memory_fraction``."""
@@ -199,12 +273,15 @@ class CardMemory:
             self.phases.append(name)
             self._phase = len(self.phases) - 1
             self.requests.append(RequestKind.PHASE_BEGIN, phase=self._phase)
+            self.ordering.begin()
+            self.ordered = True
 
     def end_phase(self) -> None:
         """The measured phase is over."""
         with self._lock:
             self.requests.append(RequestKind.PHASE_END, phase=self._phase)
             self._phase = 0
+            self.ordered = False
 
     def trace(self, provenance: dict[str, str] | None = None) -> Trace:
         """Everything so far as a Trace with decisions."""

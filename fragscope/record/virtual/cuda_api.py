@@ -25,6 +25,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.card_memory import Recorded
 
 
 @contextlib.contextmanager
@@ -95,6 +96,7 @@ class _Stream:
         self._api.check(device)
         if _handle is None:
             _handle = next(self._handles)
+            self._api.memory.ordering.independent(_handle)
         self.cuda_stream = _handle
         self.stream_id = _handle
         self.priority = priority
@@ -120,10 +122,10 @@ class _Stream:
         self._api.memory.finished(self.cuda_stream)
 
     def wait_stream(self, stream: _Stream) -> None:
-        """Ordering between streams; memory is not moved by it."""
+        self.wait_event(stream.record_event())
 
     def wait_event(self, event: _Event) -> None:
-        """Ordering between streams; memory is not moved by it."""
+        event.wait(self)
 
     def record_event(self, event: _Event | None = None) -> _Event:
         event = event if event is not None else self._api.Event()
@@ -147,19 +149,21 @@ class _Event:
     _api: _Cuda
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self._recorded: tuple[int, int] | None = None
+        self._recorded: Recorded | None = None
 
     def record(self, stream: _Stream | None = None) -> None:
-        memory = self._api.memory
-        handle = stream.cuda_stream if stream is not None else self._api.device.stream
-        self._recorded = (handle, memory.mark())
+        self._recorded = self._api.memory.record_event(self._handle(stream))
 
     def synchronize(self) -> None:
         if self._recorded is not None:
-            self._api.memory.finished(*self._recorded)
+            self._api.memory.finished_event(self._recorded)
 
     def wait(self, stream: _Stream | None = None) -> None:
-        """Ordering between streams; memory is not moved by it."""
+        if self._recorded is not None:
+            self._api.memory.wait(self._handle(stream), self._recorded)
+
+    def _handle(self, stream: _Stream | None) -> int:
+        return stream.cuda_stream if stream is not None else self._api.device.stream
 
     def query(self) -> bool:
         return self._recorded is None

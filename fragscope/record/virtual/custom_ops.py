@@ -63,10 +63,13 @@ class _Fp4Module:
         experts = unswizzled_sf.shape[0] if unswizzled_sf.dim() == 3 else 1
         rows = -(-unswizzled_sf.shape[-2] // 128) * 128
         columns = -(-unswizzled_sf.shape[-1] // 4) * 4
-        return torch.empty(experts * rows * columns, dtype=unswizzled_sf.dtype, device=unswizzled_sf.device)
+        out = torch.empty(experts * rows * columns, dtype=unswizzled_sf.dtype, device=unswizzled_sf.device)
+        self._device.launched("block_scale_interleave", [unswizzled_sf], [out])
+        return out
 
     def block_scale_interleave_sm100_out(self, unswizzled_sf: torch.Tensor, out: torch.Tensor) -> None:
         """Writes into memory the caller owns."""
+        self._device.launched("block_scale_interleave", [unswizzled_sf], [out])
 
     def __getattr__(self, name: str) -> Any:
         raise self._device.unsupported(f"flashinfer's {name} has no known footprint on the virtual device")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from fragscope.allocator import Card, ReplaySettings
 from fragscope.errors import UsageError
@@ -20,7 +22,9 @@ from fragscope.record.virtual.cuda_api import patched_cuda
 from fragscope.record.virtual.custom_ops import patched_custom_ops
 from fragscope.record.virtual.dispatch import DispatchMode
 from fragscope.record.virtual.functions import FunctionMode
+from fragscope.record.virtual.ordering import LEGACY
 from fragscope.record.virtual.storage_api import patched_storages
+from fragscope.record.virtual.storages import Place
 from fragscope.record.virtual.threads import patched_threads
 
 
@@ -73,6 +77,19 @@ class VirtualDevice(VirtualCard):
         """Leave the device that is active, if any: a forked child goes on without the card of its parent."""
         if cls._active is not None:
             cls._active.__exit__(None, None, None)
+
+    def kernel(
+        self, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], stream: Any = None
+    ) -> None:
+        """A kernel that torch does not see reads and writes tensors on the card; see ``Case.kernel``.
+
+        Raises:
+            UsageError: a tensor is not on the card.
+        """
+        for tensor in (*reads, *writes):
+            if self.storages.place(tensor) is not Place.CARD:
+                raise UsageError(f"kernel {what!r}: one of its tensors is not on the card")
+        self.launched(what, reads, writes, LEGACY if stream is None else stream.cuda_stream)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:

@@ -10,7 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fragscope.record.virtual.card import VirtualCard
-from fragscope.record.virtual.footprints import GEMMS, OUTPUT_ORDER, copy_temporaries, is_known, needs_copies
+from fragscope.record.virtual.footprints import (
+    GEMMS,
+    NO_KERNEL,
+    OUTPUT_ORDER,
+    SHAPE_OF_INPUT,
+    copy_temporaries,
+    is_known,
+    needs_copies,
+)
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Place
 
@@ -89,6 +97,8 @@ class DispatchMode(TorchDispatchMode):
             raise _as_on_card(RuntimeError(str(e)) if isinstance(e, AssertionError) else e, args) from None
         if made_on_card or on_card:
             self._account(func, trait, args, kwargs, out)
+            if trait.has_kernel and device.memory.ordered:
+                device.launched(name, *trait.accesses(args, kwargs, out))
         else:
             _follow_host(storages, out)
         return out
@@ -129,10 +139,12 @@ class DispatchMode(TorchDispatchMode):
         out: torch.Tensor = func(*args, **kwargs)
         if not to_card:
             storages.follow(out, Place.HOST, None)
+            device.launched(func._schema.name, [source], [])
             if place is Place.CARD:
                 self._transfer(out, source, to_card=False, non_blocking=bool(kwargs.get("non_blocking")))
             return out
         device.register(out)
+        device.launched(func._schema.name, [source], [out])
         if place is not Place.CARD:
             self._transfer(out, source, to_card=True, non_blocking=bool(kwargs.get("non_blocking")))
         return out
@@ -152,6 +164,7 @@ class DispatchMode(TorchDispatchMode):
             raise RuntimeError(
                 f"output with shape {list(dst.shape)} doesn't match the broadcast shape {list(broadcast)}"
             )
+        self._device.launched(func._schema.name, [src], [dst])
         to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
         if to_card != from_card:
             non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -196,6 +209,7 @@ class DispatchMode(TorchDispatchMode):
                 device.estimate("aten::index_put_ with accumulate")
             for tensor in _tensors(out):
                 device.register(tensor)
+            device.launched(func._schema.name, _tensors([target, indices, *values]), _tensors(out))
         return out
 
 
@@ -273,9 +287,13 @@ class _Trait:
         is_gemm: it runs in cuBLAS.
         order: the order its outputs are allocated in, where it is not that of the results.
         writes_only: it returns nothing: all it does is write to its arguments.
+        has_kernel: it touches memory.
     """
 
-    __slots__ = ("is_gemm", "is_known", "is_mutable", "is_view", "order", "writes_only")
+    __slots__ = (
+        "_makes", "_reads", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order",
+        "writes_only",
+    )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
@@ -287,3 +305,24 @@ class _Trait:
         self.is_gemm = schema.name in GEMMS
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
+        self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
+        self._reads = schema.name not in SHAPE_OF_INPUT
+        self._makes = any(a is None for a in aliases)
+        self._written = frozenset(
+            key
+            for position, a in enumerate(schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+            for key in (position, a.name)
+        )
+
+    def accesses(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors that one call reads, and those that it writes."""
+        reads: list[torch.Tensor] = []
+        writes = list(_tensors((out,))) if self._makes else []
+        if not self._reads:
+            return reads, writes
+        for key, value in itertools.chain(enumerate(args), kwargs.items()):
+            (writes if key in self._written else reads).extend(_tensors((value,)))
+        return reads, writes

@@ -34,6 +34,24 @@ OUTPUTS_ONLY = frozenset(
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
 
+NO_KERNEL = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_", "lift_fresh",
+        "_unsafe_view",
+    )
+)  # fmt: skip
+"""Operators, besides views, that touch no memory."""
+
+SHAPE_OF_INPUT = frozenset(
+    f"aten::{name}"
+    for name in (
+        "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
+        "new_full",
+    )
+)  # fmt: skip
+"""Operators that look at the shape of their input and do not read it."""
+
 GEMMS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 

@@ -324,7 +324,9 @@ class FunctionMode(TorchFunctionMode):
                 else:
                     if not tensor.is_contiguous():
                         self._device.estimate(f"{plain.__name__} on a strided tensor")
-                    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+                    out = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+                    self._device.launched(f"aten::{plain.__name__}", [tensor], [out])
+                    return out
             return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
 
         return softmax
@@ -384,6 +386,7 @@ class FunctionMode(TorchFunctionMode):
         out = torch.empty_like(input, memory_format=torch.contiguous_format)
         rows = input.shape[: input.dim() - len(normalized_shape)]
         torch.empty(rows, dtype=torch.float32, device=_META)
+        self._device.launched("aten::rms_norm", [input, *([] if weight is None else [weight])], [out])
         return out
 
     # --- parameters that move in place ----------------------------------------------------------------------------

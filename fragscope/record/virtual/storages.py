@@ -30,6 +30,7 @@ class Entry:
         place: where it pretends to be.
         id: lifetime id of its allocation, None if it has no bytes on the card.
         size: bytes.
+        address: of its allocation, once somebody asked; None until then.
         reference: keeps the callback that ends it.
     """
 
@@ -37,6 +38,7 @@ class Entry:
     id: int | None
     size: int
     reference: weakref.ref[Any]
+    address: int | None = None
 
 
 class Storages:

@@ -48,6 +48,7 @@ class _OpenFree:
     stream: int
     pool: int
     stack: int
+    thread: int = 0
 
 
 class EntryReader:
@@ -185,7 +186,8 @@ class EntryReader:
         if live is None:
             self.inferred.unknown_frees += 1
             return
-        self._open_free = _OpenFree(live, addr, size, stream, pool, self.stacks.of(entry, where))
+        stack = self.stacks.of(entry, where)
+        self._open_free = _OpenFree(live, addr, size, stream, pool, stack, self.requests.thread)
 
     def _free_at_once(self, entry: Mapping[str, Any], where: str) -> None:
         """A free of which only the request or only the completion is recorded."""
@@ -204,7 +206,7 @@ class EntryReader:
             self._pending[free.addr] = free.id
         self._uses.pop(free.id, None)
         self.decisions.request = self.requests.append(
-            RequestKind.FREE, id=free.id, stream=free.stream, pool=free.pool, stack=free.stack
+            RequestKind.FREE, id=free.id, stream=free.stream, pool=free.pool, thread=free.thread, stack=free.stack
         )
         decide = self.decisions.append
         decide(DecisionKind.FREE_REQUESTED, free.id, free.addr, UNKNOWN_SIZE, free.stream, free.pool)

@@ -1,0 +1,75 @@
+"""What a sweep found out, and the file that holds it: sweep.json."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fragscope.results.model import Outcome
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One size and what it gave; bytes.
+
+    Attributes:
+        over: why it is over a budget, ``""`` where it is not.
+    """
+
+    size: int
+    outcome: Outcome
+    peak_allocated: int
+    peak_reserved: int
+    transient: int
+    exact: bool
+    over: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program came to its end within budget."""
+        return self.outcome == "ok" and not self.over
+
+
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sweep found out about one case; bytes.
+
+    Attributes:
+        name: ``scenario/preset/variant``.
+        conf, torch, card: what it was decided under.
+        capacity: bytes that segments could take together.
+        largest: the largest size that fits; None where not even the smallest does, or it could not be told.
+        limited_by: why the next size does not fit; ``""`` where the largest size asked for does.
+        problem: why there is no answer; ``""`` where there is.
+        declared: the scenario declares that outcome, which has nothing to do with size.
+        fails_below: sizes below ``largest`` that do not fit.
+        points: by size.
+    """
+
+    name: str
+    conf: str
+    torch: str
+    card: str
+    capacity: int
+    largest: int | None
+    limited_by: str
+    problem: str
+    declared: bool = False
+    fails_below: list[int]
+    points: list[Point]
+
+
+class SweepResults(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of sweep.json.
+
+    Attributes:
+        parameter, low, high, step: what was swept.
+        command: the command line as it was given.
+        complete: every case has its answer, or the reason why there is none.
+    """
+
+    schema_version: int = 1
+    parameter: str
+    low: int
+    high: int
+    step: int
+    command: list[str] = []
+    complete: bool
+    curves: list[Curve]
