@@ -75,7 +75,7 @@ def test_the_guide_as_written(tmp_path: Path):
             assert language == "console", "every block is a file or a session"
             assert [line.rstrip() for line in play(folder, text, environment)] == text.splitlines()
             played += 1
-    assert played == 5
+    assert played == 7
 
 
 def test_the_fix_computes_what_the_loader_computed(tmp_path: Path):
