@@ -43,7 +43,7 @@ def test_json_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
     assert value["trace"]["path"] == MOE
     assert value["trace"]["source"] == "snapshot"
     (one,) = value["replays"]
-    sizes = {"requested", "allocated", "active", "reserved", "stranded", "inactive_split", "pool_idle"}
+    sizes = {"requested", "allocated", "active", "reserved", "stranded", "inactive_split", "pool_idle", "raw", "hbm"}
     assert set(one["peak"]) == set(one["end"]) == sizes
     assert all(isinstance(v, int) for v in one["peak"].values())
     assert set(one) >= {

@@ -36,6 +36,7 @@ def test_a_test_within_its_budget_passes_and_says_what_it_needs(pytester):
         "fragscope_peak_requested": str(220 * MIB),
         "fragscope_peak_allocated": str(220 * MIB),
         "fragscope_peak_reserved": str(220 * MIB),
+        "fragscope_peak_hbm": str(220 * MIB),
         "fragscope_transient": str(100 * MIB),
         "fragscope_retained": str(120 * MIB),
         "fragscope_stranded": "0",
