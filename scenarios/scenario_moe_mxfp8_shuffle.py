@@ -10,6 +10,7 @@ is done. Left out: padding, which widths that are a multiple of 128, and hidden 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,7 @@ def in_place(layer: Layer, gated: bool, interleave: Interleave) -> None:
     """Swapping, weaving and shuffling are one permutation of rows; scales go through scratch back to their place."""
     w13, w2, s13, s2 = (p.data for p in (layer.w13, layer.w2, layer.w13_scale, layer.w2_scale))
     scratch = row_scratch(w13, w2)
+    writes_in_place = "out" in inspect.signature(interleave).parameters  # of flashinfer from 0.7.2 on
 
     def rewrite(w: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> None:
         index = rows.to(w.device)
@@ -117,7 +119,10 @@ def in_place(layer: Layer, gated: bool, interleave: Interleave) -> None:
         shuffled = scratch[: s[0].numel()].view(s[0].shape)
         for expert in s.unbind():
             torch.index_select(expert, 0, index, out=shuffled)
-            interleave(shuffled, out=expert.view(-1))
+            if writes_in_place:
+                interleave(shuffled, out=expert.view(-1))
+            else:
+                expert.view(-1).copy_(interleave(shuffled))
 
     rewrite(w13, s13, w13_rows(w13[0], gated=gated))
     rewrite(w2, s2, w2_rows(w2[0]))

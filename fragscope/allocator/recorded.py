@@ -114,7 +114,15 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
     if trace.settings.memory_fraction is None:
         limits = limits_from_failures(trace, conf)
     capacity = trace.settings.capacity
-    if capacity is None:
+    at_start, seen = capacity if trace.source == "cuda" else None, limits.capacity
+    if at_start is not None and seen is not None and seen < at_start:
+        detail = (
+            f"requests failed with {seen:,} bytes for segments in all, {at_start - seen:,} less than at the start: "
+            "CUDA loads kernels into device memory as a program goes on (--capacity)"
+        )
+        missing.append(StandIn("capacity_inferred", "capacity", detail))
+        capacity = seen
+    elif capacity is None:
         capacity = limits.capacity
         if capacity is not None:
             detail = f"requests failed with {capacity:,} bytes for segments in all: that was there (--capacity)"

@@ -100,7 +100,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What the virtual device said of a phase before it ran on a card, under that card's rules and memory; bytes.
 
     Attributes:
-        exact: every operator's memory is known.
+        exact: every operator's memory is known, and nothing assumed can change the figures.
     """
 
     base: int

@@ -31,6 +31,8 @@ FAR = 2
 unless the program caught an error and went another way."""
 _CAME_TO_ITS_END = ("ok", "hazard")
 _SHOWN_OPS = 3
+_COMPARABLE = ("ok", "hazard", "overflow", "wrong")
+"""Ends that a program comes to on a card as well; where memory ran out, it ran out elsewhere."""
 _OWN_OOM = "OutOfMemoryError"
 
 
@@ -109,7 +111,10 @@ def need_of(task: Task, *, plenty: bool) -> Need:
 
 
 def _prediction(ran: Recording, settings: ReplaySettings) -> Prediction | None:
-    span = replay(ran.trace, settings).measured if ran.trace is not None and ran.outcome == "ok" else None
+    if ran.trace is None or ran.outcome not in _COMPARABLE:
+        return None
+    decided = replay(ran.trace, settings)
+    span = decided.measured
     if span is None:
         return None
     return Prediction(
@@ -119,7 +124,7 @@ def _prediction(ran: Recording, settings: ReplaySettings) -> Prediction | None:
         peak=peak_of(span.peak),
         end=peak_of(span.end),
         allocs=span.allocs,
-        exact=not ran.estimated,
+        exact=decided.exact and not ran.estimated,
     )
 
 

@@ -53,6 +53,8 @@ def open_recording(folder: Path, device: int | None = None) -> Trace:
     Raises:
         InputFileError: a file of it is damaged, foreign or hostile, or there are no events.
         UsageError: the device has no events, but others have.
+
+    A program that allocated nothing on the device that the recorder was asked for gives a Trace without allocations.
     """
     check = Checker(folder)
     beginning = read_beginning(folder)
@@ -60,8 +62,10 @@ def open_recording(folder: Path, device: int | None = None) -> Trace:
     chosen = beginning.device if device is None else device
     records = _records(folder)
     events = records["kind"] < NOTE
-    used = np.unique(records["device"][events & (records["kind"] != EventKind.SNAPSHOT)]).tolist()
-    if chosen not in used:
+    snapshots = records["kind"] == EventKind.SNAPSHOT
+    used = np.unique(records["device"][events & ~snapshots]).tolist()
+    stood = chosen == beginning.device and chosen in records["device"][snapshots]
+    if chosen not in used and not stood:
         if used and device is not None:
             raise UsageError(f"{folder}: no events for device {chosen}; it has them for: {', '.join(map(str, used))}")
         raise InputFileError(folder, f"holds no events of device {chosen}: nothing was allocated there")

@@ -83,7 +83,7 @@ def measure(scenario_name: str, preset: str, variants: list[str]) -> dict[str, A
     import torch
 
     from fragscope.suite.discover import load_scenarios, scenario_files
-    from fragscope.suite.scenario import Case, EndCase
+    from fragscope.suite.scenario import Case
 
     (scenario,) = (
         s for f in scenario_files([ROOT / "scenarios"]) for s in load_scenarios(f) if s.name == scenario_name
@@ -97,8 +97,8 @@ def measure(scenario_name: str, preset: str, variants: list[str]) -> dict[str, A
             case = Case(scenario_name, preset, name, scenario.values_for(preset, {}), watch)
             try:
                 scenario.variants[name].body(case)
-            except (torch.OutOfMemoryError, EndCase) as e:
-                facts[name]["failed"] = str(e).partition(". GPU")[0][:160]
+            except Exception as e:  # out of memory, an end of its own, or a package that is not installed
+                facts[name]["failed"] = f"{type(e).__name__}: {e}".partition(". GPU")[0][:160]
                 continue
             finally:
                 gc.collect()

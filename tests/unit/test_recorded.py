@@ -153,6 +153,22 @@ def test_a_named_capacity_comes_before_an_inferred_one() -> None:
     assert recorded_under(trace).capacity == GIB
 
 
+def test_on_a_card_less_may_be_there_than_when_recording_began() -> None:
+    def told(free_at_start: int) -> tuple[int, tuple[str, ...]]:
+        settings = Settings(capacity=free_at_start)
+        failed = replace(recorded((ALLOC, 20 * MIB), (20 * MIB, MIB)), settings=settings, source="cuda")
+        found = recorded_under(failed)
+        return found.capacity, found.notes
+
+    assert told(21 * MIB) == (21 * MIB, ())
+    capacity, (note,) = told(30 * MIB)
+    assert capacity == 21 * MIB
+    assert note.startswith(
+        "requests failed with 22,020,096 bytes for segments in all, 9,437,184 less than at the start"
+    )
+    assert told(20 * MIB) == (20 * MIB, ()), "what another process gave back is not counted on"
+
+
 def test_what_the_user_says_comes_before_what_the_trace_names() -> None:
     trace = recorded((ALLOC, 20 * MIB))
     told = recorded_under(trace, rules_for("2.13.0"), card_named("h100-80gb"))

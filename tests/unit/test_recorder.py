@@ -295,8 +295,7 @@ def test_one_recorder_at_a_time():
         with pytest.raises(UsageError, match="recording already"):
             first.start()
     finally:
-        with pytest.raises(Exception, match="no events"):
-            first.stop()
+        first.stop()
 
 
 def test_a_recorder_that_gives_way_keeps_what_it_has(tmp_path):
@@ -314,12 +313,16 @@ def test_a_recorder_that_gives_way_keeps_what_it_has(tmp_path):
     assert load_trace(tmp_path / "outer").count(RequestKind.ALLOC) == allocs
 
 
-def test_nothing_allocated_is_said():
-    with (
-        pytest.raises(Exception, match="nothing was allocated"),
-        Recorder(edge=FakeCuda(snapshot("train_vit-default"))),
-    ):
-        pass
+def test_a_program_that_allocates_nothing_has_a_recording_without_allocations():
+    with Recorder(edge=FakeCuda(snapshot("train_vit-default"))) as recorder:
+        recorder.begin_phase("measure")
+        recorder.end_phase()
+    trace = recorder.trace
+    assert trace is not None
+    kinds = [RequestKind(k) for k in trace.requests.kind]
+    assert kinds == [RequestKind.PHASE_BEGIN, RequestKind.PHASE_END]
+    assert (trace.decisions is not None, len(trace.decisions or ())) == (True, 0)
+    assert verified(trace)[1] == 0
 
 
 def test_the_programs_own_error_comes_through():

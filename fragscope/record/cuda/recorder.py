@@ -89,7 +89,8 @@ class Recorder:
             provenance: what to keep beside it, such as the command; plain text.
 
         Raises:
-            NotMeasuredError: nothing was allocated meanwhile, or the events could not be written.
+            NotMeasuredError: the recorder was begun in another process.
+            InputFileError: the events could not be written.
         """
         if self._gave_way and self.trace is not None:
             return self.trace
@@ -105,7 +106,7 @@ class Recorder:
         if self._running is not None:
             self._running.lose(Loss("gave_way", "recording ended when the program began a recorder of its own"))
             self._gave_way = True
-            with contextlib.suppress(Exception):  # nothing was allocated until then, or CUDA is beyond help
+            with contextlib.suppress(Exception):  # CUDA may be beyond help
                 running, self._running = self._running, None
                 active.leave(self)
                 with quietly():

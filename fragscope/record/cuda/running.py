@@ -187,7 +187,7 @@ class Running:
 
         Raises:
             NotMeasuredError: this is a forked child of the process that began it.
-            InputFileError: nothing was recorded.
+            InputFileError: the events could not be written.
         """
         if os.getpid() != self._pid:
             raise NotMeasuredError("the recorder was started in another process; a forked child records on its own")

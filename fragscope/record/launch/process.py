@@ -102,7 +102,7 @@ class _Recording:
         trace, problem = None, None
         try:
             trace = self._recorder.stop(self._status.provenance)
-        except FragscopeError as e:  # also where nothing was allocated on the device that was current at the start
+        except FragscopeError as e:  # also where the device that was current at the start was never used
             problem = e
         found = recorded_devices(self._folder)
         # Asked only now: while a recorder is at work, reading statistics counts as the program's doing.
