@@ -33,7 +33,12 @@ def data_of(case: Case, folder: Path) -> dict[str, Any]:
     assert case.trace is not None
     rows = load_trace(folder / case.trace).requests
     wanted = (rows.kind == RequestKind.ALLOC) | (rows.kind == RequestKind.FREE)
-    columns = [np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size, rows.stream)]
+    columns = [np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size)]
+    # Handles of streams differ from machine to machine; the order of first use does not.
+    values, first, inverse = np.unique(rows.stream[wanted], return_index=True, return_inverse=True)
+    rank = np.empty(len(values), dtype="<i8")
+    rank[np.argsort(first)] = np.arange(len(values))
+    columns.append(rank[inverse])
     stacked = np.ascontiguousarray(np.stack(columns, axis=1))
     figures = {name: msgspec.to_builtins(getattr(case, name)) for name in FIGURES}
     return figures | {"requests": len(stacked), "requests_sha256": hashlib.sha256(stacked.tobytes()).hexdigest()}

@@ -59,7 +59,7 @@ def test_a_budget_is_a_limit_too_and_named(folder: Path) -> None:
     found = curves(folder)
     assert (found["twice"]["largest"], found["once"]["largest"]) == (1500, 3000)
     # 1,501 MiB lie in a segment of 1,502, whose last MiB is too little to be split off.
-    assert "at 1,501: peak_allocated 3,004.00 MiB, budget 3,000.00 MiB (budgets.toml:1)" in done.stdout
+    assert "at 1,501: peak_allocated 3,004.00 MiB, budget 3,000.00 MiB (budgets.toml:2)" in done.stdout
 
 
 def test_a_second_run_takes_up_what_the_first_finished(folder: Path) -> None:

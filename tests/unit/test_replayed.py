@@ -104,7 +104,7 @@ def test_installed_code_and_its_role_belong_together() -> None:
         made.variant("x", role="installed")(body)
     made.installed("own", Installed("json", "json:dumps"), expect="oom")(body)
     variant = made.variants["own"]
-    assert (variant.role, variant.expected("small", "", "2.13", "h100-80gb", "virtual")) == ("installed", "oom")
+    assert (variant.role, variant.expected("small", "", "2.13", "h100-80gb", "virtual", {})) == ("installed", "oom")
     for function in ("json dumps", "json:", ":dumps", "json:dumps()"):
         with pytest.raises(UsageError, match="write module:function"):
             Installed("json", function)
