@@ -26,7 +26,8 @@ Format = Literal["html", "markdown", "text"]
     "--out", type=click.Path(path_type=Path, dir_okay=False),
     help="Where to write it. An HTML page goes to report.html beside the results, the others to stdout.",
 )  # fmt: skip
-def command(results: Path | None, form: Format, out: Path | None) -> None:
+@click.option("--all-figures", is_flag=True, help="Draw every case; of a large run the page else shows some.")
+def command(results: Path | None, form: Format, out: Path | None, all_figures: bool) -> None:
     """Show RESULTS, a results.json or the folder that holds it (default: where run puts it).
 
     The HTML page is complete in itself and opens without a network; its path is printed.
@@ -41,7 +42,7 @@ def command(results: Path | None, form: Format, out: Path | None) -> None:
         from fragscope.report import write_html
 
         target = folder / "report.html" if out is None else out
-        _write(target, lambda: write_html(loaded, folder, target))
+        _write(target, lambda: write_html(loaded, folder, target, all_figures=all_figures))
         return
     if form == "markdown":
         from fragscope.report import markdown

@@ -16,18 +16,19 @@ from fragscope.trace.containers import write_atomically
 _EXTRA = ("bokeh", "jinja2", "markupsafe")
 
 
-def write_html(results: Results, folder: Path, out: Path) -> None:
+def write_html(results: Results, folder: Path, out: Path, *, all_figures: bool = False) -> None:
     """Write one self-contained HTML page, whole or not at all.
 
     Args:
         results: what to show.
         folder: where the traces that the cases name lie; nothing outside it is read.
         out: the file to write.
+        all_figures: draw every case of a large run, too.
 
     Raises:
         UsageError: the extra ``report`` is not installed.
     """
-    html: str = _module("fragscope.report.page").render(results, folder)
+    html: str = _module("fragscope.report.page").render(results, folder, all_figures=all_figures)
     write_atomically(out, html.encode("utf-8", errors="replace"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -86,10 +87,26 @@ class Section:
     has_raw: bool = False
 
 
-def render(results: Results, folder: Path) -> str:
-    """The whole page as one string."""
+MOST_MAPS = 240
+"""Memory maps on a page, unless more are asked for: they take a third of a second and 20 KB each, and nobody looks at
+a thousand."""
+_NOT_DRAWN = (
+    "Not drawn: this page shows figures for the first settings of each preset, and where something went wrong. "
+    "fragscope report --all-figures draws all."
+)
+
+
+def render(results: Results, folder: Path, *, all_figures: bool = False) -> str:
+    """The whole page as one string.
+
+    Args:
+        results: what to show.
+        folder: where traces lie.
+        all_figures: draw every case, however many there are.
+    """
     summary = summarize(results)
-    sections = tuple(_section(number, group, folder) for number, group in enumerate(summary.groups))
+    chosen = set(range(len(summary.groups))) if all_figures else _drawn(summary.groups)
+    sections = tuple(_section(n, group, folder, draw=n in chosen) for n, group in enumerate(summary.groups))
     return page(
         "report.html",
         {"figures": table_figures, "pool_cells": _pool_cells},
@@ -104,14 +121,28 @@ def render(results: Results, folder: Path) -> str:
     )
 
 
+def _drawn(groups: Sequence[Group]) -> set[int]:
+    """Groups that get figures: all of few, else the first of each preset and those in which something went wrong."""
+    if sum(len(group.rows) for group in groups) <= MOST_MAPS:
+        return set(range(len(groups)))
+    first: dict[tuple[str, str], int] = {}
+    for number, group in enumerate(groups):
+        first.setdefault((group.scenario, group.preset), number)
+    wrong = (n for n, g in enumerate(groups) if any(not r.case.as_expected or r.case.refuted for r in g.rows))
+    return {*first.values(), *wrong}
+
+
 def _letter(number: int) -> str:
     """A to Z, then AA, AB and so on."""
     text = ascii_uppercase[number % 26]
     return text if number < 26 else _letter(number // 26 - 1) + text
 
 
-def _section(number: int, group: Group, folder: Path) -> Section:
-    opened = [open_recording(row.case, folder) if row.case.measured else None for row in group.rows]
+def _section(number: int, group: Group, folder: Path, *, draw: bool) -> Section:
+    left_out = Unavailable(_NOT_DRAWN)
+    opened = [
+        None if not row.case.measured else open_recording(row.case, folder) if draw else left_out for row in group.rows
+    ]
     read = [(_letter(i), i, r) for i, r in enumerate(opened) if isinstance(r, Recording)]
     scale = map_scale([r for _, _, r in read])
     variants = tuple(

@@ -20,6 +20,7 @@ from requests_of import trace_of
 from fragscope.allocator import ReplaySettings, replay, rules_for
 from fragscope.errors import UsageError
 from fragscope.measure import lifetimes, timeline
+from fragscope.report import page as report_page
 from fragscope.report import write_html
 from fragscope.report.drawing import unpack
 from fragscope.report.figures import LINE_POINTS, map_figure, map_scale, raster
@@ -428,3 +429,26 @@ def test_memory_past_the_allocator_has_a_line_of_its_own(tmp_path: Path) -> None
 
 def test_pages_without_such_memory_say_nothing_of_it(fp8: tuple[Results, Path]) -> None:
     assert "past the allocator" not in page(*fp8).words
+
+
+def test_of_a_large_run_the_page_draws_the_first_settings_of_each_preset_and_what_went_wrong(
+    fp8: tuple[Results, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, folder = fp8
+    confs = ("", "max_split_size_mb:20", "expandable_segments:True")
+    cases = [msgspec.structs.replace(case, conf=conf) for conf in confs for case in results.cases]
+    wrong = len(results.cases)  # the first of the second conf
+    cases[wrong] = msgspec.structs.replace(cases[wrong], outcome="oom")
+
+    def drawn(name: str, **options: bool) -> tuple[int, str]:
+        write_html(results_of(cases), folder, folder / name, **options)
+        html = (folder / name).read_text()
+        return html.count('<script type="text/plain">'), html
+
+    maps = len(results.cases)
+    assert drawn("whole.html")[0] == 3 * (maps + 1), "a map for each case, and each group on one axis"
+    monkeypatch.setattr(report_page, "MOST_MAPS", len(cases) - 1)
+    count, html = drawn("some.html")
+    assert count == 2 * (maps + 1)
+    assert html.count("fragscope report --all-figures draws all") == maps
+    assert drawn("all.html", all_figures=True)[0] == 3 * (maps + 1)
