@@ -83,14 +83,16 @@ _INITIALIZE = "vllm.distributed.device_communicators.all2all:FlashInferNVLinkOne
     variant="world-barrier",
     source="vLLM #42976, before",
     expect="timeout",
-    replays=fragscope.Replays("vllm", "0.20.0", _INITIALIZE),
+    replays=fragscope.Replays("vllm", "0.20.0", _INITIALIZE, "04260f16a1babac9ac577b89"),
 )
 def a2a_barrier(case: fragscope.Case) -> None:
     """Whoever has built waits for the whole world."""
     run(case, whole_world=True)
 
 
-@a2a_barrier.variant("group-barrier", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _INITIALIZE))
+@a2a_barrier.variant(
+    "group-barrier", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _INITIALIZE, "51533b255ec5d752eb08a875")
+)
 def _(case: fragscope.Case) -> None:
     """Whoever has built waits for its own group."""
     run(case, whole_world=False)

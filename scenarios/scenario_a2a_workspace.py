@@ -188,14 +188,16 @@ _INITIALIZE = f"{_MODULE}:FlashInferNVLinkOneSidedManager.initialize"
     variant="one-shot",
     source="vLLM #42976, before",
     expect=[fragscope.Expect("ok", preset=HOMOGENEOUS), fragscope.Expect("overflow")],
-    replays=fragscope.Replays("vllm", "0.20.0", _INITIALIZE),
+    replays=fragscope.Replays("vllm", "0.20.0", _INITIALIZE, "04260f16a1babac9ac577b89"),
 )
 def a2a_workspace(case: fragscope.Case) -> None:
     """The first layer's workspace serves all."""
     load(case, OneShot(case))
 
 
-@a2a_workspace.variant("grow-cached", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _INITIALIZE))
+@a2a_workspace.variant(
+    "grow-cached", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _INITIALIZE, "51533b255ec5d752eb08a875")
+)
 def _(case: fragscope.Case) -> None:
     """Grown to what a layer needs; the superseded workspace stays mapped."""
     load(case, Grown(case))
@@ -205,7 +207,10 @@ def _(case: fragscope.Case) -> None:
     "worst-case",
     role="fixed",
     replays=fragscope.Replays(
-        "sglang", "0.5.13", "sglang.srt.layers.moe.token_dispatcher.flashinfer:FlashinferDispatcher.__init__"
+        "sglang",
+        "0.5.13",
+        "sglang.srt.layers.moe.token_dispatcher.flashinfer:FlashinferDispatcher.__init__",
+        "7cc4295bd8a1ad3724e61772",
     ),
 )
 def _(case: fragscope.Case) -> None:
@@ -213,7 +218,9 @@ def _(case: fragscope.Case) -> None:
     load(case, WorstCase(case))
 
 
-@a2a_workspace.variant("grow-parts", role="newest", replays=fragscope.Replays("vllm", "0.33.0", _INITIALIZE))
+@a2a_workspace.variant(
+    "grow-parts", role="newest", replays=fragscope.Replays("vllm", "0.33.0", _INITIALIZE, "ac6c2cb1a15522edbd3bc932")
+)
 def _(case: fragscope.Case) -> None:
     """Grown by its parts after ``empty_cache()``; the superseded workspace stays mapped."""
     load(case, GrownByParts(case))

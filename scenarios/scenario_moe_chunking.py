@@ -93,14 +93,16 @@ _APPLY = "vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe:TrtLlmNv
         fragscope.Expect("overflow", preset="nemotron-3-super", when=_outgrows_the_grid),
         fragscope.Expect("oom", preset="deepseek-v3", card="*-80gb"),
     ),
-    replays=fragscope.Replays("vllm", "0.21.0", _APPLY),
+    replays=fragscope.Replays("vllm", "0.21.0", _APPLY, "cee45384d92288010b7a5fdb"),
 )
 def moe_chunking(case: fragscope.Case) -> None:
     """All tokens in one launch."""
     run(case, case.tokens)
 
 
-@moe_chunking.variant("chunked", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _APPLY))
+@moe_chunking.variant(
+    "chunked", role="fixed", replays=fragscope.Replays("vllm", "0.22.0", _APPLY, "a14abfe52a7849e15350cd94")
+)
 def _(case: fragscope.Case) -> None:
     """At most 300,000 tokens in a launch (vLLM 0.22.0)."""
     run(case, upstream_chunk(_launch(case)))
