@@ -148,6 +148,21 @@ def test_in_place_needs_one_expert_of_scratch(run: tuple[Results, Path]) -> None
             assert case.peak.allocated - case.end_live < 64 * MIB, name
 
 
+def test_no_variant_that_comes_to_its_end_takes_less_than_what_is_proposed(run: tuple[Results, Path]) -> None:
+    groups: dict[tuple[str, str, str], list[Case]] = {}
+    for case in run[0].cases:
+        if case.outcome == "ok":
+            groups.setdefault((case.scenario, case.preset, case.torch), []).append(case)
+    held = 0
+    for name, members in groups.items():
+        proposed = [c for c in members if c.role == "proposed"]
+        if proposed:
+            held += 1
+            assert min(c.peak.allocated for c in proposed) == min(c.peak.allocated for c in members), name
+            assert min(c.peak.hbm for c in proposed) == min(c.peak.hbm for c in members), name
+    assert held >= 60
+
+
 def test_second_release_was_replayed_from_the_same_recording(run: tuple[Results, Path]) -> None:
     results, out = run
     replayed = 0
