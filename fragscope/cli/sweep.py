@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from fragscope.errors import EXIT_NOT_MEASURED, EXIT_PASS, UsageError
+from fragscope.errors import EXIT_INTERNAL, EXIT_NOT_MEASURED, EXIT_PASS, UsageError
 from fragscope.trace.containers import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fragscope.allocator import ReplaySettings
-    from fragscope.results import Case, Curve, DeviceKind, SweepResults
+    from fragscope.results import Case, Curve, DeviceKind, Results, SweepResults
     from fragscope.suite.discover import Selection
     from fragscope.suite.runner import Progress, RunOptions
     from fragscope.suite.sweep import Sweep
@@ -50,12 +50,16 @@ def make_sweep(
     return Sweep(
         sizes,
         lambda size: plan(chosen, {**overrides, sizes.name: str(size)}, settings, device),
-        _over(budgets),
+        _over(budgets, chosen),
     )
 
 
-def _over(file: Path | None) -> Callable[[Case], str]:
-    """Why a case is over its budget."""
+def _over(file: Path | None, chosen: Sequence[Selection]) -> Callable[[Case], str]:
+    """Why a case is over its budget.
+
+    Raises:
+        UsageError: no budget is about any of the cases.
+    """
     if file is None:
         return lambda _: ""
     from fragscope.gate import evaluate, load_budgets
@@ -63,6 +67,8 @@ def _over(file: Path | None) -> Callable[[Case], str]:
     from fragscope.units import format_bytes
 
     budgets = load_budgets(file)
+    if not any(budget.matches_name(s.name.split("/")) for budget in budgets.budgets for s in chosen):
+        raise UsageError(f"--budgets {file}: no budget in it is about {chosen[0].name} or any other case of the sweep")
 
     def over(case: Case) -> str:
         alone = Results(run=Run(started="", seconds=0.0, complete=True, planned=1), cases=[case])
@@ -79,13 +85,16 @@ def run_sweep(sweep: Sweep, options: RunOptions, progress: Progress) -> SweepRes
     """Run the sweep and write sweep.json, also at an interrupt, which is raised again."""
     from fragscope.suite.runner import run_plan
 
-    complete = False
-    try:
-        run_plan(sweep.first(), options, progress, sweep.after)
-        complete = True
-    finally:
-        made = sweep.results(options.command, complete=complete)
-        write_atomically(options.out / "sweep.json", msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+    out = options.out.absolute()  # the program may change the working directory
+    made = sweep.results(options.command, complete=False)
+
+    def written(results: Results) -> None:
+        nonlocal made
+        made = sweep.results(options.command, complete=results.run.complete)
+        write_atomically(out / "sweep.json", msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+        (out / "sweep.html").unlink(missing_ok=True)  # of an earlier sweep
+
+    run_plan(sweep.first(), options, progress, sweep.after, written)
     return made
 
 
@@ -106,17 +115,27 @@ def show_sweep(results: SweepResults, style: str, folder: Path, *, report: bool)
     else:
         click.echo("\n".join(_text(results)))
     click.echo(f"fragscope: wrote sweep.json{', sweep.html' if report else ''} to {folder}", err=True)
+    if any(c.refuted for c in results.curves):
+        return EXIT_INTERNAL  # as for ``fragscope run``: the fault is ours
     return EXIT_NOT_MEASURED if any(c.problem and not c.declared for c in results.curves) else EXIT_PASS
+
+
+def _under(curve: Curve) -> str:
+    return f"{curve.name} ({curve.conf or 'default'}, torch {curve.torch}, {curve.card})"
 
 
 def _sentence(curve: Curve, results: SweepResults) -> str:
     """The answer for one case, in a line."""
     name = results.parameter
-    under = f"{curve.name} ({curve.conf or 'default'}, torch {curve.torch}, {curve.card})"
+    if curve.refuted:
+        return f"{_under(curve)}: no answer: {curve.refuted}; please report it"
+    under = _under(curve)
     if curve.problem:
         return f"{under}: no answer: {curve.problem}{' (declared)' if curve.declared else ''}"
     if curve.largest is None:
         return f"{under}: not even {name} = {results.low:,} fits: {curve.limited_by}"
+    if not results.complete:
+        return f"{under}: not finished; {name} = {curve.largest:,} fits"
     if not curve.limited_by:
         return f"{under}: every size tried fits, up to {name} = {curve.largest:,}"
     caveat = ""
@@ -139,10 +158,11 @@ def _rows(curve: Curve, results: SweepResults) -> Sequence[tuple[str, ...]]:
         if p.size in grid or p.size in (curve.largest, above):
             mark = "" if p.exact else "~"
             figures = tuple(
-                mark + mib(count) if p.outcome == "ok" else "-"
+                mark + mib(count) if p.outcome in ("ok", "hazard") else "-"
                 for count in (p.peak_allocated, p.peak_reserved, p.transient)
             )
-            rows.append((f"{p.size:,}", *figures, "over budget" if p.over else p.outcome))
+            ended = "over budget" if p.over else "does not fit" if p.outcome == "skipped" else p.outcome
+            rows.append((f"{p.size:,}", *figures, ended))
     return rows
 
 

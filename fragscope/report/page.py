@@ -22,7 +22,7 @@ from fragscope.report.figures import (
 from fragscope.report.memory_map import HOLE_SHARE, CellState, MemoryMap
 from fragscope.report.pools import Breakdown, PoolShare, breakdown
 from fragscope.report.shell import page
-from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, refutation, summarize
+from fragscope.report.summary import ESTIMATED_MEANS, Group, Row, refutation, summarize, surprise
 from fragscope.report.table import HEADINGS
 from fragscope.report.table import figures as table_figures
 from fragscope.report.traces import Recording, Unavailable, open_recording
@@ -236,6 +236,8 @@ def _notes(row: Row, recording: Recording | None) -> tuple[tuple[str, str], ...]
         out.append(("model", refutation(case)))
     if case.precheck is not None and case.precheck.note:
         out.append(("before", printable(case.precheck.note)))
+    if case.surprises:
+        out.append(("surprise", surprise(case)))
     out += [("estimated", f"{printable(e.op, 80)} called {e.calls:,} times {printable(e.where, 120)}".strip())
             for e in case.estimated_ops]  # fmt: skip
     out += [

@@ -85,23 +85,23 @@ def _line(number: int, curve: Curve) -> Line:
     at = {p.size: p for p in curve.points}
     largest = "none" if curve.largest is None else f"{curve.largest:,}"
     peak = "-" if curve.largest is None else mib(at[curve.largest].peak_reserved)
-    why = curve.problem or curve.limited_by or "every size tried fits"
+    why = curve.refuted or curve.problem or curve.limited_by or "every size tried fits"
     if curve.fails_below:
         why += f"; smaller ones that do not fit: {', '.join(f'{s:,}' for s in curve.fails_below)}"
     return Line(
         letter=chr(ord("A") + number % 26),
         color=line_name(number),
         variant=curve.name.rpartition("/")[2],
-        largest="no answer" if curve.problem else largest,
+        largest="no answer" if curve.problem or curve.refuted else largest,
         peak=peak,
         why=why,
-        bad=bool(curve.problem) and not curve.declared,
+        bad=bool(curve.refuted or (curve.problem and not curve.declared)),
     )
 
 
 def _drawing(found: SweepResults, curves: list[Curve]) -> Drawing | None:
     """Peak reserved of what came to its end; None where nothing did."""
-    reached = [[p for p in curve.points if p.outcome == "ok"] for curve in curves]
+    reached = [[p for p in curve.points if p.outcome in ("ok", "hazard")] for curve in curves]
     sizes = [p.size for points in reached for p in points]
     if not sizes:
         return None

@@ -11,6 +11,7 @@ class Point(msgspec.Struct, frozen=True):
     """One size and what it gave; bytes.
 
     Attributes:
+        too_large: it ran out of something for its size, or was not run because the card has less than it needs.
         over: why it is over a budget, ``""`` where it is not.
     """
 
@@ -20,12 +21,13 @@ class Point(msgspec.Struct, frozen=True):
     peak_reserved: int
     transient: int
     exact: bool
+    too_large: bool = False
     over: str = ""
 
     @property
     def fits(self) -> bool:
-        """Whether the program came to its end within budget."""
-        return self.outcome == "ok" and not self.over
+        """Whether the program came to its end within budget; a race between its streams is another matter."""
+        return self.outcome in ("ok", "hazard") and not self.over
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
         limited_by: why the next size does not fit; ``""`` where the largest size asked for does.
         problem: why there is no answer; ``""`` where there is.
         declared: the scenario declares that outcome, which has nothing to do with size.
+        refuted: where a recording showed that the allocator model is wrong, ``""`` where none did.
         fails_below: sizes below ``largest`` that do not fit.
         points: by size.
     """
@@ -52,6 +55,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     limited_by: str
     problem: str
     declared: bool = False
+    refuted: str = ""
     fails_below: list[int]
     points: list[Point]
 

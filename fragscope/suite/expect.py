@@ -35,7 +35,14 @@ class Expect:
     def applies(self, preset: str, conf: str, torch: str, card: str, device: str, values: Mapping[str, Any]) -> bool:
         """Whether a cell is among those meant."""
         cell = ((preset, self.preset), (conf, self.conf), (torch, self.torch), (card, self.card), (device, self.device))
-        return all(fnmatchcase(value, glob) for value, glob in cell) and (self.when is None or self.when(values))
+        # A conf may hold brackets, which a glob takes for a set of characters.
+        if not all(value == glob or fnmatchcase(value, glob) for value, glob in cell):
+            return False
+        try:
+            return self.when is None or bool(self.when(values))
+        except Exception as e:
+            said = printable(f"{type(e).__name__}: {e}", 200)
+            raise UsageError(f"Expect({self.outcome!r}): when fails for preset {preset!r}: {said}") from e
 
 
 Declared = Outcome | Expect | Sequence[Expect]

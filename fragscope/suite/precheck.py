@@ -45,7 +45,8 @@ class Need(msgspec.Struct, frozen=True):
         limit: a memory fraction's limit that was in force at the end, None without one.
         unknown: what ``held`` leaves out, for people; ``""`` where it is all.
         looked: the program read memory state, so that on another card it may go another way.
-        prediction: figures of the measured phase, where it ran to its end.
+        predictions: figures of the measured phase by the digests of cases, each under its own settings, where it came
+            to its end; of cases under the rules that run here, since no others could be seen on the card.
     """
 
     outcome: Outcome
@@ -54,7 +55,7 @@ class Need(msgspec.Struct, frozen=True):
     limit: int | None = None
     unknown: str = ""
     looked: bool = False
-    prediction: Prediction | None = None
+    predictions: dict[str, Prediction] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,12 @@ def need_of(task: Task, *, plenty: bool) -> Need:
         limit=allocator.limit,
         unknown=_listed([e.op for e in ran.estimated]),
         looked=bool(seen),
-        prediction=_prediction(ran, settings),
+        predictions={
+            wanted.digest: said
+            for wanted in task.cases
+            if wanted.settings.rules.rules == settings.rules.rules
+            and (said := _prediction(ran, wanted.settings)) is not None
+        },
     )
 
 

@@ -24,7 +24,6 @@ from fragscope.suite.plan import PlannedCase, versions
 from fragscope.suite.precheck import Need, asks_for_plenty, judge, run_need
 from fragscope.suite.process import log_path, place_in_log, report_path
 from fragscope.suite.server import Job, WorkerServer
-from fragscope.suite.verification import installed_rules
 from fragscope.suite.worker import CaseTask, Report, Task, bare_case, run_task
 
 
@@ -80,7 +79,11 @@ def _nothing_more(_: Case) -> Iterable[PlannedCase]:
 
 
 def run_plan(
-    planned: Sequence[PlannedCase], options: RunOptions, progress: Progress, more: More = _nothing_more
+    planned: Sequence[PlannedCase],
+    options: RunOptions,
+    progress: Progress,
+    more: More = _nothing_more,
+    written: Callable[[Results], None] = lambda _: None,
 ) -> Results:
     """Run every planned case and write results.json; an interrupt keeps what is finished and is raised again.
 
@@ -89,6 +92,7 @@ def run_plan(
         options: how.
         progress: who is told how it goes.
         more: asked after each case, those of an earlier run among them.
+        written: told whenever results.json was written, at the beginning too, while nobody else may write there.
 
     Raises:
         UsageError: the folder for results cannot be written, or another run writes there.
@@ -96,10 +100,16 @@ def run_plan(
     # The program may change the working directory.
     options = replace(options, out=options.out.absolute(), root=options.root.absolute())
     with locked(options.out):
-        return _run_locked(list(planned), options, progress, more)
+        return _run_locked(list(planned), options, progress, more, written)
 
 
-def _run_locked(planned: list[PlannedCase], options: RunOptions, progress: Progress, more: More) -> Results:
+def _run_locked(
+    planned: list[PlannedCase],
+    options: RunOptions,
+    progress: Progress,
+    more: More,
+    written: Callable[[Results], None],
+) -> Results:
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     known = finished_cases(options.out) if options.resume else {}
     results: dict[str, Case] = {}
@@ -143,6 +153,7 @@ def _run_locked(planned: list[PlannedCase], options: RunOptions, progress: Progr
             cases=cases,
         )
         save_results(made, options.out / "results.json")
+        written(made)
         return made
 
     with run.journal_open(known.values()):
@@ -208,6 +219,7 @@ class _PlanRun:
         self._tasks: dict[str, Task] = {}
         self._planned: dict[str, PlannedCase] = {}
         self._needs: dict[str, Need] = {}  # on the card at hand, by digest of a recording's first case
+        self._predictions: dict[str, Prediction] = {}  # by digest
         self._prechecks: dict[Any, PrecheckRecord] = {}  # by what cases share a recording by
         self._journal: Journal | None = None
 
@@ -295,6 +307,7 @@ class _PlanRun:
             if need is None:
                 need = Need("timeout" if job.timed_out else "crash", f"the process {_how_it_ended(job, task)}")
             self._needs[digest] = need
+            self._predictions |= need.predictions
             if asks_for_plenty(need, task.card):
                 return [self._need_job(task, plenty=True)]
             judgement = judge(need, task.card)
@@ -309,11 +322,8 @@ class _PlanRun:
         return ()
 
     def _prediction(self, planned: PlannedCase) -> Prediction | None:
-        """What the virtual device said of a case; it said it under the rules that run here, and no others."""
-        need = self._needs.get(planned.digest)
-        if need is None or planned.settings.rules.rules != installed_rules().rules:
-            return None
-        return need.prediction
+        """What the virtual device said of a case beforehand."""
+        return self._predictions.get(planned.digest)
 
     # --- recordings -----------------------------------------------------------------------------------------------
 

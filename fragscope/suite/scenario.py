@@ -20,6 +20,7 @@ import contextlib
 import gc
 import inspect
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,8 +171,18 @@ class Case:
         self.end("skipped", reason)
 
     def overflow(self, missing: int, message: str) -> NoReturn:
-        """End the case: something of a fixed size is too small by ``missing`` bytes."""
-        raise EndCase("overflow", message, missing)
+        """End the case: something of a fixed size is too small by ``missing`` bytes.
+
+        Raises:
+            UsageError: ``missing`` is no positive whole number.
+        """
+        try:
+            count = operator.index(missing)
+        except TypeError:
+            count = 0
+        if not 0 < count < 2**63:
+            raise UsageError(f"{self.scenario}/{self.variant}: case.overflow: {missing!r} is no number of bytes")
+        raise EndCase("overflow", message, count)
 
     def end(self, outcome: Outcome, message: str) -> NoReturn:
         """End the case with an outcome that only the scenario can see, such as ``timeout`` or ``wrong``.

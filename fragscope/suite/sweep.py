@@ -17,8 +17,10 @@ from fragscope.suite.discover import Selection
 from fragscope.suite.plan import PlannedCase
 
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_RANGE = re.compile(r"([A-Za-z_]\w*)=(\d+)([A-Za-z]*):(\d+)([A-Za-z]*)(?::(\d+)([A-Za-z]*))?", re.ASCII)
+_RANGE = re.compile(r"([A-Za-z_]\w*)=(\d{1,20})([A-Za-z]*):(\d{1,20})([A-Za-z]*)(?::(\d{1,20})([A-Za-z]*))?", re.ASCII)
 _TOO_LARGE: tuple[Outcome, ...] = ("oom", "overflow")
+_REACHED: tuple[Outcome, ...] = ("ok", "hazard")
+"""Ends with figures, whatever else is wrong."""
 _MOST = 2**62
 
 
@@ -35,9 +37,10 @@ class Range:
     def grid(self) -> list[int]:
         """Sizes to begin with: both ends, and the doublings of the lower one between them."""
         out = [self.low]
-        while out[-1] * 2 < self.high:
-            out.append(self.at(self.steps(out[-1] * 2)))
-        return sorted({*out, self.at(self.steps(self.high))})
+        last = self.at(self.steps(self.high))
+        while (following := max(self.at(self.steps(out[-1] * 2)), out[-1] + self.step)) < last:
+            out.append(following)
+        return sorted({*out, last})
 
     def steps(self, size: int) -> int:
         """Whole steps from the lower end to a size, rounded down."""
@@ -79,13 +82,14 @@ class _Cell:
     points: dict[int, Point] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     undeclared: bool = False
+    refuted: str = ""
     asked: set[int] = field(default_factory=set)
 
     @property
     def problem(self) -> str:
         """What keeps the sweep from an answer: an outcome that has nothing to do with size."""
         for size, point in sorted(self.points.items()):
-            if point.outcome != "ok" and point.outcome not in _TOO_LARGE:
+            if point.outcome not in _REACHED and not point.too_large:
                 return f"{point.outcome} at {size:,}: {self.reasons[size] or 'no message'}"
         return ""
 
@@ -125,8 +129,11 @@ class Sweep:
     def after(self, case: Case) -> Iterable[PlannedCase]:
         """What to run now that a case is finished."""
         cell, size = self._where[case.digest]
+        too_large = case.outcome in _TOO_LARGE or _does_not_fit(case)
         cell.reasons[size] = case.message
-        cell.undeclared |= case.outcome not in ("ok", *_TOO_LARGE) and not case.as_expected
+        cell.undeclared |= not too_large and case.outcome not in _REACHED and not case.as_expected
+        if case.refuted and not cell.refuted:
+            cell.refuted = f"at {size:,} the allocator model differs from what was recorded"
         cell.points[size] = Point(
             size=size,
             outcome=case.outcome,
@@ -134,7 +141,8 @@ class Sweep:
             peak_reserved=case.peak.reserved,
             transient=case.transient,
             exact=case.exact,
-            over=self._over(case) if case.outcome == "ok" else "",
+            too_large=too_large,
+            over=self._over(case) if case.outcome in _REACHED else "",
         )
         if len(cell.points) < len(cell.asked) or cell.problem:
             return ()
@@ -185,9 +193,16 @@ def _curve(cell: _Cell) -> Curve:
         limited_by="" if cell.problem else limited_by,
         problem=cell.problem,
         declared=bool(cell.problem) and not cell.undeclared,
+        refuted=cell.refuted,
         fails_below=[s for s, p in sorted(cell.points.items()) if largest is not None and s < largest and not p.fits],
         points=[point for _, point in sorted(cell.points.items())],
     )
+
+
+def _does_not_fit(case: Case) -> bool:
+    """Whether it was not run because the card has less than it needs."""
+    known = case.precheck
+    return case.outcome == "skipped" and known is not None and known.needs is not None and known.needs > known.free
 
 
 def sweepable(selections: Sequence[Selection], name: str) -> tuple[list[Selection], list[str]]:

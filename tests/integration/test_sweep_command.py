@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,22 @@ def test_a_second_run_takes_up_what_the_first_finished(folder: Path) -> None:
     run_in(folder, "scenario_sizes.py", "grow", "--sweep", "mib=1k:4k:100", "--resume")
     assert curves(folder) == before
     assert "every size tried fits, up to mib = 4,000" in first.stdout
+
+
+def test_budgets_about_something_else_are_a_mistake(folder: Path) -> None:
+    (folder / "budgets.toml").write_text('[budget."grown/*/*"]\npeak_allocated = "3000 MiB"\n')
+    done = run_in(folder, "scenario_sizes.py", "grow", "--sweep", "mib=1k:2k", "--budgets", "budgets.toml", code=2)
+    assert "no budget in it is about grow/one/twice or any other case of the sweep" in done.stderr
+
+
+def test_a_refused_sweep_leaves_what_is_there(folder: Path) -> None:
+    run_in(folder, "scenario_sizes.py", "grow", "--sweep", "mib=1k:2k:500")
+    before = (folder / "out" / "sweep" / "sweep.json").read_bytes()
+    with (folder / "out" / "sweep" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = run_in(folder, "scenario_sizes.py", "grow", "--sweep", "mib=1k:2k:500", code=2)
+    assert "another run" in done.stderr
+    assert (folder / "out" / "sweep" / "sweep.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,23 @@ def test_an_outcome_can_depend_on_the_cases_values() -> None:
     assert expected(made, 101, preset="small") == "ok"
 
 
+def test_a_conf_with_brackets_means_itself() -> None:
+    conf = "roundup_power2_divisions:[256:1,512:2]"
+    assert expected(define(expect=Expect("oom", conf=conf)), conf=conf) == "oom"
+
+
+def test_a_condition_that_fails_is_the_scenarios_mistake() -> None:
+    made = define(expect=Expect("oom", when=lambda values: values["rows"] > 1))
+    with pytest.raises(UsageError, match="when fails for preset 'small': KeyError: 'rows'"):
+        expected(made)
+
+
+@pytest.mark.parametrize("missing", [0, -1, 1.5, "4", None, 2**63])
+def test_an_overflow_lacks_a_number_of_bytes(missing: object) -> None:
+    with pytest.raises(UsageError, match=r"case\.overflow: .* is no number of bytes"):
+        case().overflow(missing, "too small")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("expect", "problem"),
     [

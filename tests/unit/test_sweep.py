@@ -11,7 +11,7 @@ from builders import bare_case
 import fragscope
 from fragscope.allocator import DEFAULT_CARD
 from fragscope.errors import UsageError
-from fragscope.results import Case, Curve, Outcome
+from fragscope.results import Case, Curve, Outcome, PrecheckRecord, VerifyRecord
 from fragscope.suite.discover import select
 from fragscope.suite.matrix import cells
 from fragscope.suite.plan import PlannedCase, plan
@@ -51,6 +51,17 @@ def test_the_grid_doubles_and_has_both_ends() -> None:
     assert Range("n", 1000, 9000).grid == [1000, 2000, 4000, 8000, 9000]
     assert Range("n", 3, 3).grid == [3]
     assert Range("n", 100, 1000, 64).grid == [100, 164, 292, 548, 996]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "step"), [(64, 4096, 128), (1, 3 * 10**9, 1000), (5, 6, 100), (1, 10, 3), (7, 8, 1)]
+)
+def test_the_grid_rises_and_ends_whatever_the_step(low: int, high: int, step: int) -> None:
+    grid = Range("n", low, high, step).grid
+    assert grid[0] == low
+    assert grid == sorted(set(grid))
+    assert all((size - low) % step == 0 and size <= high for size in grid)
+    assert high - grid[-1] < step
 
 
 def scenario(tmp_path: Path) -> Scenario:
@@ -145,6 +156,37 @@ def test_a_declared_problem_is_told_from_a_surprise(tmp_path: Path) -> None:
 
     assert [(c.problem, c.declared) for c in wrong("wrong")] == [("wrong at 10: at 10", True)] * 2
     assert [(c.problem, c.declared) for c in wrong("ok")] == [("wrong at 10: at 10", False)] * 2
+
+
+def test_what_a_card_has_no_room_for_is_too_large_and_what_was_skipped_otherwise_is_not(tmp_path: Path) -> None:
+    def answer(needs: int | None) -> Callable[[PlannedCase, int], Case]:
+        def answered(planned: PlannedCase, size: int) -> Case:
+            if size <= 300:
+                return ends(planned, "ok")
+            known = None if needs is None else PrecheckRecord(needs, 1000, exact=True)
+            return bare_case(digest=planned.digest, outcome="skipped", message="needs more", precheck=known)
+
+        return answered
+
+    curves, _ = swept(scenario(tmp_path), Range("tokens", 1, 1000), answer(1001))
+    assert (curves[0].largest, curves[0].problem, curves[0].limited_by) == (300, "", "at 301: skipped: needs more")
+    for needs in (None, 900):
+        curves, _ = swept(scenario(tmp_path), Range("tokens", 1, 1000), answer(needs))
+        assert curves[0].problem.startswith("skipped at 512")
+
+
+def test_a_race_has_nothing_to_do_with_size(tmp_path: Path) -> None:
+    answer = lambda planned, size: ends(planned, "hazard" if size <= 300 else "oom")  # noqa: E731
+    curves, _ = swept(scenario(tmp_path), Range("tokens", 1, 1000), answer)
+    assert (curves[0].largest, curves[0].problem) == (300, "")
+
+
+def test_a_model_that_a_recording_refutes_is_said(tmp_path: Path) -> None:
+    def answer(planned: PlannedCase, size: int) -> Case:
+        return bare_case(digest=planned.digest, verify=VerifyRecord(10, int(size > 300)))
+
+    curves, _ = swept(scenario(tmp_path), Range("tokens", 1, 1000), answer)
+    assert curves[0].refuted == "at 512 the allocator model differs from what was recorded"
 
 
 def test_only_integers_without_choices_are_sizes(tmp_path: Path) -> None:
