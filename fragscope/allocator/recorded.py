@@ -115,7 +115,7 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
         limits = limits_from_failures(trace, conf)
     capacity = trace.settings.capacity
     at_start, seen = capacity if trace.source == "cuda" else None, limits.capacity
-    if at_start is not None and seen is not None and seen < at_start:
+    if at_start is not None and seen is not None and (seen := max(seen, most_held(trace) or 0)) < at_start:
         detail = (
             f"requests failed with {seen:,} bytes for segments in all, {at_start - seen:,} less than at the start: "
             "CUDA loads kernels into device memory as a program goes on (--capacity)"

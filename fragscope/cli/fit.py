@@ -154,7 +154,7 @@ def as_markdown(subject: Subject, fits: list[Fit]) -> list[str]:
 
 def _about(subject: Subject) -> tuple[str, str]:
     events = f"{subject.name}: {len(subject.tape.kind):,} events, torch {subject.settings.rules.torch}"
-    return events, "smallest memory for segments in MiB, and what is reserved where memory is no limit"
+    return events, "smallest memory to hold from the driver in MiB, and what is held where memory is no limit"
 
 
 def _table(fits: list[Fit]) -> list[tuple[str, ...]]:
@@ -201,10 +201,12 @@ def failure_lines(x: Failure) -> list[str]:
     from fragscope.units import format_bytes
 
     at = f" at {x.frame}" if x.frame else ""
+    whose = "past the allocator" if x.stream is None else f"on stream {x.stream}"
+    past = f", past the allocator {format_bytes(x.raw)}" if x.raw else ""
     lines = [
-        f"event {x.event:,} fails, {format_bytes(x.requested)} on stream {x.stream}{at}",
+        f"event {x.event:,} fails, {format_bytes(x.requested)} {whose}{at}",
         f"reserved {format_bytes(x.reserved)}, allocated {format_bytes(x.allocated)}, stranded "
-        f"{format_bytes(x.stranded)}; the driver has {format_bytes(x.left)}, {format_bytes(x.needed)} are needed",
+        f"{format_bytes(x.stranded)}{past}; the driver has {format_bytes(x.left)}, {format_bytes(x.needed)} are needed",
     ]
     for idle in x.idle:
         pieces = f"{idle.pieces:,} pieces" if idle.pieces > 1 else "one piece"

@@ -49,11 +49,12 @@ class Failure:
         event: row of the request.
         requested: asked for.
         rounded: the block for it.
-        stream: asked for on.
+        stream: asked for on; None where it was asked of the driver itself.
         frame: innermost frame of the call stack, ``""`` where none is recorded.
         reserved: held from the driver.
         allocated: in live blocks.
         stranded: idle, beside live blocks.
+        raw: taken past the allocator.
         left: what the driver still had.
         needed: what a new segment takes, or pages of an expandable one if none of them hold idle memory yet.
         idle: idle bytes by why they were no use, most first.
@@ -63,11 +64,12 @@ class Failure:
     event: int
     requested: int
     rounded: int
-    stream: int
+    stream: int | None
     frame: str
     reserved: int
     allocated: int
     stranded: int
+    raw: int
     left: int
     needed: int
     idle: tuple[Idle, ...]
@@ -88,11 +90,12 @@ def failure_of(tape: Tape, settings: ReplaySettings, compiled: bool | None = Non
         event=event,
         requested=int(trace.requests.size[event]),
         rounded=rounded,
-        stream=stream,
+        stream=None if is_raw else stream,
         frame=_frame(trace, event),
         reserved=now.reserved,
         allocated=now.allocated,
         stranded=now.stranded,
+        raw=now.raw,
         left=max(0, settings.capacity - now.hbm),
         needed=driver_pages(rounded) if is_raw else _needed(rounded, conf),
         idle=() if is_raw else _idle(layout_at(trace, event), rounded, stream, pool, conf),

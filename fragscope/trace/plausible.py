@@ -136,9 +136,14 @@ class _Check:
 
     def raw(self, trace: Trace) -> None:
         """Memory taken past the allocator is given back once, after it was taken, and as much of it."""
-        r = trace.requests
+        r, d = trace.requests, trace.decisions
         taken = np.flatnonzero(r.kind == RequestKind.RAW_ALLOC)
         given = np.flatnonzero(r.kind == RequestKind.RAW_FREE)
+        served = taken if d is None else taken[~np.isin(taken, d.request[d.kind == DecisionKind.OOM])]
+        if d is not None:  # bare requests may ask for what no device has
+            self._within(served, r.size, 0, MOST_MEMORY, "request", "size past the allocator")
+        if float(np.sum(r.size[served], dtype=np.float64)) > _MOST_TRAFFIC:
+            raise self._refuse("it asks for more bytes past the allocator than any program can have moved")
         if not len(given):
             return
         given, taken = (rows[np.argsort(r.id[rows], kind="stable")] for rows in (given, taken))

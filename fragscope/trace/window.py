@@ -193,7 +193,7 @@ def _pool_rows(
 
 
 def _renumbered(columns: dict[str, Any], pools: tuple[PoolId, ...]) -> tuple[Requests, tuple[PoolId, ...]]:
-    """Ids, streams and pools in the order of their first use."""
+    """Ids, streams, pools and threads in the order of their first use."""
     ids, streams, used = columns["id"], columns["stream"], columns["pool"]
     named = ids >= 0
     columns["id"] = ids.copy()
@@ -201,6 +201,7 @@ def _renumbered(columns: dict[str, Any], pools: tuple[PoolId, ...]) -> tuple[Req
     other = (streams != 0) & (streams != UNKNOWN_STREAM)
     columns["stream"] = streams.copy()
     columns["stream"][other] = _order(streams[other]) + 1
+    columns["thread"] = _order(columns["thread"]).astype(columns["thread"].dtype)
     private = used > 0
     columns["pool"] = used.copy()
     columns["pool"][private] = _order(used[private]) + 1

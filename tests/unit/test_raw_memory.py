@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fragscope.record.cuda.fake import FakeCuda
 from fragscope.record.device_memory import DeviceMemory, check_request
 from fragscope.search import failure_of, fit, subject_of
 from fragscope.trace import DecisionKind, RequestKind, Settings, Trace, own_requests, write_trace
+from fragscope.trace.plausible import check_plausible
 
 CARD = card_named("h100-80gb")
 
@@ -232,3 +234,21 @@ def test_only_bytes_can_be_asked_for(size):
 def test_only_known_givers_can_be_asked():
     with pytest.raises(UsageError, match="'malloc': it is one of cuMemCreate, cudaMalloc"):
         check_request(1, "malloc")
+
+
+@pytest.mark.parametrize("sizes", [[2**62 - 1], [2**44 + 1]])
+def test_what_no_device_has_was_not_served(sizes: list[int]) -> None:
+    """Sums of such sizes would not fit the integers that hold them."""
+    served = replay(trace_of(("alloc", 0, 2 * MIB), ("raw", 1, 2 * MIB)), settings(100)).trace
+    requests = served.requests
+    requests.size[requests.kind == RequestKind.RAW_ALLOC] = sizes[0]
+    with pytest.raises(InputFileError, match="size past the allocator"):
+        check_plausible(served, Path("file"))
+
+
+def test_bare_requests_may_ask_for_much_and_not_for_more_than_can_be_counted() -> None:
+    bare = trace_of(("raw", 0, 2**44 + 1))
+    check_plausible(bare, Path("file"))
+    many = trace_of(*[("raw", n, 2**62 - 1) for n in range(3)])
+    with pytest.raises(InputFileError, match="more bytes past the allocator than any program can have moved"):
+        check_plausible(many, Path("file"))

@@ -200,6 +200,13 @@ def test_streams_and_pools_are_named_by_their_first_use():
     assert own.pools == ((0, 0), (1, 0), (0, 2))  # of a graph, of a MemPool
 
 
+def test_threads_are_named_by_their_first_use():
+    mine = [(ALLOC, {"id": 7, "size": MIB, "thread": 4}), (ALLOC, {"id": 8, "size": MIB, "thread": 9})]
+    again = [(ALLOC, {"id": 9, "size": MIB, "thread": 4})]
+    trace = logged((ALLOC, {"id": 1, "size": MIB, "thread": 2}), *mine, *again)
+    assert rows(own_requests(trace, 1).trace, "thread") == [(ALLOC, 0), (ALLOC, 1), (ALLOC, 0)]
+
+
 def test_releases_that_the_allocator_made_by_itself_are_left_out():
     trace = logged((RequestKind.RELEASE_SEEN, {}), (ALLOC, {"id": 0, "size": MIB}), (RequestKind.EMPTY_CACHE, {}))
     assert rows(own_requests(trace).trace) == [(ALLOC,), (RequestKind.EMPTY_CACHE,)]
