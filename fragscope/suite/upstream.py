@@ -44,11 +44,14 @@ def installed_source(package: str, function: str) -> Source | None:
         function: ``module:function``, ``module:Class`` or ``module:Class.method``.
     """
     module, _, name = function.partition(":")
-    if _spec_of(module.partition(".")[0]) is None:
+    spec = _spec_of(module.partition(".")[0])
+    if spec is None:
         return None
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
+        if spec.origin is None:  # any folder of that name on the path
+            return None
         version = "unknown"
     file = _file_of(module)
     return Source(version, file, None if file is None else _digest_in(file, name))

@@ -91,6 +91,7 @@ def test_one_that_no_variant_replays_fails_and_names_its_digest(folder: Path) ->
 
 
 def test_without_the_package_nothing_is_compared(folder: Path) -> None:
+    (folder / "theirs").mkdir()  # a folder of that name is none
     done = upstream(folder, "scenario_theirs.py", "--format", "json", code=4)
     (function,) = json.loads(done.stdout)["functions"]
     assert (function["state"], function["version"], function["digest"]) == ("not installed", None, None)

@@ -144,6 +144,19 @@ def test_what_is_missing_is_said(site: Path) -> None:
     )
 
 
+def test_a_folder_of_the_same_name_is_no_package(site: Path) -> None:
+    """Python would import it, as a namespace; with a distribution's metadata it is one that is installed."""
+    (site / "theirs").mkdir()
+    (site / "theirs" / "weights.py").write_text(SOURCE)
+    assert installed_source("theirs-loaders", "theirs.weights:shuffle") is None
+    facts = site / "theirs_loaders-1.2.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs-loaders\nVersion: 1.2\n")
+    assert installed_source("theirs-loaders", "theirs.weights:shuffle") == Source(
+        "1.2", site / "theirs" / "weights.py", digest_of(SOURCE, "shuffle")
+    )
+
+
 def test_a_package_may_be_a_single_file(site: Path) -> None:
     (site / "theirs.py").write_text(SOURCE)
     assert installed_source("theirs", "theirs:shuffle") == Source(
