@@ -122,7 +122,8 @@ class InstalledCode(msgspec.Struct, frozen=True):
         package: the distribution.
         version: the release that ran; ``"unknown"`` where the package has no metadata.
         function: ``module:function``, ``module:Class`` or ``module:Class.method``.
-        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found.
+        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found
+            or cannot be read.
     """
 
     package: str
