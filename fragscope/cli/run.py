@@ -147,7 +147,7 @@ def command(
         resume=resume,
         card=None if here is None else here.card,
         files_first=here is not None and here.files_first,
-        command=("fragscope", *sys.argv[1:]),
+        command=("fragscope", *(a.encode(errors="backslashreplace").decode() for a in sys.argv[1:])),
         not_applicable=tuple(left_out),
     )
     try:

@@ -27,11 +27,12 @@ def command(what: tuple[str, ...], digest: str | None, package: str | None, styl
 
     \b
     Each function is
-      same           a variant replays what is installed
-      changed        the installed one is none that a variant replays
-      gone           the package is installed without it
-      no digest      no variant says what its source was
-      not installed  the package is not there
+      same            a variant replays what is installed
+      changed         the installed one is none that a variant replays
+      gone            the package is installed without it
+      cannot be read  this Python cannot read its module
+      no digest       no variant says what its source was
+      not installed   the package is not there
 
     Exit codes: 0 nothing changed, 3 something is changed or gone, 4 nothing could be compared.
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
@@ -69,6 +70,11 @@ def _print_digest(function: str, package: str | None) -> int:
     source = installed_source(package, function)
     if source is None:
         raise NotMeasuredError(f"--digest {function}: {package} is not installed")
+    if source.unread:
+        raise NotMeasuredError(
+            f"--digest {function}: {package} {source.version}: "
+            f"{printable(str(source.file))} cannot be read: {printable(source.unread)}"
+        )
     if source.digest is None:
         where = "has no such module" if source.file is None else f"does not define it in {source.file}"
         raise NotMeasuredError(f"--digest {function}: {package} {source.version} {printable(where)}")
@@ -83,7 +89,8 @@ def _lines(found: list[Replayed]) -> list[str]:
         out.append(f"{f.state:<14} {f.scenario}  {f.function}")
         if f.version is not None:
             digest = f", digest {f.digest}" if f.digest and f.state != "same" else ""
-            out.append(f"{'':14} installed: {f.package} {f.version}{digest}")
+            unread = f", cannot be read: {printable(f.unread)}" if f.unread else ""
+            out.append(f"{'':14} installed: {f.package} {f.version}{digest}{unread}")
         for r in f.variants:
             mark = " = installed" if r.variant in f.same else ""
             out.append(f"{'':14} {r.variant}: {f.package} {r.version}, {r.digest or 'no digest'}{mark}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -19,42 +19,45 @@ Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a file may say in bytes, or of a count: reports divide and draw it, which ends beyond what a float can hold."""
+
 
 class Peak(msgspec.Struct, frozen=True):
     """Byte counters; see the design's word list for each."""
 
-    requested: int = 0
-    allocated: int = 0
-    active: int = 0
-    reserved: int = 0
-    stranded: int = 0
-    inactive_split: int = 0
-    pool_idle: int = 0
-    raw: int = 0
-    hbm: int = 0
+    requested: Int64 = 0
+    allocated: Int64 = 0
+    active: Int64 = 0
+    reserved: Int64 = 0
+    stranded: Int64 = 0
+    inactive_split: Int64 = 0
+    pool_idle: Int64 = 0
+    raw: Int64 = 0
+    hbm: Int64 = 0
 
 
 class AfterEmptyCache(msgspec.Struct, frozen=True):
     """What ``empty_cache()`` would leave at the end of the phase; bytes."""
 
-    reserved: int = 0
+    reserved: Int64 = 0
 
 
 class Calls(msgspec.Struct, frozen=True):
     """Driver calls during the phase."""
 
-    alloc: int = 0
-    free: int = 0
-    sync: int = 0
+    alloc: Int64 = 0
+    free: Int64 = 0
+    sync: Int64 = 0
 
 
 class OomRecord(msgspec.Struct, frozen=True):
     """A request that failed: event number in the trace, bytes, stream."""
 
-    event: int
-    requested: int
-    rounded: int
-    stream: int
+    event: Int64
+    requested: Int64
+    rounded: Int64
+    stream: Int64
 
 
 class AssumptionRecord(msgspec.Struct, frozen=True):
@@ -62,7 +65,7 @@ class AssumptionRecord(msgspec.Struct, frozen=True):
 
     code: str
     effect: Effect
-    events: int
+    events: Int64
     detail: str = ""
 
 
@@ -75,8 +78,8 @@ class VerifyRecord(msgspec.Struct, frozen=True):
         first: the first difference.
     """
 
-    compared: int
-    mismatches: int
+    compared: Int64
+    mismatches: Int64
     first: str | None = None
 
 
@@ -90,8 +93,8 @@ class PrecheckRecord(msgspec.Struct, frozen=True):
         note: why it was run although it was not known to fit, or was known not to; ``""`` where it was known to fit.
     """
 
-    needs: int | None
-    free: int
+    needs: Int64 | None
+    free: Int64
     exact: bool
     note: str = ""
 
@@ -103,12 +106,12 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         exact: every operator's memory is known, and nothing assumed can change the figures.
     """
 
-    base: int
-    transient: int
-    retained: int
+    base: Int64
+    transient: Int64
+    retained: Int64
     peak: Peak
     end: Peak
-    allocs: int
+    allocs: Int64
     exact: bool
 
 
@@ -119,7 +122,8 @@ class InstalledCode(msgspec.Struct, frozen=True):
         package: the distribution.
         version: the release that ran; ``"unknown"`` where the package has no metadata.
         function: ``module:function``, ``module:Class`` or ``module:Class.method``.
-        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found.
+        digest: of its source, as ``fragscope upstream --digest`` prints it; ``""`` where the source was not found
+            or cannot be read.
     """
 
     package: str
@@ -133,14 +137,14 @@ class LossRecord(msgspec.Struct, frozen=True):
 
     code: str
     detail: str
-    events: int = 0
+    events: Int64 = 0
 
 
 class EstimatedOp(msgspec.Struct, frozen=True):
     """An operator whose hidden temporaries are not known."""
 
     op: str
-    calls: int
+    calls: Int64
     where: str = ""
 
 
@@ -188,27 +192,27 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     torch_installed: str
     card: str
     device: DeviceKind
-    capacity: int = 0
+    capacity: Int64 = 0
     outcome: Outcome
     expected_outcome: Outcome = "ok"
-    missing: int | None = None
+    missing: Int64 | None = None
     replays: str | None = None
     installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
-    base: int = 0
-    end_live: int = 0
-    transient: int = 0
-    retained: int = 0
+    base: Int64 = 0
+    end_live: Int64 = 0
+    transient: Int64 = 0
+    retained: Int64 = 0
     peak: Peak = Peak()
     end: Peak = Peak()
     after_empty_cache: AfterEmptyCache = AfterEmptyCache()
-    non_torch_peak: int | None = None
-    segments_peak: int = 0
-    allocs: int = 0
+    non_torch_peak: Int64 | None = None
+    segments_peak: Int64 = 0
+    allocs: Int64 = 0
     driver_calls: Calls = Calls()
     ooms: list[OomRecord] = []
-    retries: int = 0
+    retries: Int64 = 0
     numeric: dict[str, Any] | None = None
     verify: VerifyRecord | None = None
     precheck: PrecheckRecord | None = None
@@ -285,7 +289,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     started: str
     seconds: float
     complete: bool
-    planned: int
+    planned: Int64
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
@@ -295,7 +299,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     """The content of results.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Int64 = SCHEMA_VERSION
     run: Run
     cases: list[Case]
 
@@ -324,7 +328,7 @@ def load_results(path: Path) -> Results:
 
 
 class _Versioned(msgspec.Struct):
-    schema_version: int
+    schema_version: Int64
 
 
 def save_results(results: Results, path: Path) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from fragscope.suite.scenario import Scenario
 from fragscope.suite.upstream import Source, installed_source
 
-State = Literal["same", "changed", "gone", "no digest", "not installed"]
+State = Literal["same", "changed", "gone", "cannot be read", "no digest", "not installed"]
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -28,9 +28,11 @@ class Replayed(msgspec.Struct, frozen=True):
         scenario: its name.
         package, function: what is replayed.
         state: ``same``: a variant has the digest of what is installed; ``changed``: none has; ``gone``: the package is
-            installed without the function; ``no digest``: no variant says what it replays; ``not installed``.
+            installed without the function; ``cannot be read``: this Python cannot read its module; ``no digest``: no
+            variant says what it replays; ``not installed``.
         version: the release that is installed; None where none is.
-        digest: of the function that is installed; None where there is none.
+        digest: of the function that is installed; None where there is none, or it cannot be read.
+        unread: why it cannot be read; ``""`` else.
         same: the variants that replay what is installed.
         variants: all that replay the function.
     """
@@ -41,6 +43,7 @@ class Replayed(msgspec.Struct, frozen=True):
     state: State
     version: str | None
     digest: str | None
+    unread: str
     same: list[str]
     variants: list[Release]
 
@@ -81,6 +84,7 @@ def replayed(
                     state=_state(source, releases, same),
                     version=None if source is None else source.version,
                     digest=digest,
+                    unread="" if source is None else source.unread,
                     same=same,
                     variants=releases,
                 )
@@ -91,6 +95,8 @@ def replayed(
 def _state(source: Source | None, releases: list[Release], same: list[str]) -> State:
     if source is None:
         return "not installed"
+    if source.unread:
+        return "cannot be read"
     if source.digest is None:
         return "gone"
     if same:

@@ -101,6 +101,12 @@ def test_out_must_be_a_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -
         assert f"--out {folder}/{out}: " in capfd.readouterr().err
 
 
+def test_names_that_are_no_text_stand_in_the_results_escaped(folder: Path) -> None:
+    run_in(folder, ".", "small/one/original", "--out", os.fsdecode(b"o\xff"))
+    results = json.loads((folder / os.fsdecode(b"o\xff") / "results.json").read_bytes())
+    assert results["run"]["command"][-2:] == ["--out", r"o\udcff"]
+
+
 def test_list_runs_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", ".", "small/two", "--device", "virtual", "--torch", "2.11", "--set", "mode=slow", "--list"]
     assert run(arguments) == 0

@@ -90,7 +90,18 @@ def test_one_that_no_variant_replays_fails_and_names_its_digest(folder: Path) ->
     assert upstream(folder, "scenario_theirs.py", code=3).stdout.startswith("gone ")
 
 
+def test_one_that_cannot_be_read_is_not_gone(folder: Path) -> None:
+    install(folder, "3.0", "def shuffle(w: broken\n")
+    done = upstream(folder, "scenario_theirs.py", code=4)
+    assert done.stdout.startswith("cannot be read shuffles")
+    assert "installed: theirs 3.0, cannot be read: line 1: " in done.stdout
+    refused = upstream(folder, "--digest", FUNCTION, code=4).stderr
+    assert "weights.py cannot be read: line 1: " in refused
+    assert refused.count("\n") == 1
+
+
 def test_without_the_package_nothing_is_compared(folder: Path) -> None:
+    (folder / "theirs").mkdir()  # a folder of that name is none
     done = upstream(folder, "scenario_theirs.py", "--format", "json", code=4)
     (function,) = json.loads(done.stdout)["functions"]
     assert (function["state"], function["version"], function["digest"]) == ("not installed", None, None)

@@ -34,6 +34,7 @@ def define(*releases: tuple[str, str], function: str = FUNCTION) -> Scenario:
     [
         (None, "not installed", [], False),
         (Source("2.0", None, None), "gone", [], True),
+        (Source("2.0", None, None, "line 1: invalid syntax"), "cannot be read", [], False),
         (Source("2.0", None, "ccc"), "changed", [], True),
         (Source("1.5", None, "bbb"), "same", ["of-1.1"], False),
         (Source("1.0", None, "aaa"), "same", ["of-1.0"], False),
