@@ -427,6 +427,23 @@ def test_giving_memory_back_to_the_driver_waits_for_the_card() -> None:
     assert hazards(lambda: program(False))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_so_does_a_request_that_fails_if_there_was_something_to_give_back(cached: bool) -> None:
+    def program() -> None:
+        side = torch.cuda.Stream()
+        x, spare = data(), data(8 * N)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.add_(1)
+        if cached:
+            del spare
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**40, dtype=torch.uint8, device="cuda")
+        x.clone()
+
+    assert bool(hazards(program)) is not cached
+
+
 @pytest.mark.parametrize(("how", "ordered"), [("cudaMalloc", True), ("cuMemCreate", False)])
 def test_cuda_free_waits_for_the_card_and_unmapping_does_not(how: str, ordered: bool) -> None:
     with h100() as device:

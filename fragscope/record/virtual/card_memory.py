@@ -107,8 +107,9 @@ class CardMemory:
             except OutOfMemoryError:
                 self._observe("OutOfMemoryError", stack)
                 raise
-            if self.ordered:
-                self._released(released)
+            finally:  # a request that fails gave back what it could as well
+                if self.ordered:
+                    self._released(released)
             self._streams[id_] = stream
             return id_
 
