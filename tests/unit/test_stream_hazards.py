@@ -362,6 +362,50 @@ def test_what_the_allocator_waited_for_is_over_when_it_hands_the_memory_out(reco
     assert bool(hazards(program)) is not recorded
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_so_is_what_the_recorded_stream_comes_after(ordered: bool) -> None:
+    def program() -> None:
+        side, third, current = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()
+        with torch.cuda.stream(side):
+            neighbour, x = data(1024), data(1024)
+        third.wait_stream(side)
+        with torch.cuda.stream(third):
+            y = x.clone()
+        if ordered:
+            current.wait_stream(third)
+        x.record_stream(current)
+        address = x.data_ptr()
+        del x
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(side):
+            z = data(1024)
+        assert z.data_ptr() == address
+        del neighbour, y, z
+
+    assert bool(hazards(program)) is not ordered
+
+
+def test_the_stream_of_the_allocation_is_not_waited_for() -> None:
+    """The allocator records events on the recorded streams only; the next tensor may be written on one of those."""
+
+    def program() -> None:
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        current.wait_stream(side)
+        with torch.cuda.stream(side):
+            neighbour, x = data(1024), data(1024)
+        x.record_stream(current)
+        address = x.data_ptr()
+        del x
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(side):
+            z = torch.empty(1024, dtype=torch.uint8, device="cuda")
+        assert z.data_ptr() == address
+        z.zero_()
+        del neighbour
+
+    assert [h.reused for h in hazards(program)] == [True]
+
+
 def test_so_is_work_of_the_only_stream_there_was() -> None:
     ordering, memory = Ordering(), Extent(0, 512, 512)
     ordering.independent(10)

@@ -137,10 +137,13 @@ class Ordering:
 
     def freed(self, start: int, end: int, handles: Iterable[int]) -> None:
         """Memory was freed that the allocator hands out no sooner than the work so far on these streams is over."""
-        numbers = {self._numbers[h] for h in map(_one_name, handles) if h in self._numbers}
-        if numbers:
+        over: Clock = []
+        for handle in handles:
+            if _one_name(handle) in self._numbers:
+                _join(over, self.record(handle))
+        if over:
             self._catch_up()
-            self._shadow.forget(Extent(start, end, end - start), numbers)
+            self._shadow.forget(Extent(start, end, end - start), over)
 
     # --- order ----------------------------------------------------------------------------------------------------
 

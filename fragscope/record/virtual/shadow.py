@@ -77,19 +77,18 @@ class Shadow:
                 _keep(cell.reads, access)
                 continue
             if dense:
-                cell.reads = _not_over(cell.reads, stream, clock)
-                cell.writes = _not_over(cell.writes, stream, clock)
+                cell.reads = _not_over(cell.reads, clock)
+                cell.writes = _not_over(cell.writes, clock)
             _keep(cell.writes, access)
         if access.writes and dense and len(cells) > 1:
             self._merge(access.extent)
         return list(found)
 
-    def forget(self, extent: Extent, streams: set[int]) -> None:
-        """Whatever touches these bytes next comes after all work so far of these streams."""
+    def forget(self, extent: Extent, over: Clock) -> None:
+        """Whatever touches these bytes next comes after what this clock says."""
         for cell in self._cover(extent):
-            for stream in streams:
-                cell.reads.pop(stream, None)
-                cell.writes.pop(stream, None)
+            cell.reads = _not_over(cell.reads, over)
+            cell.writes = _not_over(cell.writes, over)
 
     def _cover(self, extent: Extent) -> list[_Cell]:
         """The cells that make up an extent exactly; cut, and added, where there are none yet."""
@@ -161,15 +160,13 @@ def _conflicts(last: _Last, access: Access, clock: Clock, found: dict[Access, No
                 found[earlier] = None
 
 
-def _not_over(last: _Last, stream: int, clock: Clock) -> _Last:
+def _not_over(last: _Last, clock: Clock) -> _Last:
     """What is not known to be over."""
-    if not last or (len(last) == 1 and stream in last):
-        return {}
     kept: _Last = {}
     for other, views in last.items():
         done = clock[other] if other < len(clock) else 0
         left = {view: access for view, access in views.items() if access.tick > done}
-        if left and other != stream:
+        if left:
             kept[other] = left
     return kept
 
