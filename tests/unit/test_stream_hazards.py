@@ -255,6 +255,40 @@ def test_the_last_write_of_one_part_does_not_hide_that_of_another() -> None:
     assert len(hazards(program)) == 1
 
 
+def test_a_column_at_a_time_takes_time_and_memory_in_proportion() -> None:
+    """Counted in views that are kept: a cache that grows by columns and is read up to the last after each."""
+
+    def kept(columns: int) -> int:
+        with h100() as device:
+            device.memory.begin_phase("measure")
+            cache, column = torch.zeros(4, columns, 16, device="cuda"), torch.ones(4, 16, device="cuda")
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.zeros(1, device="cuda")
+            for i in range(columns):
+                cache[:, i] = column
+                cache[:, : i + 1].sum(1)
+            assert not device.memory.ordering.hazards
+            cells = device.memory.ordering._shadow._cells
+            return sum(len(views) for c in cells for last in (c.reads, c.writes) for views in last.values())
+
+    assert kept(240) < 3 * kept(120)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_many_columns_on_one_stream_are_known_on_another(waits: bool) -> None:
+    def program() -> None:
+        side, cache = torch.cuda.Stream(), torch.zeros(4, 200, 16, device="cuda")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(200):
+                cache[:, i] += 1
+        if waits:
+            torch.cuda.current_stream().wait_stream(side)
+        cache[:, :3].sum()
+
+    assert bool(hazards(program)) is not waits
+
+
 @pytest.mark.parametrize(
     "write",
     [
