@@ -637,12 +637,51 @@ def backward_from_another_stream() -> None:
     weight.grad.clone()
 
 
+def backward_on_a_stream_of_its_own() -> None:
+    """Called where nothing else runs, it still runs on the stream of the forward pass, which reads the gradient."""
+    side = torch.cuda.Stream()
+    weight, gradient = torch.ones(64, 256, device="cuda", requires_grad=True), torch.ones(64, 256, device="cuda")
+    out = (weight * 2).relu()
+    with torch.cuda.stream(side):
+        out.backward(gradient)
+    weight.grad.clone()
+
+
+def reducing_in_hooks(*, waits: bool = True) -> None:
+    """Gradients are summed up on a stream of their own while the backward pass goes on."""
+    reduces, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    weights = [torch.ones(256, device="cuda", requires_grad=True) for _ in range(2)]
+    sums = torch.zeros(256, device="cuda")
+
+    def reduce(weight: torch.Tensor) -> None:
+        reduces.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(reduces):
+            sums.add_(weight.grad)
+        weight.grad.record_stream(reduces)
+
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(reduce)
+    for _ in range(2):
+        (weights[0] * weights[1]).sum().backward()
+        if waits:
+            current.wait_stream(reduces)
+        sums.clone()
+        reduces.wait_stream(current)
+
+
+def test_an_order_that_is_missing_after_hooks_of_a_backward_pass_is_found() -> None:
+    found = hazards(lambda: reducing_in_hooks(waits=False))
+    assert [(h.first.what, h.second.what) for h in found][:1] == [("aten::add_", "aten::clone")]
+
+
 USUAL = [
     prefetching,
     double_buffering,
     forking_and_joining,
     training_with_a_side_stream,
     backward_from_another_stream,
+    backward_on_a_stream_of_its_own,
+    reducing_in_hooks,
 ]
 
 
