@@ -255,23 +255,21 @@ def test_the_last_write_of_one_part_does_not_hide_that_of_another() -> None:
     assert len(hazards(program)) == 1
 
 
-def test_a_column_at_a_time_takes_time_and_memory_in_proportion() -> None:
-    """Counted in views that are kept: a cache that grows by columns and is read up to the last after each."""
-
-    def kept(columns: int) -> int:
-        with h100() as device:
-            device.memory.begin_phase("measure")
-            cache, column = torch.zeros(4, columns, 16, device="cuda"), torch.ones(4, 16, device="cuda")
-            with torch.cuda.stream(torch.cuda.Stream()):
-                torch.zeros(1, device="cuda")
-            for i in range(columns):
-                cache[:, i] = column
-                cache[:, : i + 1].sum(1)
-            assert not device.memory.ordering.hazards
-            cells = device.memory.ordering._shadow._cells
-            return sum(len(views) for c in cells for last in (c.reads, c.writes) for views in last.values())
-
-    assert kept(240) < 3 * kept(120)
+def test_what_is_kept_of_a_column_at_a_time_is_bounded() -> None:
+    """A cache that grows by columns and is read up to the last after each: time and memory for each stay the same."""
+    columns = 400
+    with h100() as device:
+        device.memory.begin_phase("measure")
+        cache, column = torch.zeros(4, columns, 16, device="cuda"), torch.ones(4, 16, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.zeros(1, device="cuda")
+        for i in range(columns):
+            cache[:, i] = column
+            cache[:, : i + 1].sum(1)
+        assert not device.memory.ordering.hazards
+        cells = device.memory.ordering._shadow._cells
+    assert len(cells) < columns / 2
+    assert max(len(views) for cell in cells for last in (cell.reads, cell.writes) for views in last.values()) <= 64
 
 
 @pytest.mark.parametrize("waits", [True, False])
