@@ -54,9 +54,18 @@ def some_extent(choices: random.Random) -> Extent:
     return made
 
 
+@pytest.mark.parametrize(("cells", "views"), [(64, 64), (1, 64), (1, 1)])
 @settings(max_examples=400)
-@given(st.integers(0, 2**32), st.sampled_from([0.35, 0.6]))
-def test_an_access_is_reported_if_and_only_if_nothing_orders_it(seed: int, work: float) -> None:
+@given(seed=st.integers(0, 2**32), work=st.sampled_from([0.35, 0.6]))
+def test_an_access_is_reported_if_and_only_if_nothing_orders_it(cells: int, views: int, seed: int, work: float) -> None:
+    """Joining cells loses nothing; views that are not told apart may be reported in vain, and none is missed."""
+    with pytest.MonkeyPatch.context() as limits:
+        limits.setattr("fragscope.record.virtual.shadow._CELLS", cells)
+        limits.setattr("fragscope.record.virtual.shadow._VIEWS", views)
+        follow_both(seed, work, exact=views == 64)
+
+
+def follow_both(seed: int, work: float, *, exact: bool) -> None:
     choices = random.Random(seed)
     ordering, truth = Ordering(), ByDefinition()
     for handle in POOL:
@@ -75,7 +84,7 @@ def test_an_access_is_reported_if_and_only_if_nothing_orders_it(seed: int, work:
                 (writes or wrote) and not covered.isdisjoint(bytes_of(extent)) and other not in truth.before[node]
                 for other, covered, wrote in accesses
             )
-            assert (ordering.pairs > reported) == unordered
+            assert (ordering.pairs > reported) == unordered or (not exact and not unordered)
             accesses.append((node, bytes_of(extent), writes))
             continue
         action = (action - work) / (1 - work)

@@ -255,6 +255,38 @@ def test_the_last_write_of_one_part_does_not_hide_that_of_another() -> None:
     assert len(hazards(program)) == 1
 
 
+def test_what_is_kept_of_a_column_at_a_time_is_bounded() -> None:
+    """A cache that grows by columns and is read up to the last after each: time and memory for each stay the same."""
+    columns = 400
+    with h100() as device:
+        device.memory.begin_phase("measure")
+        cache, column = torch.zeros(4, columns, 16, device="cuda"), torch.ones(4, 16, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.zeros(1, device="cuda")
+        for i in range(columns):
+            cache[:, i] = column
+            cache[:, : i + 1].sum(1)
+        assert not device.memory.ordering.hazards
+        cells = device.memory.ordering._shadow._cells
+    assert len(cells) < columns / 2
+    assert max(len(views) for cell in cells for last in (cell.reads, cell.writes) for views in last.values()) <= 64
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_many_columns_on_one_stream_are_known_on_another(waits: bool) -> None:
+    def program() -> None:
+        side, cache = torch.cuda.Stream(), torch.zeros(4, 200, 16, device="cuda")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(200):
+                cache[:, i] += 1
+        if waits:
+            torch.cuda.current_stream().wait_stream(side)
+        cache[:, :3].sum()
+
+    assert bool(hazards(program)) is not waits
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -362,6 +394,50 @@ def test_what_the_allocator_waited_for_is_over_when_it_hands_the_memory_out(reco
     assert bool(hazards(program)) is not recorded
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_so_is_what_the_recorded_stream_comes_after(ordered: bool) -> None:
+    def program() -> None:
+        side, third, current = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()
+        with torch.cuda.stream(side):
+            neighbour, x = data(1024), data(1024)
+        third.wait_stream(side)
+        with torch.cuda.stream(third):
+            y = x.clone()
+        if ordered:
+            current.wait_stream(third)
+        x.record_stream(current)
+        address = x.data_ptr()
+        del x
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(side):
+            z = data(1024)
+        assert z.data_ptr() == address
+        del neighbour, y, z
+
+    assert bool(hazards(program)) is not ordered
+
+
+def test_the_stream_of_the_allocation_is_not_waited_for() -> None:
+    """The allocator records events on the recorded streams only; the next tensor may be written on one of those."""
+
+    def program() -> None:
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        current.wait_stream(side)
+        with torch.cuda.stream(side):
+            neighbour, x = data(1024), data(1024)
+        x.record_stream(current)
+        address = x.data_ptr()
+        del x
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(side):
+            z = torch.empty(1024, dtype=torch.uint8, device="cuda")
+        assert z.data_ptr() == address
+        z.zero_()
+        del neighbour
+
+    assert [h.reused for h in hazards(program)] == [True]
+
+
 def test_so_is_work_of_the_only_stream_there_was() -> None:
     ordering, memory = Ordering(), Extent(0, 512, 512)
     ordering.independent(10)
@@ -425,6 +501,23 @@ def test_giving_memory_back_to_the_driver_waits_for_the_card() -> None:
 
     assert not hazards(lambda: program(True))
     assert hazards(lambda: program(False))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_so_does_a_request_that_fails_if_there_was_something_to_give_back(cached: bool) -> None:
+    def program() -> None:
+        side = torch.cuda.Stream()
+        x, spare = data(), data(8 * N)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.add_(1)
+        if cached:
+            del spare
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**40, dtype=torch.uint8, device="cuda")
+        x.clone()
+
+    assert bool(hazards(program)) is not cached
 
 
 @pytest.mark.parametrize(("how", "ordered"), [("cudaMalloc", True), ("cuMemCreate", False)])
@@ -542,12 +635,51 @@ def backward_from_another_stream() -> None:
     weight.grad.clone()
 
 
+def backward_on_a_stream_of_its_own() -> None:
+    """Called where nothing else runs, it still runs on the stream of the forward pass, which reads the gradient."""
+    side = torch.cuda.Stream()
+    weight, gradient = torch.ones(64, 256, device="cuda", requires_grad=True), torch.ones(64, 256, device="cuda")
+    out = (weight * 2).relu()
+    with torch.cuda.stream(side):
+        out.backward(gradient)
+    weight.grad.clone()
+
+
+def reducing_in_hooks(*, waits: bool = True) -> None:
+    """Gradients are summed up on a stream of their own while the backward pass goes on."""
+    reduces, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    weights = [torch.ones(256, device="cuda", requires_grad=True) for _ in range(2)]
+    sums = torch.zeros(256, device="cuda")
+
+    def reduce(weight: torch.Tensor) -> None:
+        reduces.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(reduces):
+            sums.add_(weight.grad)
+        weight.grad.record_stream(reduces)
+
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(reduce)
+    for _ in range(2):
+        (weights[0] * weights[1]).sum().backward()
+        if waits:
+            current.wait_stream(reduces)
+        sums.clone()
+        reduces.wait_stream(current)
+
+
+def test_an_order_that_is_missing_after_hooks_of_a_backward_pass_is_found() -> None:
+    found = hazards(lambda: reducing_in_hooks(waits=False))
+    assert [(h.first.what, h.second.what) for h in found][:1] == [("aten::add_", "aten::clone")]
+
+
 USUAL = [
     prefetching,
     double_buffering,
     forking_and_joining,
     training_with_a_side_stream,
     backward_from_another_stream,
+    backward_on_a_stream_of_its_own,
+    reducing_in_hooks,
 ]
 
 

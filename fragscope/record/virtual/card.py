@@ -48,6 +48,7 @@ class VirtualCard:
         self._thread = ThreadState()
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._graph_task = -1
+        self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
     @property
     def stream(self) -> int:
@@ -56,6 +57,7 @@ class VirtualCard:
 
     @stream.setter
     def stream(self, handle: int) -> None:
+        self._backward_stream()
         self._thread.stream = handle
 
     @property
@@ -216,15 +218,25 @@ class VirtualCard:
         """
         if not self.memory.ordered:
             return
+        handle = self.stream if stream is None else stream
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             # A backward pass runs each operator on the stream of its forward pass and orders them itself. Here all run
-            # on the caller's, so its borders count as waiting for everything.
+            # on the caller's, so its borders count as waiting for everything but what hooks put on their own streams.
             self._graph_task = task
-            self.memory.finished_work()
+            self.memory.finished_work({h for h, only in self._hooks_only.items() if only})
+        in_hook = task != -1 and handle != self._backward_stream() and not torch.is_grad_enabled()
+        self._hooks_only[handle] = in_hook and self._hooks_only.get(handle, True)
         read, written = self._touched(reads), self._touched(writes)
         if read or written:
-            self.memory.launch(self.stream if stream is None else stream, what, self.sites.line, read, written)
+            self.memory.launch(handle, what, self.sites.line, read, written)
+
+    def _backward_stream(self) -> int:
+        """Stream that was current when the running thread's backward pass began; asked before the stream changes."""
+        task = torch._C._current_graph_task_id()
+        if self._thread.backward[0] != task:
+            self._thread.backward = (task, self.stream)
+        return self._thread.backward[1]
 
     def _touched(self, tensors: Iterable[torch.Tensor]) -> list[tuple[int, Extent]]:
         """Lifetime ids of tensors on the card, and the bytes they cover, by address."""
@@ -283,6 +295,7 @@ class ThreadState(threading.local):
     """What each thread has of its own: current stream, modes, and whether it makes a meta tensor on purpose."""
 
     stream = 0
+    backward = (-1, 0)  # a graph task, and the stream that was current when it began
     explicit_meta = False
     inside = False
     function_mode: TorchFunctionMode | None = None

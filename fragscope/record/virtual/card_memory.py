@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from fragscope.allocator import (
@@ -107,8 +107,9 @@ class CardMemory:
             except OutOfMemoryError:
                 self._observe("OutOfMemoryError", stack)
                 raise
-            if self.ordered:
-                self._released(released)
+            finally:  # a request that fails gave back what it could as well
+                if self.ordered:
+                    self._released(released)
             self._streams[id_] = stream
             return id_
 
@@ -208,10 +209,10 @@ class CardMemory:
                 self.ordering.host_waits_for_stream(stream)
             self._finished(stream)
 
-    def finished_work(self) -> None:
-        """All later work comes after all work so far."""
+    def finished_work(self, besides: Set[int] = frozenset()) -> None:
+        """All later work comes after all work so far, except for that of some streams."""
         with self._lock:
-            self.ordering.host_waits_for_all()
+            self.ordering.host_waits_for_all(besides)
 
     def finished_event(self, event: Recorded) -> None:
         """The host knows that what came before an event on its stream is done."""

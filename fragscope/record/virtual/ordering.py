@@ -13,7 +13,7 @@ streams and they for it. Streams that torch makes are not blocking: they are cre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from fragscope.record.virtual.extent import Extent
@@ -137,10 +137,13 @@ class Ordering:
 
     def freed(self, start: int, end: int, handles: Iterable[int]) -> None:
         """Memory was freed that the allocator hands out no sooner than the work so far on these streams is over."""
-        numbers = {self._numbers[h] for h in map(_one_name, handles) if h in self._numbers}
-        if numbers:
+        over: Clock = []
+        for handle in handles:
+            if _one_name(handle) in self._numbers:
+                _join(over, self.record(handle))
+        if over:
             self._catch_up()
-            self._shadow.forget(Extent(start, end, end - start), numbers)
+            self._shadow.forget(Extent(start, end, end - start), over)
 
     # --- order ----------------------------------------------------------------------------------------------------
 
@@ -161,10 +164,11 @@ class Ordering:
         if _one_name(handle) in self._numbers or _one_name(handle) == LEGACY:
             _join(self._host, self._clocks[self._command(handle)])
 
-    def host_waits_for_all(self) -> None:
-        """The host waits for the card."""
-        for clock in self._clocks:
-            _join(self._host, clock)
+    def host_waits_for_all(self, besides: Set[int] = frozenset()) -> None:
+        """The host waits for the card, or for all of its streams but some."""
+        for handle, number in self._numbers.items():
+            if handle not in besides:
+                _join(self._host, self._clocks[number])
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,24 @@
 Memory that was touched is cut into cells, each of which was touched as one. A cell keeps, for every stream, its last
 read and its last write. Older ones tell nothing new: what has no order against them has none against the last one on
 the same stream either. A write that covers a cell takes the place of everything that it comes after.
+
+Cells only say where to look; whether two accesses share a byte is told by their extents. So those that a strided access
+meets are made one if they are many, and a cell keeps, for every stream, the last access of each of a number of views.
+Beyond it they count as one access of all they span: nothing is missed, and parts may be taken to overlap.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from fragscope.record.virtual.extent import Extent, share_a_byte
+
+_CELLS = 64
+"""Cells that a strided access leaves apart."""
+_VIEWS = 64
+"""Views of a stream that a cell tells apart."""
 
 Place = tuple[str, int]
 """File and line of the program."""
@@ -42,7 +52,7 @@ class Access:
 Clock = list[int]
 """For each stream, how much of its work is known to be over; shorter than the list of streams where it knows none."""
 
-_Views = dict[Extent | None, Access]  # by the strided extent, None for all of the cell
+_Views = dict[Extent, Access]
 _Last = dict[int, _Views]  # by stream
 
 
@@ -69,6 +79,8 @@ class Shadow:
         found: dict[Access, None] = {}
         stream, dense = access.stream, access.extent.dense
         cells = self._cover(access.extent)
+        if not dense and len(cells) > _CELLS:
+            cells = [self._join(access.extent)]
         for cell in cells:
             for last in (cell.writes, cell.reads) if access.writes else (cell.writes,):
                 if len(last) > 1 or stream not in last:
@@ -77,19 +89,18 @@ class Shadow:
                 _keep(cell.reads, access)
                 continue
             if dense:
-                cell.reads = _not_over(cell.reads, stream, clock)
-                cell.writes = _not_over(cell.writes, stream, clock)
+                cell.reads = _not_over(cell.reads, clock)
+                cell.writes = _not_over(cell.writes, clock)
             _keep(cell.writes, access)
         if access.writes and dense and len(cells) > 1:
             self._merge(access.extent)
         return list(found)
 
-    def forget(self, extent: Extent, streams: set[int]) -> None:
-        """Whatever touches these bytes next comes after all work so far of these streams."""
+    def forget(self, extent: Extent, over: Clock) -> None:
+        """Whatever touches these bytes next comes after what this clock says."""
         for cell in self._cover(extent):
-            for stream in streams:
-                cell.reads.pop(stream, None)
-                cell.writes.pop(stream, None)
+            cell.reads = _not_over(cell.reads, over)
+            cell.writes = _not_over(cell.writes, over)
 
     def _cover(self, extent: Extent) -> list[_Cell]:
         """The cells that make up an extent exactly; cut, and added, where there are none yet."""
@@ -129,6 +140,15 @@ class Shadow:
         cells[first:last] = new_cells
         return inside
 
+    def _join(self, extent: Extent) -> _Cell:
+        """One cell in place of those that make up an extent, which knows what they do."""
+        first, last = bisect_left(self._starts, extent.start), bisect_left(self._starts, extent.end)
+        cells = self._cells[first:last]
+        joined = _Cell(extent.end, _joined(c.reads for c in cells), _joined(c.writes for c in cells))
+        self._starts[first:last] = [extent.start]
+        self._cells[first:last] = [joined]
+        return joined
+
     def _merge(self, extent: Extent) -> None:
         """One cell in place of several that know nothing but the last write."""
         first = bisect_right(self._starts, extent.start) - 1
@@ -146,9 +166,32 @@ class Shadow:
 
 def _keep(last: _Last, access: Access) -> None:
     if access.extent.dense:
-        last[access.stream] = {None: access}
+        last[access.stream] = {access.extent: access}
     else:
-        last.setdefault(access.stream, {})[access.extent] = access
+        views = last.setdefault(access.stream, {})
+        views[access.extent] = access
+        last[access.stream] = _bounded(views)
+
+
+def _bounded(views: _Views) -> _Views:
+    """Views of one stream, or one access of all they span where they are too many."""
+    if len(views) <= _VIEWS:
+        return views
+    start, end = min(view.start for view in views), max(view.end for view in views)
+    span = Extent(start, end, end - start)
+    return {span: replace(max(views.values(), key=lambda access: access.tick), extent=span)}
+
+
+def _joined(lasts: Iterable[_Last]) -> _Last:
+    """What several cells know."""
+    out: _Last = {}
+    for last in lasts:
+        for stream, views in last.items():
+            known = out.setdefault(stream, {})
+            for view, access in views.items():
+                if view not in known or known[view].tick < access.tick:
+                    known[view] = access
+    return {stream: _bounded(views) for stream, views in out.items()}
 
 
 def _conflicts(last: _Last, access: Access, clock: Clock, found: dict[Access, None]) -> None:
@@ -161,15 +204,13 @@ def _conflicts(last: _Last, access: Access, clock: Clock, found: dict[Access, No
                 found[earlier] = None
 
 
-def _not_over(last: _Last, stream: int, clock: Clock) -> _Last:
+def _not_over(last: _Last, clock: Clock) -> _Last:
     """What is not known to be over."""
-    if not last or (len(last) == 1 and stream in last):
-        return {}
     kept: _Last = {}
     for other, views in last.items():
         done = clock[other] if other < len(clock) else 0
         left = {view: access for view, access in views.items() if access.tick > done}
-        if left and other != stream:
+        if left:
             kept[other] = left
     return kept
 
