@@ -63,10 +63,10 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when the one that forked it ends; elsewhere nothing is asked."""
+def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to send this process a signal when the one that forked it ends; elsewhere nothing is asked."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
 
 
 def leave() -> None:

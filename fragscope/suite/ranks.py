@@ -9,7 +9,11 @@
     fragscope.run_ranks(work, 4)
 
 Ranks are forked from the calling process, so that they start in milliseconds and the function need not be found again
-by name. They see no virtual card, and must not use CUDA. Whatever happens, none of them outlives the call.
+by name. They see no virtual card, and must not use CUDA. Whatever happens, none of them outlives the call, nor
+does what they started, unless that left for a process group of its own.
+
+A rank computes with one thread. The threads with which the caller computed do not survive the fork, and OpenMP would
+wait for them for ever; so a rank must not ask for more by ``torch.set_num_threads``.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
-import json
 import os
 import re
 import signal
@@ -35,7 +38,7 @@ from typing import NoReturn
 from fragscope.errors import UsageError, printable
 from fragscope.suite.process import end_with_parent, is_users
 from fragscope.suite.scenario import EndCase
-from fragscope.suite.stillness import StillnessWatch, activity
+from fragscope.suite.stillness import StillnessWatch, family
 
 MOST_RANKS = 64
 _LOOK_EVERY = 0.05  # seconds
@@ -99,14 +102,17 @@ def run_ranks(work: Callable[[Rank], None], ranks: int, *, quiet: float = 3.0, t
     Args:
         work: what each rank does; it gets its ``Rank``.
         ranks: how many.
-        quiet: a hang is told once every rank that has not ended sleeps, and none was woken for so many seconds. That
-            does not depend on how loaded the machine is; only a function whose ranks all sleep for longer on purpose
-            needs more. Where there is no ``/proc`` (macOS) ``timeout`` alone tells.
+        quiet: a hang is told once every rank that has not ended sleeps, with the processes it started, and none was
+            woken for so many seconds. That does not depend on how loaded the machine is. What makes all of them sleep
+            for longer without being a hang needs more: a ``sleep``, their own or of a process they started, and waits
+            for other machines, such as downloads. A process they started that keeps waking up keeps a hang from being
+            told before ``timeout``. Where there is no ``/proc`` (macOS) ``timeout`` alone tells.
         timeout: seconds, from when all ranks stand at their start, after which ranks that still run count as hanging.
 
     Raises:
         RanksHungError: ranks wait for each other; the message names them and where each waits.
-        RankFailedError: one failed; the message has its error or signal, its last words and the place.
+        RankFailedError: one failed; the message has its error or signal, its last words and the place. Of several it
+            names the first, for those that lose a peer fail, too. ``sys.exit()`` with nothing or 0 is no failure.
         UsageError: the numbers are none that can be.
     """
     if not 1 <= ranks <= MOST_RANKS:
@@ -133,23 +139,25 @@ class _Job:
         self._folder = folder
         self._ranks = ranks
         self._pids: dict[int, int] = {}  # rank -> process, of those that have not ended
+        self._keeper: int | None = None  # a process that leads the group of all ranks and what they start
         self.ended: dict[int, int] = {}
 
     # --- running ------------------------------------------------------------------------------------------------------
 
     def start(self, work: Callable[[Rank], None]) -> None:
         """Fork all ranks, and let them go once all stand at their start."""
+        caller = os.getpid()
+        self._keeper = _fork()
+        if self._keeper == 0:
+            _be_keeper(caller)
+        os.setpgid(self._keeper, self._keeper)
         ready, is_ready = os.pipe()
         go, says_go = os.pipe()
         try:
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.flush()  # else every rank would say it again
             for number in range(self._ranks):
-                with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore", DeprecationWarning
-                    )  # 3.12 warns of threads, which ranks leave alone
-                    pid = os.fork()
+                pid = _fork()
                 if pid == 0:
                     for end in (ready, says_go):
                         os.close(end)
@@ -157,6 +165,7 @@ class _Job:
                         work, Rank(number, self._ranks, f"file://{self._folder}/store"), self._folder, is_ready, go
                     )
                 self._pids[number] = pid
+                os.setpgid(pid, self._keeper)  # what it starts will be in it, too; it starts nothing before all stand
             self._await_start(ready)
         finally:
             for end in (ready, is_ready, go, says_go):
@@ -185,7 +194,7 @@ class _Job:
             if not self._pids:
                 return
             now = time.monotonic()
-            if rest.look(now, [(pid, activity(pid)) for pid in self._pids.values()]):
+            if rest.look(now, [member for pid in self._pids.values() for member in family(pid)]):
                 self._hung("hang")
             if now - began > timeout:
                 self._hung(f"had not ended after {timeout:g} s")
@@ -200,12 +209,17 @@ class _Job:
 
     def end(self) -> None:
         """Kill what is left, and leave no zombie."""
-        for pid in self._pids.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in self._pids.values():
+        if self._keeper is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._keeper, signal.SIGKILL)  # while the keeper is not waited for, this number is nobody else's
+        own = (*self._pids.values(), self._keeper)
+        for pid in own:  # one may not have come to be in the group yet
+            os.kill(pid, signal.SIGKILL)
+        for pid in own:
             os.waitpid(pid, 0)
         self._pids.clear()
+        self._keeper = None
 
     # --- telling ------------------------------------------------------------------------------------------------------
 
@@ -213,12 +227,11 @@ class _Job:
         failed = {number: code for number, code in self.ended.items() if code}
         if not failed:
             return
-        # Those that lose a peer fail, too: what was killed came first, then whoever raised first.
-        errors = {number: _error_of(self._folder, number) for number in failed}
-        first = min(failed, key=lambda number: (failed[number] >= 0, errors[number][0]))
-        code, (_, text) = failed[first], errors[first]
+        # Those that lose a peer fail, too, by an error or a signal.
+        first = min(failed, key=lambda number: (_failed_at(self._folder, number), failed[number] < 0, number))
+        code = failed[first]
         how = f"was ended by {_signal(code)}" if code < 0 else f"ended with code {code}"
-        words = text or _last_words(self._folder, first)
+        words = _error_of(self._folder, first) or _last_words(self._folder, first)
         told = f"rank {first} of {self._ranks} {how}" + (f": {words}" if words else "")
         raise RankFailedError(told, first)
 
@@ -282,7 +295,26 @@ def _shown(file: str) -> str:
     return file
 
 
-# --- in a rank --------------------------------------------------------------------------------------------------------
+# --- in processes of the job ------------------------------------------------------------------------------------------
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads, which ranks leave alone
+        return os.fork()
+
+
+def _be_keeper(caller: int) -> NoReturn:
+    """Hold the process group, and end it should the caller be killed: ranks would end, what they started would not."""
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        os.setpgid(0, 0)  # as the caller does, whoever comes first
+        end_with_parent(signal.SIGTERM)
+        if os.getppid() == caller:
+            signal.sigwait({signal.SIGTERM})
+        os.killpg(0, signal.SIGKILL)
+    finally:
+        os._exit(_FAILED)
 
 
 def _be_rank(work: Callable[[Rank], None], rank: Rank, folder: Path, is_ready: int, go: int) -> NoReturn:
@@ -296,7 +328,9 @@ def _be_rank(work: Callable[[Rank], None], rank: Rank, folder: Path, is_ready: i
         work(rank)
         code = 0
     except BaseException as e:
-        _note_error(folder, rank.number, e)
+        code = _exit_code(e)
+        if code:
+            _note_error(folder, rank.number, e)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
@@ -304,8 +338,21 @@ def _be_rank(work: Callable[[Rank], None], rank: Rank, folder: Path, is_ready: i
         os._exit(code)  # nothing of the parent's is torn down here
 
 
+def _exit_code(error: BaseException) -> int:
+    """With what a process ends by an error; an integer of which nothing is left in eight bits is still a failure."""
+    if not isinstance(error, SystemExit):
+        return _FAILED
+    if error.code is None:
+        return 0
+    if not isinstance(error.code, int):
+        return _FAILED
+    return (error.code & 0xFF or _FAILED) if error.code else 0
+
+
 def _settle(rank: Rank, folder: Path) -> None:
     """Be a plain process: no virtual card, output to a file, stacks on request, gone with the parent."""
+    import torch  # noqa: PLC0415 - takes seconds
+
     from fragscope.record.virtual.device import VirtualDevice  # noqa: PLC0415 - imports torch
 
     parent = os.getppid()
@@ -318,10 +365,11 @@ def _settle(rank: Rank, folder: Path) -> None:
     for given, standard in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(given, standard)
     sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
-    faulthandler.enable(sys.stderr)
-    stacks = (folder / f"stacks-{rank.number}").open("w")
+    fault, stacks = ((folder / f"{what}-{rank.number}").open("w") for what in ("fault", "stacks"))
+    faulthandler.enable(fault)
     faulthandler.register(_STACKS, file=stacks, all_threads=True)
-    _kept.append(stacks)
+    _kept.extend((fault, stacks))
+    torch.set_num_threads(1)  # of libgomp's pool only the memory was forked
     VirtualDevice.leave_active()
     gc.enable()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks for the address of the host's name
@@ -332,21 +380,33 @@ _kept: list[object] = []
 
 
 def _note_error(folder: Path, number: int, error: BaseException) -> None:
-    at = time.monotonic()
     with contextlib.suppress(Exception):
         traceback.print_exception(error)
         frames = reversed(traceback.extract_tb(error.__traceback__))
         place = next((f" (at {_shown(f.filename)}:{f.lineno}, {f.name})" for f in frames if is_users(f.filename)), "")
         text = printable(f"{type(error).__name__}: {error}".removesuffix(": "), 400) + place
-        (folder / f"error-{number}").write_text(json.dumps([at, text]))
+        (folder / f"error-{number}").write_text(text)
 
 
-def _error_of(folder: Path, number: int) -> tuple[float, str]:
-    """When and with what error a rank failed; it may have been killed before it could say."""
-    with contextlib.suppress(OSError, ValueError):
-        at, text = json.loads((folder / f"error-{number}").read_text())
-        return float(at), str(text)
-    return 0.0, ""
+def _error_of(folder: Path, number: int) -> str:
+    """With what error a rank failed; ``""`` where it did not say."""
+    with contextlib.suppress(OSError):
+        return (folder / f"error-{number}").read_text()
+    return ""
+
+
+def _failed_at(folder: Path, number: int) -> int:
+    """When a rank failed, in ns: when it had written its error, or the stacks at which it aborted or faulted.
+
+    Both are times of files, of one clock. What leaves neither was ended from outside (``SIGKILL``) or left at once
+    (``os._exit``), which losing a peer does not do: it counts as the first.
+    """
+    for name in (f"error-{number}", f"fault-{number}"):
+        with contextlib.suppress(OSError):
+            written = (folder / name).stat()
+            if written.st_size:
+                return written.st_mtime_ns
+    return 0
 
 
 def _last_words(folder: Path, number: int) -> str:
@@ -357,4 +417,4 @@ def _last_words(folder: Path, number: int) -> str:
     return ""
 
 
-_FAULT = re.compile(r"^(?:Fatal Python error: |Current thread |Thread 0x)", re.MULTILINE)
+_FAULT = re.compile(r"^Fatal Python error: ", re.MULTILINE)

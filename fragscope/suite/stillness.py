@@ -5,16 +5,21 @@ is ready to run, though it may wait long for a processor; one that waits for ano
 its part. So where the main thread of every process of a job sleeps, none is woken for some seconds, and no other thread
 works meanwhile, nothing will wake them. Other threads may look around now and then, as gloo's do a hundred times a
 second: that takes next to no processor time, and they are never ready to run for long.
+
+What a process waits for may be another one that it started: a compiler, the workers of a data loader. Those count like
+itself. Two waits look like a deadlock and are none: for a time to pass, and for another machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _ASLEEP = "S"  # interruptible sleep; R is ready to run, D the disk: Documentation/filesystems/proc.rst
+_ENDED = "Z"  # and not asked about yet by the one that started it
 _IDLE_SHARE = 0.02  # of a processor, for looking around
 _IDLE_TICKS = 2  # what is measured is rounded
 _WORKS_AFTER = 0.25  # seconds of being ready to run without a break
@@ -50,6 +55,27 @@ def activity(pid: int, proc: Path = Path("/proc")) -> Activity | None:
         busy=frozenset(t for t, (state, _) in threads.items() if t != pid and state != _ASLEEP),
         ticks=sum(ticks for _, ticks in threads.values()),
     )
+
+
+def family(pid: int, proc: Path = Path("/proc")) -> list[tuple[int, Activity | None]]:
+    """What a process and those that it started, and those started, are doing; without those that have ended.
+
+    The list of children needs ``CONFIG_PROC_CHILDREN``, which distributions set; without it there are none.
+    """
+    found = [(pid, activity(pid, proc))]
+    for children in sorted((proc / str(pid) / "task").glob("*/children")):
+        with contextlib.suppress(OSError):
+            started = [int(child) for child in children.read_text().split()]
+            found += [member for child in started if not _has_ended(child, proc) for member in family(child, proc)]
+    return found
+
+
+def _has_ended(pid: int, proc: Path) -> bool:
+    try:
+        state, _ = _stat(proc / str(pid) / "stat")
+    except (OSError, IndexError):
+        return True
+    return state == _ENDED
 
 
 def _stat(path: Path) -> tuple[str, int]:

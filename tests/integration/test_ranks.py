@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from scenario_files import cases_in, run_in, write_scenarios
 
 import fragscope
 from fragscope.errors import UsageError
+from fragscope.suite import ranks as ranks_module
 
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402 - only where there is torch
@@ -102,6 +105,103 @@ def test_ranks_are_plain_processes(tmp_path_factory):
     assert (out / "0").read_text().startswith("file:///")
 
 
+def test_a_rank_computes_after_its_caller_computed_with_several_threads():
+    def compute() -> None:
+        a = torch.ones(2**21)
+        assert (a + a).sum() == 2**22
+        b = torch.ones(512, 512)
+        assert (b @ b)[0, 0] == 512
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compute()
+        fragscope.run_ranks(lambda rank: compute(), 2, quiet=1.0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_process_that_works_for_a_rank_is_no_hang():
+    spin = "import time\nwhile time.process_time() < 1.5: pass"
+
+    def work(rank: fragscope.Rank) -> None:
+        join(rank)
+        if rank.number == 0:
+            subprocess.run(["sh", "-c", '"$0" -c "$1"; true', sys.executable, spin], check=True)
+        dist.barrier()
+
+    fragscope.run_ranks(work, 2, quiet=0.5)
+
+
+@pytest.mark.parametrize("code", [None, 0, False])
+def test_a_rank_may_leave_early(code):
+    fragscope.run_ranks(lambda rank: sys.exit(code), 1)
+
+
+# --- what ranks start
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def all_end(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_ranks_start_does_not_outlive_the_call(fails, tmp_path_factory):
+    out = tmp_path_factory.mktemp("started")
+
+    def work(rank: fragscope.Rank) -> None:
+        started = subprocess.Popen(["sh", "-c", "sleep 1000; true"])
+        (out / str(rank.number)).write_text(str(started.pid))
+        join(rank)
+        dist.barrier()
+        if fails:
+            raise ValueError("stop")
+
+    if fails:
+        failure(fragscope.RankFailedError, work, 2)
+    else:
+        fragscope.run_ranks(work, 2)
+    pids = [int(p.read_text()) for p in out.iterdir()]
+    assert len(pids) == 2
+    assert all_end(pids)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_a_caller_that_is_ended(how, tmp_path_factory):
+    """Only the caller gets the signal, as from a terminal's Ctrl-C and from whoever kills it."""
+    out = tmp_path_factory.mktemp("started")
+    program = f"""
+import fragscope, os, subprocess, tempfile, time, pathlib
+tempfile.tempdir = {str(out)!r}
+def work(rank):
+    started = subprocess.Popen(["sleep", "1000"])
+    part = pathlib.Path({str(out)!r}, f"part-{{rank.number}}")
+    part.write_text(f"{{os.getpid()}} {{started.pid}}")
+    part.rename(part.with_name(f"pids-{{rank.number}}"))
+    time.sleep(1000)
+fragscope.run_ranks(work, 2, quiet=1000, timeout=1000)
+"""
+    caller = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(files := list(out.glob("pids-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pids = [int(pid) for file in files for pid in file.read_text().split()]
+    assert len(pids) == 4
+    assert all(map(is_running, pids))
+    caller.send_signal(how)
+    assert caller.wait(20) == -how
+    assert all_end(pids)
+
+
 # --- hanging
 
 
@@ -129,6 +229,18 @@ def test_a_hang_names_who_waits_where():
         f"3 of 4 ranks hang: rank 0 at {HERE}:{one} in work; ranks 1, 2 at {HERE}:{two} in barrier; rank 3 ended"
     )
     assert error.outcome == "timeout"
+
+
+def test_processes_that_sleep_or_have_ended_hide_no_hang():
+    def work(rank: fragscope.Rank) -> None:
+        join(rank)
+        sleeps = subprocess.Popen(["sleep", "1000"])
+        ended = subprocess.Popen(["true"])  # and nobody waits for it
+        dist.recv(torch.zeros(1), src=1 - rank.number)
+        del sleeps, ended
+
+    error = failure(fragscope.RanksHungError, work, 2, quiet=1.0, timeout=60.0)
+    assert str(error).startswith("2 of 2 ranks hang: ranks 0, 1 at ")
 
 
 def test_ranks_that_run_on_for_ever_are_stopped():
@@ -179,11 +291,41 @@ def test_a_fault_is_told_with_what_was_said_before():
     assert str(failure(fragscope.RankFailedError, work, 1)) == "rank 0 of 1 was ended by SIGABRT: said before"
 
 
-def test_leaving_in_any_way_is_a_failure():
-    def work(rank: fragscope.Rank) -> None:
-        sys.exit("no more")
+def test_an_abort_that_follows_from_an_error_is_not_told_for_it(monkeypatch):
+    monkeypatch.setattr(ranks_module, "_LOOK_EVERY", 2.0)  # both are seen to have ended at the same time
 
-    assert "SystemExit: no more" in str(failure(fragscope.RankFailedError, work, 1))
+    def work(rank: fragscope.Rank) -> None:
+        join(rank)
+        dist.barrier()
+        if rank.number == 1:
+            raise ValueError("the shapes differ")
+        try:
+            dist.recv(torch.zeros(1), src=1)
+        except RuntimeError:
+            os.abort()
+
+    error = failure(fragscope.RankFailedError, work, 2)
+    assert str(error).startswith("rank 1 of 2 ended with code 1: ValueError: the shapes differ")
+
+
+@pytest.mark.parametrize("how", ["SIGABRT", "SIGSEGV", "SIGKILL", "SIGTERM"])
+def test_an_error_that_follows_from_a_signal_is_not_told_for_it(how, monkeypatch):
+    monkeypatch.setattr(ranks_module, "_LOOK_EVERY", 2.0)
+
+    def work(rank: fragscope.Rank) -> None:
+        join(rank)
+        dist.barrier()
+        if rank.number == 1:
+            os.kill(os.getpid(), signal.Signals[how])
+        dist.recv(torch.zeros(1), src=1)
+
+    assert str(failure(fragscope.RankFailedError, work, 2)).startswith(f"rank 1 of 2 was ended by {how}")
+
+
+@pytest.mark.parametrize(("code", "told"), [(3, 3), (-1, 255), (256, 1), ("no more", 1)])
+def test_the_code_with_which_a_rank_leaves_is_told(code, told):
+    error = failure(fragscope.RankFailedError, lambda rank: sys.exit(code), 1)
+    assert str(error).startswith(f"rank 0 of 1 ended with code {told}: SystemExit: {code} (at {HERE}:")
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(0, {}), (65, {}), (-1, {}), (2, {"quiet": 0}), (2, {"timeout": -1})])

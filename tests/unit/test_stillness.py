@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fragscope.suite.stillness import Activity, StillnessWatch, activity
+from fragscope.suite.stillness import Activity, StillnessWatch, activity, family
 
 ASLEEP = Activity(turns=7, busy=frozenset(), ticks=100)
 STEP = 0.05
@@ -85,3 +85,27 @@ def test_threads_are_read_whatever_they_are_called(tmp_path):
     assert activity(30, tmp_path) is None
     (tmp_path / "10" / "task" / "11" / "stat").write_text("")
     assert activity(10, Path(tmp_path)) is None
+
+
+def test_a_family_is_whom_it_started_and_whom_those_started(tmp_path):
+    def process(pid: int, state: str, children: dict[int, str]) -> None:
+        """With the children that each of its threads started."""
+        for thread, started in children.items():
+            folder = tmp_path / str(pid) / "task" / str(thread)
+            folder.mkdir(parents=True)
+            (folder / "stat").write_text(f"{thread} (x) {state} 1 1 1 0 -1 0 0 0 0 0 1 0 0 0\n")
+            (folder / "status").write_text("voluntary_ctxt_switches:\t4\nnonvoluntary_ctxt_switches:\t0\n")
+            (folder / "children").write_text(started)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (x) {state} 1 1 1 0 -1 0 0 0 0 0 1 0 0 0\n")
+
+    process(10, "S", {10: "20 21 ", 11: "30 "})
+    process(20, "S", {20: "40 "})
+    process(21, "Z", {21: ""})  # has ended
+    process(30, "S", {30: "31 "})  # 31 is gone
+    process(40, "R", {40: ""})
+    assert family(10, tmp_path) == [
+        (10, Activity(4, frozenset(), 2)),
+        (20, Activity(4, frozenset(), 1)),
+        (40, Activity(None, frozenset(), 1)),
+        (30, Activity(4, frozenset(), 1)),
+    ]
