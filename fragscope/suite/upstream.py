@@ -53,13 +53,13 @@ def installed_source(package: str, function: str) -> Source | None:
     spec = _spec_of(module.partition(".")[0])
     if spec is None:
         return None
+    file = _file_of(module)
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
-        if spec.origin is None:  # any folder of that name on the path
+        if spec.origin is None and file is None:  # any folder of that name on the path
             return None
         version = "unknown"
-    file = _file_of(module)
     if file is None:
         return Source(version, None, None)
     try:

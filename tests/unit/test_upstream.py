@@ -248,16 +248,18 @@ def test_what_is_missing_is_said(site: Path) -> None:
 
 
 def test_a_folder_of_the_same_name_is_no_package(site: Path) -> None:
-    """Python would import it, as a namespace; with a distribution's metadata it is one that is installed."""
+    """Python would import it, as a namespace; what is looked for, or a distribution's metadata, make it the package."""
     (site / "theirs").mkdir()
-    (site / "theirs" / "weights.py").write_text(SOURCE)
+    (site / "theirs" / "scripts.py").write_text(SOURCE)
     assert installed_source("theirs-loaders", "theirs.weights:shuffle") is None
+    (site / "theirs" / "weights.py").write_text(SOURCE)
+    found = site / "theirs" / "weights.py", digest_of(SOURCE, "shuffle")
+    assert installed_source("theirs-loaders", "theirs.weights:shuffle") == Source("unknown", *found)
     facts = site / "theirs_loaders-1.2.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs-loaders\nVersion: 1.2\n")
-    assert installed_source("theirs-loaders", "theirs.weights:shuffle") == Source(
-        "1.2", site / "theirs" / "weights.py", digest_of(SOURCE, "shuffle")
-    )
+    assert installed_source("theirs-loaders", "theirs.weights:shuffle") == Source("1.2", *found)
+    assert installed_source("theirs-loaders", "theirs.gone:shuffle") == Source("1.2", None, None)
 
 
 def test_a_package_may_be_a_single_file(site: Path) -> None:
