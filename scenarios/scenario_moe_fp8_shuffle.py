@@ -17,6 +17,7 @@ import torch
 from flashinfer import shuffle_matrix_a
 from flashinfer.fused_moe.core import convert_to_block_layout
 from flashinfer.utils import get_shuffle_matrix_a_row_indices
+from moe_loading import swap_halves
 from moe_models import preset
 
 import fragscope
@@ -48,12 +49,6 @@ class Layer:
 
     w13: torch.Tensor
     w2: torch.Tensor
-
-
-def swap_halves(w13: torch.Tensor) -> torch.Tensor:
-    """The up half first, as the kernels want it; a full copy."""
-    experts, rows, hidden = w13.shape
-    return w13.reshape(experts, 2, rows // 2, hidden).flip(dims=[1]).reshape(experts, rows, hidden)
 
 
 def list_and_stack(w13: torch.Tensor, w2: torch.Tensor) -> Pair:

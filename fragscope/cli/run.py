@@ -257,14 +257,10 @@ def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[
 
 
 def _show(results: Results, folder: Path, style: str, *, report: bool) -> None:
+    from fragscope.cli.pages import page_written
     from fragscope.report import markdown, refutation, results_table, write_html
 
-    if report:
-        try:
-            write_html(results, folder, folder / "report.html")
-        except UsageError as e:  # the extra is not installed; the results are there all the same
-            click.echo(f"fragscope: no report.html: {e}", err=True)
-            report = False
+    report = report and page_written("report.html", lambda: write_html(results, folder, folder / "report.html"))
     if style == "json":
         click.echo((folder / "results.json").read_bytes(), nl=False)
     elif style == "markdown":

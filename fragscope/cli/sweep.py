@@ -100,14 +100,10 @@ def run_sweep(sweep: Sweep, options: RunOptions, progress: Progress) -> SweepRes
 
 def show_sweep(results: SweepResults, style: str, folder: Path, *, report: bool) -> int:
     """Print what came out, and write the page; the exit code."""
+    from fragscope.cli.pages import page_written
     from fragscope.report import write_sweep_html
 
-    if report:
-        try:
-            write_sweep_html(results, folder / "sweep.html")
-        except UsageError as e:  # the extra is not installed; the results are there all the same
-            click.echo(f"fragscope: no sweep.html: {e}", err=True)
-            report = False
+    report = report and page_written("sweep.html", lambda: write_sweep_html(results, folder / "sweep.html"))
     if style == "json":
         click.echo((folder / "sweep.json").read_bytes(), nl=False)
     elif style == "markdown":
@@ -120,16 +116,11 @@ def show_sweep(results: SweepResults, style: str, folder: Path, *, report: bool)
     return EXIT_NOT_MEASURED if any(c.problem and not c.declared for c in results.curves) else EXIT_PASS
 
 
-def _under(curve: Curve) -> str:
-    return f"{curve.name} ({curve.conf or 'default'}, torch {curve.torch}, {curve.card})"
-
-
 def _sentence(curve: Curve, results: SweepResults) -> str:
     """The answer for one case, in a line."""
-    name = results.parameter
+    name, under = results.parameter, f"{curve.name} ({curve.conf or 'default'}, torch {curve.torch}, {curve.card})"
     if curve.refuted:
-        return f"{_under(curve)}: no answer: {curve.refuted}; please report it"
-    under = _under(curve)
+        return f"{under}: no answer: {curve.refuted}; please report it"
     if curve.problem:
         return f"{under}: no answer: {curve.problem}{' (declared)' if curve.declared else ''}"
     if curve.largest is None:
@@ -158,8 +149,7 @@ def _rows(curve: Curve, results: SweepResults) -> Sequence[tuple[str, ...]]:
         if p.size in grid or p.size in (curve.largest, above):
             mark = "" if p.exact else "~"
             figures = tuple(
-                mark + mib(count) if p.outcome in ("ok", "hazard") else "-"
-                for count in (p.peak_allocated, p.peak_reserved, p.transient)
+                mark + mib(count) if p.reached else "-" for count in (p.peak_allocated, p.peak_reserved, p.transient)
             )
             ended = "over budget" if p.over else "does not fit" if p.outcome == "skipped" else p.outcome
             rows.append((f"{p.size:,}", *figures, ended))

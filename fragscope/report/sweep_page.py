@@ -68,7 +68,7 @@ def render(found: SweepResults) -> str:
 
 def _section(number: int, found: SweepResults, curves: list[Curve]) -> Section:
     first = curves[0]
-    lines = tuple(_line(n, curve) for n, curve in enumerate(curves))
+    lines = tuple(_line(n, curve, complete=found.complete) for n, curve in enumerate(curves))
     words = "; ".join(f"{line.letter} {line.variant}: {line.largest}" for line in lines)
     settings = (f"conf {first.conf or 'default'}", f"rules of torch {first.torch}", first.card)
     return Section(
@@ -81,11 +81,12 @@ def _section(number: int, found: SweepResults, curves: list[Curve]) -> Section:
     )
 
 
-def _line(number: int, curve: Curve) -> Line:
+def _line(number: int, curve: Curve, *, complete: bool) -> Line:
     at = {p.size: p for p in curve.points}
     largest = "none" if curve.largest is None else f"{curve.largest:,}"
     peak = "-" if curve.largest is None else mib(at[curve.largest].peak_reserved)
-    why = curve.refuted or curve.problem or curve.limited_by or "every size tried fits"
+    rest = curve.limited_by or "every size tried fits" if complete else "not finished"
+    why = curve.refuted or curve.problem or rest
     if curve.fails_below:
         why += f"; smaller ones that do not fit: {', '.join(f'{s:,}' for s in curve.fails_below)}"
     return Line(
@@ -101,7 +102,7 @@ def _line(number: int, curve: Curve) -> Line:
 
 def _drawing(found: SweepResults, curves: list[Curve]) -> Drawing | None:
     """Peak reserved of what came to its end; None where nothing did."""
-    reached = [[p for p in curve.points if p.outcome in ("ok", "hazard")] for curve in curves]
+    reached = [[p for p in curve.points if p.reached] for curve in curves]
     sizes = [p.size for points in reached for p in points]
     if not sizes:
         return None

@@ -1,6 +1,7 @@
 """The values that a suite makes and that gate and report read."""
 
 from fragscope.results.model import (
+    CAME_TO_ITS_END,
     SCHEMA_VERSION,
     AfterEmptyCache,
     AssumptionRecord,
@@ -27,6 +28,7 @@ from fragscope.results.model import (
 from fragscope.results.sweep import Curve, Point, SweepResults
 
 __all__ = [
+    "CAME_TO_ITS_END",
     "SCHEMA_VERSION",
     "AfterEmptyCache",
     "AssumptionRecord",

@@ -15,6 +15,8 @@ SCHEMA_VERSION = 1
 _FILE_LIMIT = 512 * MIB
 
 Outcome = Literal["ok", "oom", "overflow", "wrong", "hazard", "crash", "timeout", "unsupported", "skipped"]
+CAME_TO_ITS_END: tuple[Outcome, ...] = ("ok", "hazard")
+"""Outcomes of programs that did all they were to do; a race between streams does not stop one."""
 Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]

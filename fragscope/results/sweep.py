@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fragscope.results.model import Outcome
+from fragscope.results.model import CAME_TO_ITS_END, Outcome
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -25,9 +25,14 @@ class Point(msgspec.Struct, frozen=True):
     over: str = ""
 
     @property
+    def reached(self) -> bool:
+        """Whether the program came to its end, so that there are figures."""
+        return self.outcome in CAME_TO_ITS_END
+
+    @property
     def fits(self) -> bool:
         """Whether the program came to its end within budget; a race between its streams is another matter."""
-        return self.outcome in ("ok", "hazard") and not self.over
+        return self.reached and not self.over
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ import torch
 from fragscope.allocator import Card, ReplaySettings, replay
 from fragscope.errors import UsageError, printable
 from fragscope.record.virtual import VirtualDevice
-from fragscope.results import Outcome, PrecheckRecord, Prediction
+from fragscope.results import CAME_TO_ITS_END, Outcome, PrecheckRecord, Prediction
 from fragscope.suite.process import enter, leave, log_path, report_path
 from fragscope.suite.verification import installed_rules
 from fragscope.suite.worker import Recording, Task, on_virtual, peak_of
@@ -29,9 +29,8 @@ PLENTY = 1 << 46  # bytes; more than any card has, and modelled addresses still 
 FAR = 2
 """An estimate this many times what is free keeps a case from running. What it leaves out would only make it larger,
 unless the program caught an error and went another way."""
-_CAME_TO_ITS_END = ("ok", "hazard")
 _SHOWN_OPS = 3
-_COMPARABLE = ("ok", "hazard", "overflow", "wrong")
+_COMPARABLE = (*CAME_TO_ITS_END, "overflow", "wrong")
 """Ends that a program comes to on a card as well; where memory ran out, it ran out elsewhere."""
 _OWN_OOM = "OutOfMemoryError"
 
@@ -159,7 +158,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
     def runs(needs: int | None, note: str = "") -> Judgement:
         return Judgement("", PrecheckRecord(needs, card.free, not need.unknown and not note, note))
 
-    if need.outcome in _CAME_TO_ITS_END:
+    if need.outcome in CAME_TO_ITS_END:
         if not need.unknown:
             return runs(need.held)
         return runs(need.held, f"it was run on an estimate of {_up(need.held)} MiB ({need.unknown})")
@@ -173,7 +172,7 @@ def judge(need: Need, card: Card, with_plenty: Need | None = None) -> Judgement:
         needs, words = card.free + 1, f"more than {_down(card.free)} MiB"
     else:
         needs = max(with_plenty.held, card.free + 1)
-        known = with_plenty.outcome in _CAME_TO_ITS_END and not with_plenty.unknown
+        known = with_plenty.outcome in CAME_TO_ITS_END and not with_plenty.unknown
         words = f"{'' if known else 'at least '}{_up(needs)} MiB"
     if not need.unknown:
         known = with_plenty is not None and not words.startswith("at least")

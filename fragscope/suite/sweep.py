@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fragscope.errors import UsageError
-from fragscope.results import Case, Curve, Outcome, Point, SweepResults
+from fragscope.results import CAME_TO_ITS_END, Case, Curve, Outcome, Point, SweepResults
 from fragscope.suite.discover import Selection
 from fragscope.suite.plan import PlannedCase
 
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _RANGE = re.compile(r"([A-Za-z_]\w*)=(\d{1,20})([A-Za-z]*):(\d{1,20})([A-Za-z]*)(?::(\d{1,20})([A-Za-z]*))?", re.ASCII)
 _TOO_LARGE: tuple[Outcome, ...] = ("oom", "overflow")
-_REACHED: tuple[Outcome, ...] = ("ok", "hazard")
-"""Ends with figures, whatever else is wrong."""
 _MOST = 2**62
 
 
@@ -89,7 +87,7 @@ class _Cell:
     def problem(self) -> str:
         """What keeps the sweep from an answer: an outcome that has nothing to do with size."""
         for size, point in sorted(self.points.items()):
-            if point.outcome not in _REACHED and not point.too_large:
+            if not point.reached and not point.too_large:
                 return f"{point.outcome} at {size:,}: {self.reasons[size] or 'no message'}"
         return ""
 
@@ -131,7 +129,7 @@ class Sweep:
         cell, size = self._where[case.digest]
         too_large = case.outcome in _TOO_LARGE or _does_not_fit(case)
         cell.reasons[size] = case.message
-        cell.undeclared |= not too_large and case.outcome not in _REACHED and not case.as_expected
+        cell.undeclared |= not too_large and case.outcome not in CAME_TO_ITS_END and not case.as_expected
         if case.refuted and not cell.refuted:
             cell.refuted = f"at {size:,} the allocator model differs from what was recorded"
         cell.points[size] = Point(
@@ -142,7 +140,7 @@ class Sweep:
             transient=case.transient,
             exact=case.exact,
             too_large=too_large,
-            over=self._over(case) if case.outcome in _REACHED else "",
+            over=self._over(case) if case.outcome in CAME_TO_ITS_END else "",
         )
         if len(cell.points) < len(cell.asked) or cell.problem:
             return ()

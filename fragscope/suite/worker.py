@@ -32,6 +32,7 @@ from fragscope.record.cuda import Recorder as CudaRecorder
 from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual import VirtualDevice
 from fragscope.results import (
+    CAME_TO_ITS_END,
     AfterEmptyCache,
     AssumptionRecord,
     Calls,
@@ -375,7 +376,7 @@ def _result(
     if decided is not None and decided.measured is not None:
         facts = _figures(decided, decided.measured, decided.trace)
         right = verified is None or not verified.mismatches
-        facts["exact"] = right and decided.exact and not recording.estimated and recording.outcome in ("ok", "hazard")
+        facts["exact"] = right and decided.exact and not recording.estimated and recording.outcome in CAME_TO_ITS_END
         facts["verify"] = verified
         outside = None if recording.trace is None else non_torch(recording.trace)
         facts["non_torch_peak"] = None if outside is None else outside.peak

@@ -197,14 +197,14 @@ def _renumbered(columns: dict[str, Any], pools: tuple[PoolId, ...]) -> tuple[Req
     ids, streams, used = columns["id"], columns["stream"], columns["pool"]
     named = ids >= 0
     columns["id"] = ids.copy()
-    columns["id"][named] = _order(ids[named])
+    columns["id"][named] = order_of_first_use(ids[named])
     other = (streams != 0) & (streams != UNKNOWN_STREAM)
     columns["stream"] = streams.copy()
-    columns["stream"][other] = _order(streams[other]) + 1
-    columns["thread"] = _order(columns["thread"]).astype(columns["thread"].dtype)
+    columns["stream"][other] = order_of_first_use(streams[other]) + 1
+    columns["thread"] = order_of_first_use(columns["thread"]).astype(columns["thread"].dtype)
     private = used > 0
     columns["pool"] = used.copy()
-    columns["pool"][private] = _order(used[private]) + 1
+    columns["pool"][private] = order_of_first_use(used[private]) + 1
     _, first = np.unique(used[private], return_index=True)
     kept = [pools[p] for p in used[private][np.sort(first)].tolist()]
     # Which of a pool's two numbers counts tells a graph's pool from a MemPool; the number is a running one.
@@ -212,8 +212,8 @@ def _renumbered(columns: dict[str, Any], pools: tuple[PoolId, ...]) -> tuple[Req
     return Requests(**columns), (DEFAULT_POOL, *named_pools)
 
 
-def _order(values: Column) -> Column:
-    """For each value, how many others came first before it did."""
+def order_of_first_use(values: Column) -> Column:
+    """For each value, how many others came first before it did; int64, of the shape of ``values``."""
     _, first, at = np.unique(values, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))

@@ -81,6 +81,17 @@ class Opened:
         return plots
 
 
+def fits_its_width(opened: Opened) -> None:
+    """Nothing of the page and its figures lies beyond the window."""
+    opened.draw_all()
+    width = opened.page.viewport_size["width"]
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    for plot in opened.page.locator(".plot > *").all():
+        box = plot.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+
+
 @pytest.fixture(params=[1280, 400], ids=["1280 px", "400 px"])
 def opened(request: pytest.FixtureRequest, browser: Any, file: Path) -> Iterator[Opened]:
     page = Opened(browser, file, request.param)
@@ -117,13 +128,7 @@ def test_it_draws_everything_without_a_complaint_or_a_request(opened: Opened, fi
 
 
 def test_it_fits_its_width(opened: Opened) -> None:
-    opened.draw_all()
-    width = opened.page.viewport_size["width"]
-    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-    for plot in opened.page.locator(".plot > *").all():
-        box = plot.bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= width
+    fits_its_width(opened)
 
 
 def test_the_figures_are_not_blank(opened: Opened) -> None:

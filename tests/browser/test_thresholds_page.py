@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_page import Opened, browser, colors  # noqa: F401 - a fixture
+from test_report_page import Opened, browser, colors, fits_its_width  # noqa: F401 - a fixture
 
 from fragscope.allocator import ReplaySettings, card_named, rules_for
 from fragscope.report import write_thresholds_html
@@ -46,13 +46,7 @@ def test_it_draws_everything_without_a_complaint_or_a_request(opened: Opened, fi
 
 
 def test_it_fits_its_width(opened: Opened) -> None:
-    opened.draw_all()
-    width = opened.page.viewport_size["width"]
-    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-    for plot in opened.page.locator(".plot > *").all():
-        box = plot.bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= width
+    fits_its_width(opened)
 
 
 def test_a_curve_answers_what_a_launch_needs(browser: Any, file: Path) -> None:  # noqa: F811

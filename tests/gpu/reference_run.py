@@ -9,18 +9,19 @@ figures, and a digest of all requests in order.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from fragscope.results import Case, load_results, save_results
 from fragscope.results.model import Results
-from fragscope.trace import RequestKind, load_trace
+from fragscope.trace import load_trace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from request_digest import counted_and_digested
 
 FIGURES = (
     "base", "end_live", "transient", "retained", "peak", "end", "after_empty_cache", "segments_peak", "allocs",
@@ -31,17 +32,9 @@ FIGURES = (
 def data_of(case: Case, folder: Path) -> dict[str, Any]:
     """Figures of one case, and what it asked for."""
     assert case.trace is not None
-    rows = load_trace(folder / case.trace).requests
-    wanted = (rows.kind == RequestKind.ALLOC) | (rows.kind == RequestKind.FREE)
-    columns = [np.asarray(c[wanted], dtype="<i8") for c in (rows.kind, rows.id, rows.size)]
-    # Handles of streams differ from machine to machine; the order of first use does not.
-    values, first, inverse = np.unique(rows.stream[wanted], return_index=True, return_inverse=True)
-    rank = np.empty(len(values), dtype="<i8")
-    rank[np.argsort(first)] = np.arange(len(values))
-    columns.append(rank[inverse])
-    stacked = np.ascontiguousarray(np.stack(columns, axis=1))
+    count, digest = counted_and_digested(load_trace(folder / case.trace).requests)
     figures = {name: msgspec.to_builtins(getattr(case, name)) for name in FIGURES}
-    return figures | {"requests": len(stacked), "requests_sha256": hashlib.sha256(stacked.tobytes()).hexdigest()}
+    return figures | {"requests": count, "requests_sha256": digest}
 
 
 def main() -> None:
