@@ -92,6 +92,9 @@ def test_without_anything_that_ran_there_is_no_figure(tmp_path: Path) -> None:
 
 def test_an_unfinished_sweep_says_so(tmp_path: Path) -> None:
     assert "The sweep was not finished" in page(tmp_path, [], complete=False)
+    html = page(tmp_path, [curve("twice", 10, [point(10, 20 * MIB)])], complete=False)
+    assert "not finished</td>" in html
+    assert "every size tried fits" not in html
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
