@@ -50,8 +50,7 @@ def tests(session: nox.Session) -> None:
         return
     session.run("pytest", "-n", "auto", *WITHOUT_COVERAGE)
     left_out = [f"--ignore={path}" for path in (*WITHOUT_COVERAGE, "tests/browser", "tests/benchmarks")]
-    session.run("coverage", "run", "-m", "pytest", *left_out)
-    session.run("coverage", "report", "--skip-covered", "--skip-empty")
+    session.run("pytest", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *left_out)
 
 
 @nox.session

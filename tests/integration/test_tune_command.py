@@ -102,7 +102,8 @@ def test_the_cure_of_an_oom_is_found(capsys: pytest.CaptureFixture[str], tmp_pat
     # Two blocks of 8 MiB in each segment of 20 MiB: of the four that are freed only two are neighbours in a segment,
     # so that 20 of the 100 MiB come back, and 30 are wanted. In one expandable segment all four are neighbours.
     requests = [("alloc", i, 8 * MIB) for i in range(10)] + [("free", i) for i in (3, 4, 5, 6)]
-    trace = trace_of(*requests, ("alloc", 10, 30 * MIB), failed=[14])
+    # The virtual device has what it says; on a card, what failed may tell of less memory than there was at the start.
+    trace = trace_of(*requests, ("alloc", 10, 30 * MIB), failed=[14], source="virtual")
     write_trace(replace(trace, settings=replace(trace.settings, capacity=100 * MIB)), tmp_path / "t.fscope")
     value = answer(capsys, str(tmp_path / "t.fscope"), "--all")
     assert value["traces"][0]["capacity"] == 100 * MIB
