@@ -110,6 +110,52 @@ class NotMeasured(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class StackChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What one place in the code held at the peak (or end) that a metric speaks of, before and after; bytes.
+
+    Attributes:
+        kind: new (held nothing before), grown, shrunk, or gone (holds nothing any more).
+        before, after: bytes held.
+        file: of the innermost frame in the repository, relative to its root; ``""`` where no frame is.
+        line: in ``file`` as it is now; as it was before where the place is gone.
+        function: of that frame.
+        code: the line's text.
+        frames: ``file:line function`` outwards from the allocation, shortened to what tells stacks apart.
+    """
+
+    kind: Literal["new", "grown", "shrunk", "gone"]
+    before: int
+    after: int
+    file: str
+    line: int
+    function: str
+    code: str = ""
+    frames: list[str] = []
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One value of one case, before and after a change of the code; bytes.
+
+    Attributes:
+        case: whose value it is, as it is now.
+        metric: a key of budgets.
+        before, after: the values.
+        allowed: by how much ``after`` may be larger.
+        regressed: it is larger by more than that.
+        stacks: which places hold the difference, largest first.
+        caveats: everything that keeps the values from being certain.
+    """
+
+    case: CaseName
+    metric: str
+    before: int
+    after: int
+    allowed: int
+    regressed: bool
+    stacks: list[StackChange] = []
+    caveats: list[str] = []
+
+
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """Results held against budgets.
 
