@@ -12,8 +12,6 @@ from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, Not
 if TYPE_CHECKING:
     from fragscope.suite.replayed import Replayed
 
-SCHEMA_VERSION = 1
-
 
 @click.command("upstream")
 @click.argument("what", nargs=-1, metavar="[PATH|NAME]...")
@@ -51,8 +49,9 @@ def command(what: tuple[str, ...], digest: str | None, package: str | None, styl
     if style == "json":
         import msgspec
 
-        value = {"schema_version": SCHEMA_VERSION, "functions": found}
-        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1))
+        from fragscope.suite.replayed import UpstreamReport
+
+        click.echo(msgspec.json.format(msgspec.json.encode(UpstreamReport(functions=found)), indent=1))
     else:
         for line in _lines(found):
             click.echo(line)
@@ -66,6 +65,8 @@ def _print_digest(function: str, package: str | None) -> int:
     from fragscope.suite.upstream import installed_source
 
     check_code("--digest", function)
+    if ":" not in function:
+        raise UsageError(f"--digest {function} names a module: write module:function, such as {function}:load")
     package = package or function.partition(":")[0].partition(".")[0]
     source = installed_source(package, function)
     if source is None:

@@ -10,6 +10,8 @@ import msgspec
 from fragscope.suite.scenario import Scenario
 from fragscope.suite.upstream import Source, installed_source
 
+SCHEMA_VERSION = 1
+
 State = Literal["same", "changed", "gone", "cannot be read", "no digest", "not installed"]
 
 
@@ -51,6 +53,17 @@ class Replayed(msgspec.Struct, frozen=True):
     def stale(self) -> bool:
         """Whether the installed release does something that no variant replays."""
         return self.state in ("changed", "gone")
+
+
+class UpstreamReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``fragscope upstream --format json`` prints.
+
+    Attributes:
+        functions: every function that variants replay, once for each scenario.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    functions: list[Replayed]
 
 
 def replayed(

@@ -117,5 +117,6 @@ def test_the_digest_for_a_new_replay(folder: Path) -> None:
     assert "has no such module" in upstream(folder, "--digest", "theirs.missing:shuffle", code=4).stderr
     assert "others is not installed" in upstream(folder, "--digest", "others:shuffle", code=4).stderr
     assert "write module:function" in upstream(folder, "--digest", "a b", code=2).stderr
+    assert "--digest os names a module: write module:function" in upstream(folder, "--digest", "os", code=2).stderr
     assert "takes no scenarios" in upstream(folder, "shuffles", "--digest", FUNCTION, code=2).stderr
     assert "belongs to --digest" in upstream(folder, "--package", "theirs", code=2).stderr

@@ -13,12 +13,14 @@ import pytest
 from fragscope.doctor import Diagnosis
 from fragscope.gate.verdict import Verdict
 from fragscope.results import Results, SweepResults
+from fragscope.suite.replayed import UpstreamReport
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 PUBLISHED = {
     "doctor.schema.json": Diagnosis,
     "results.schema.json": Results,
     "sweep.schema.json": SweepResults,
+    "upstream.schema.json": UpstreamReport,
     "verdict.schema.json": Verdict,
 }
 
