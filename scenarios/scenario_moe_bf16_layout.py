@@ -2,8 +2,8 @@
 
 Source: ``convert_moe_weights_to_flashinfer_trtllm_block_layout`` of vLLM and its callers, in three forms: clones and
 gathers of every expert in two lists, then stacks (0.23.0); outputs first, and the swap of w13's halves part of the row
-index (#45589; 0.24.0); and in place through scratch of one expert (#54699; 0.33.0). ``sliced``, a proposal, does the
-same with a quarter of that scratch: of every run of 128 bytes a quarter is moved at a time, and a byte keeps its place
+index (#45589; 0.24.0); and in place through scratch of one expert (#54699; 0.33.0). ``vllm`` is the function itself, as
+it is installed. ``sliced``, a proposal, does the same with a quarter of that scratch: of every run of 128 bytes a quarter is moved at a time, and a byte keeps its place
 within its run, so what is overwritten has been read.
 
 Lifetimes are the callers': the old parameters live until a layer is done, the swapped copy of w13, where there is one,
@@ -28,6 +28,12 @@ from moe_loading import parameter, rebind, swap_halves
 from moe_models import preset
 
 import fragscope
+
+_FUNCTION = (
+    "vllm.model_executor.layers.quantization.utils.flashinfer_utils:"
+    "convert_moe_weights_to_flashinfer_trtllm_block_layout"
+)
+VLLM_CONVERT = fragscope.Installed("vllm", _FUNCTION, first=("vllm.model_executor.layers.fused_moe",))
 
 PRESETS = {
     "qwen3-235b-a22b-tp4": preset("qwen3-235b-a22b", tp=4, layers=2),
@@ -125,6 +131,12 @@ def in_place(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
     return rewrite(w13, _w13_index, w13.shape[1] // 2), rewrite(w2, _w2_index, 0)
 
 
+def vllm_convert(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
+    """What the installed vLLM does."""
+    made: Pair = VLLM_CONVERT.load()({}, w13, w2)
+    return made
+
+
 def sliced(w13: torch.Tensor, w2: torch.Tensor) -> Pair:
     """A quarter of every run of 128 bytes at a time; one index a matrix."""
     scratch = block_scratch(w13, w2)
@@ -139,6 +151,7 @@ _CONVERTS: dict[str, Convert] = {
     "list-stack": list_and_stack,
     "preallocated": preallocated,
     "in-place": in_place,
+    "vllm": vllm_convert,
     "sliced": sliced,
 }
 
@@ -172,12 +185,6 @@ def load(case: fragscope.Case, process: Callable[[Layer, Convert], None]) -> Non
             process(layer, convert)
 
 
-_FUNCTION = (
-    "vllm.model_executor.layers.quantization.utils.flashinfer_utils:"
-    "convert_moe_weights_to_flashinfer_trtllm_block_layout"
-)
-
-
 def _replays(version: str, digest: str) -> fragscope.Replays:
     return fragscope.Replays("vllm", version, _FUNCTION, digest)
 
@@ -203,6 +210,12 @@ def _(case: fragscope.Case) -> None:
 @moe_bf16_layout.variant("in-place", role="newest", replays=_replays("0.33.0", "1b708bf2f0ac11cd81f54c9d"))
 def _(case: fragscope.Case) -> None:
     """Rewritten in place through one expert of scratch (vLLM 0.33.0)."""
+    load(case, rewritten)
+
+
+@moe_bf16_layout.installed("vllm", VLLM_CONVERT)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
     load(case, rewritten)
 
 

@@ -3,7 +3,8 @@
 Source: ``rotate_weights_for_fi_trtllm_fp8_per_tensor_moe`` of vLLM and its caller for ModelOpt checkpoints. It is the
 sister of the function that vLLM #39054 repaired, and works in two phases of list and stack to this day (0.33.0): the
 halves of w13 are woven expert by expert and stacked, then all experts are shuffled and stacked again. With the swapped
-copy of w13 that its caller makes, four more w13 and two more w2 are there on the way. ``in-place`` is a proposal.
+copy of w13 that its caller makes, four more w13 and two more w2 are there on the way. ``vllm`` is the function itself,
+as it is installed. ``in-place`` is a proposal.
 
 Lifetimes are the caller's. The lists live until the function returns. So does the swapped copy: giving a tensor other
 ``.data`` frees nothing where it is a view, as the result of a reshape is, since a view holds its base. w13's result is
@@ -27,6 +28,11 @@ from moe_models import gated_preset
 
 import fragscope
 
+_FUNCTION = (
+    "vllm.model_executor.layers.quantization.utils.flashinfer_utils:rotate_weights_for_fi_trtllm_fp8_per_tensor_moe"
+)
+VLLM_ROTATE = fragscope.Installed("vllm", _FUNCTION, first=("vllm.model_executor.layers.fused_moe",))
+
 PRESETS = {
     "llama-4-scout-tp1": gated_preset("llama-4-scout", tp=1, layers=4),
     "llama-4-scout-tp8": gated_preset("llama-4-scout", tp=8, layers=8),
@@ -45,6 +51,7 @@ class Layer:
     w2: torch.nn.Parameter
 
 
+Rotate = Callable[[torch.Tensor, torch.Tensor, bool], None]
 Process = Callable[[Layer, bool], None]
 
 
@@ -67,19 +74,30 @@ def two_phases(w13: torch.Tensor, w2: torch.Tensor, gated: bool) -> None:
     w2.data = torch.stack(w2_shuffled).view(torch.float8_e4m3fn)
 
 
-def swapped_and_shuffled(w13: torch.Tensor, w2: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def swapped_and_shuffled(
+    rotate: Rotate, w13: torch.Tensor, w2: torch.Tensor, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The halves of w13 swapped into a copy, then both shuffled."""
     if gated:
         w13 = swap_halves(w13)
-    two_phases(w13, w2, gated)
+    rotate(w13, w2, gated)
     return w13, w2
 
 
-def list_and_stack(layer: Layer, gated: bool) -> None:
+def through(rotate: Rotate) -> Process:
     """A layer as vLLM processes it. w2 is its own result; w13's is copied into the old parameter."""
-    w13, w2 = swapped_and_shuffled(layer.w13, layer.w2, gated)
-    copy_or_rebind(layer, "w13", w13)
-    copy_or_rebind(layer, "w2", w2)
+
+    def process(layer: Layer, gated: bool) -> None:
+        w13, w2 = swapped_and_shuffled(rotate, layer.w13, layer.w2, gated)
+        copy_or_rebind(layer, "w13", w13)
+        copy_or_rebind(layer, "w2", w2)
+
+    return process
+
+
+def vllm_rotate(w13: torch.Tensor, w2: torch.Tensor, gated: bool) -> None:
+    """What the installed vLLM does."""
+    VLLM_ROTATE.load()(w13, w2, gated)
 
 
 def in_place(layer: Layer, gated: bool) -> None:
@@ -107,16 +125,17 @@ def load(case: fragscope.Case, process: Process) -> None:
     presets=PRESETS,
     variant="list-stack",
     source="vLLM 0.33.0",
-    replays=fragscope.Replays(
-        "vllm",
-        "0.33.0",
-        "vllm.model_executor.layers.quantization.utils.flashinfer_utils:rotate_weights_for_fi_trtllm_fp8_per_tensor_moe",
-        digest="bb6d104a239c0af86e3187eb",
-    ),
+    replays=fragscope.Replays("vllm", "0.33.0", _FUNCTION, digest="bb6d104a239c0af86e3187eb"),
 )
 def moe_fp8_per_tensor(case: fragscope.Case) -> None:
     """Two phases of lists of experts, each stacked at its end (still so in vLLM 0.33.0)."""
-    load(case, list_and_stack)
+    load(case, through(two_phases))
+
+
+@moe_fp8_per_tensor.installed("vllm", VLLM_ROTATE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, through(vllm_rotate))
 
 
 @moe_fp8_per_tensor.variant("in-place", role="proposed")
@@ -125,7 +144,11 @@ def _(case: fragscope.Case) -> None:
     load(case, in_place)
 
 
-_PROCESSES: dict[str, Process] = {"list-stack": list_and_stack, "in-place": in_place}
+_PROCESSES: dict[str, Process] = {
+    "list-stack": through(two_phases),
+    "vllm": through(vllm_rotate),
+    "in-place": in_place,
+}
 _SMALL = (3, 160, 256)  # experts, intermediate, hidden
 
 

@@ -1,7 +1,8 @@
 """MXFP8 MoE weights and block scales, shuffled for TensorRT-LLM kernels after loading.
 
 Source: ``_shuffle_mxfp8_moe_weights`` of vLLM and its callers, in two forms: six lists and four stacks (0.19.0 to
-0.27.0), and one gather a step for all experts (0.33.0). ``in-place`` is a proposal.
+0.27.0), and one gather a step for all experts (0.33.0). ``vllm`` is the function itself, as it is installed. ``in-place``
+is a proposal.
 
 Lifetimes are the callers': swapped copies of w13 and its scales live until the shuffle returns. Up to 0.27.0 results
 become new parameters and the old die; 0.33.0 copies results into the old parameters, so that they live until the layer
@@ -14,6 +15,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from flashinfer import block_scale_interleave, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
@@ -26,6 +28,8 @@ from moe_models import gated_preset
 
 import fragscope
 
+_FUNCTION = "vllm.model_executor.layers.quantization.utils.flashinfer_utils:_shuffle_mxfp8_moe_weights"
+VLLM_SHUFFLE = fragscope.Installed("vllm", _FUNCTION, first=("vllm.model_executor.layers.fused_moe",))
 BLOCK = 32  # values that share a scale
 
 PRESETS = {
@@ -107,6 +111,15 @@ def batched(
     return weights(w13_bytes), weights(w2_bytes), scales(s13), scales(s2)
 
 
+def vllm_shuffle(
+    w13: torch.Tensor, w2: torch.Tensor, s13: torch.Tensor, s2: torch.Tensor, gated: bool, interleave: Interleave
+) -> Weights:
+    """What the installed vLLM does; ``interleave`` takes the place of the kernel that it imports on each call."""
+    with mock.patch("flashinfer.quantization.fp4_quantization.block_scale_interleave", interleave):
+        made: Weights = VLLM_SHUFFLE.load()(w13, w2, s13, s2, gated)
+    return made
+
+
 def in_place(layer: Layer, gated: bool, interleave: Interleave) -> None:
     """Swapping, weaving and shuffling are one permutation of rows; scales go through scratch back to their place."""
     w13, w2, s13, s2 = (p.data for p in (layer.w13, layer.w2, layer.w13_scale, layer.w2_scale))
@@ -154,6 +167,7 @@ def through(shuffle: Shuffle, replace: Callable[[Any, str, torch.Tensor], None])
 _PROCESSES: dict[str, Process] = {
     "list-stack": through(lists_and_stacks, rebind),
     "batched": through(batched, copy_or_rebind),
+    "vllm": through(vllm_shuffle, copy_or_rebind),
     "in-place": in_place,
 }
 
@@ -180,9 +194,6 @@ def load(case: fragscope.Case) -> None:
             process(layer, case.gated, block_scale_interleave)
 
 
-_FUNCTION = "vllm.model_executor.layers.quantization.utils.flashinfer_utils:_shuffle_mxfp8_moe_weights"
-
-
 def _replays(version: str, digest: str) -> fragscope.Replays:
     return fragscope.Replays("vllm", version, _FUNCTION, digest)
 
@@ -202,6 +213,12 @@ def moe_mxfp8_shuffle(case: fragscope.Case) -> None:
 @moe_mxfp8_shuffle.variant("batched", role="newest", replays=_replays("0.33.0", "0b2439f3a570d40d350f33e5"))
 def _(case: fragscope.Case) -> None:
     """One gather a step for all experts (vLLM 0.33.0)."""
+    load(case)
+
+
+@moe_mxfp8_shuffle.installed("vllm", VLLM_SHUFFLE)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed, and its newest callers."""
     load(case)
 
 
