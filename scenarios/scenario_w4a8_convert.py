@@ -4,8 +4,8 @@ Source: vLLM #40310. A checkpoint's unsigned 4-bit values become signed ones on 
 legacy default stream encodes them. vLLM works on a stream of its own making (``current_stream``, #29207), which does
 not wait for the default stream, nor it for that. Four forms of upstream's sequence: without a word about order
 (0.19.0), with a synchronisation before each encode (0.20.0), the same as one function that returns all results at
-once (0.33.0), and 0.20.0 with the order that is still missing there, before the scales are packed (proposed).
-``bounded`` is a proposal: kernels on the current stream, in place, through scratch for one expert's values and
+once (0.33.0), and 0.20.0 with the order that is still missing there, before the scales are packed (proposed). ``vllm`` is
+vLLM's own function as it is installed, with the kernels of its extension declared. ``bounded`` is a proposal: kernels on the current stream, in place, through scratch for one expert's values and
 for the scales of a few.
 
 The kernels of upstream's extension are declared, and computed in plain torch where numbers are compared. Of the encode
@@ -14,17 +14,30 @@ the values are computed, not their order within an expert, which no variant deci
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
+from unittest import mock
 
 import numpy as np
 import torch
 from moe_models import preset
 
 import fragscope
+
+MODULE = "vllm.model_executor.layers"
+_FIRST = (f"{MODULE}.fused_moe",)
+VLLM_CONVERT = fragscope.Installed(
+    "vllm", f"{MODULE}.fused_moe.oracle.w4a8:convert_to_w4a8_moe_kernel_format", first=_FIRST
+)
+VLLM_BACKEND = fragscope.Installed("vllm", f"{MODULE}.fused_moe.oracle.w4a8:W4A8MoeBackend", first=_FIRST)
+VLLM_CONFIG = fragscope.Installed("vllm", "vllm.config:VllmConfig", first=_FIRST)
+VLLM_DEVICE = fragscope.Installed("vllm", "vllm.config:DeviceConfig", first=_FIRST)
+VLLM_COMPILATION = fragscope.Installed("vllm", "vllm.config:CompilationConfig", first=_FIRST)
+VLLM_CURRENT_CONFIG = fragscope.Installed("vllm", "vllm.config:set_current_vllm_config", first=_FIRST)
 
 GROUP = 128  # values that share a scale
 PER_INT32 = 8  # 4-bit values
@@ -258,7 +271,11 @@ def ordered(layer: Layer, extension: Extension) -> None:
 
 def all_at_once(layer: Layer, extension: Extension) -> None:
     """All results exist before the first takes its place; what fits is copied into the old parameter (0.33.0)."""
-    results = _results(layer, extension)
+    take(layer, _results(layer, extension))
+
+
+def take(layer: Layer, results: dict[str, torch.Tensor]) -> None:
+    """Results take their places in the layer."""
     for name in ("w13", "w2"):
         getattr(layer, name).copy_(results[name])
     layer.s13, layer.s2 = results["s13"], results["s2"]
@@ -281,6 +298,41 @@ def _results(layer: Layer, extension: Extension) -> dict[str, torch.Tensor]:
         "w13": w13, "w2": w2, "b1": b1, "b2": b2, "s13": packed13, "s2": packed2,
         "channel13": channel13, "channel2": channel2,
     }  # fmt: skip
+
+
+# --- upstream's own code ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def extension_of_vllm(extension: Extension) -> Iterator[None]:
+    """The three operators of vLLM's compiled extension that its Python code calls, in its place."""
+
+    def quant(fp8: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, _upper_bound: None) -> None:
+        extension.kernel("scaled_fp8_quant", reads=[x], writes=[fp8, scale], stream=extension.stream())
+        extension.computes(lambda: quantize(x, fp8, scale))
+
+    operators = {
+        "cutlass_encode_and_reorder_int4b_grouped": partial(encode, extension=extension),
+        "cutlass_pack_scale_fp8": partial(pack, extension=extension),
+        "dynamic_per_token_scaled_fp8_quant": quant,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, operator in operators.items():
+            stack.enter_context(mock.patch.object(torch.ops._C, name, operator, create=True))
+        yield
+
+
+def vllm_convert(layer: Layer, extension: Extension) -> None:
+    """What the installed vLLM does; results take their places as in ``all_at_once``."""
+    # Otherwise vLLM would compile the quantisation with torch.compile, which does the same in a kernel of its own.
+    kernels = VLLM_COMPILATION.load()(custom_ops=["all"])
+    config = VLLM_CONFIG.load()(device_config=VLLM_DEVICE.load()("cuda"), compilation_config=kernels)
+    with extension_of_vllm(extension), VLLM_CURRENT_CONFIG.load()(config):
+        made = VLLM_CONVERT.load()(VLLM_BACKEND.load().CUTLASS, None, GROUP, layer.w13, layer.w2, layer.s13, layer.s2)
+    names = ("w13", "w2", "s13", "s2", "channel13", "channel2", "b1", "b2")
+    results = dict(zip(names, made, strict=True))
+    del made
+    take(layer, results)
 
 
 # --- a proposal -------------------------------------------------------------------------------------------------------
@@ -363,7 +415,6 @@ UNORDERED = fragscope.Expect("hazard", device="virtual")
 """A recording on a card says what it takes, not what has no order."""
 
 
-MODULE = "vllm.model_executor.layers"
 METHOD = "CompressedTensorsW4A8Fp8MoEMethod.process_weights_after_loading"
 
 
@@ -417,6 +468,12 @@ def _(case: fragscope.Case) -> None:
     load(case, all_at_once)
 
 
+@w4a8_convert.installed("vllm", VLLM_CONVERT, expect=UNORDERED)
+def _(case: fragscope.Case) -> None:
+    """The function of vLLM, as it is installed."""
+    load(case, vllm_convert)
+
+
 @w4a8_convert.variant("ordered", role="proposed")
 def _(case: fragscope.Case) -> None:
     """0.20.0, and the card is waited for before the scales are packed."""
@@ -433,6 +490,7 @@ CONVERSIONS: dict[str, Convert] = {
     "unsynchronised": unsynchronised,
     "synchronised": synchronised,
     "all-at-once": all_at_once,
+    "vllm": vllm_convert,
     "ordered": ordered,
     "bounded": bounded,
 }
