@@ -128,8 +128,8 @@ def representable(source: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a conversion to an integer type is defined for all values: of others each processor makes its own."""
     if not source.is_floating_point() or dtype.is_floating_point or dtype == torch.bool or source.numel() == 0:
         return True
-    limits = torch.iinfo(dtype)
-    return bool(((source > limits.min - 1) & (source < limits.max)).all())
+    limits, whole = torch.iinfo(dtype), source.double().trunc()
+    return bool(((whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)).all())
 
 
 def _converted(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
