@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from fragscope.record.cuda import Recorder, RecorderOptions, Stacks, phase
     from fragscope.record.device_memory import DeviceMemory
+    from fragscope.record.virtual.supply import supplied, supply
     from fragscope.suite.expect import Expect, Replays
     from fragscope.suite.installed import Installed
     from fragscope.suite.ranks import Rank, RankFailedError, RanksHungError, run_ranks
@@ -46,6 +47,8 @@ __all__ = [
     "phase",
     "run_ranks",
     "scenario",
+    "supplied",
+    "supply",
 ]
 
 # Every pytest session imports this package for its plugin; numpy and the rest are for those who use them.
@@ -55,6 +58,8 @@ _HOMES = {
     "Stacks": "fragscope.record.cuda",
     "phase": "fragscope.record.cuda",
     "DeviceMemory": "fragscope.record.device_memory",
+    "supplied": "fragscope.record.virtual.supply",
+    "supply": "fragscope.record.virtual.supply",
     "Rank": "fragscope.suite.ranks",
     "RankFailedError": "fragscope.suite.ranks",
     "RanksHungError": "fragscope.suite.ranks",

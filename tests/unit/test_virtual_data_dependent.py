@@ -79,7 +79,7 @@ def use(need, x):
 @pytest.mark.parametrize("need", NEEDS_DATA.values(), ids=NEEDS_DATA)
 def test_refused_at_the_line_of_the_user(need):
     with h100() as device:
-        x = torch.ones(4, 4, device="cuda")
+        x = torch.rand(4, 4, device="cuda")
         before = device.memory.live
         with pytest.raises(UnsupportedError) as caught:
             use(need, x)
@@ -97,7 +97,7 @@ def test_refused_at_the_line_of_the_user(need):
 
 def test_what_is_known_without_data_goes_on():
     with h100():
-        x = torch.ones(4, 4, device="cuda")
+        x = torch.rand(4, 4, device="cuda")
         x[x > 0] = 1.0
         x[torch.tensor([True, False, True, False])] = 2.0
         assert torch.where(x > 0, x, 0.0).shape == (4, 4)
@@ -108,7 +108,7 @@ def test_what_is_known_without_data_goes_on():
 
 def test_tensors_can_be_shown_without_their_values():
     with h100() as device:
-        x = torch.ones(4, 4, device="cuda")
+        x = torch.rand(4, 4, device="cuda")
         assert repr(x) == "tensor(..., device='cuda:0', size=(4, 4))"
         assert str(x.cpu()) == "tensor(..., device='cpu', contents unknown, size=(4, 4))"
         assert device.estimated["Tensor.__repr__"][0] == 1

@@ -18,7 +18,8 @@ from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.footprints import GEMM_WORKSPACE
-from fragscope.record.virtual.storages import Entry, Place, Storages
+from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
+from fragscope.record.virtual.values import Values
 from fragscope.trace import Trace
 from fragscope.trace.sizes import driver_pages
 from fragscope.units import GIB, KIB, MIB
@@ -34,6 +35,7 @@ class VirtualCard:
 
     Attributes:
         memory: the allocator model and the log of requests.
+        values: real values of small tensors.
         refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
@@ -43,6 +45,7 @@ class VirtualCard:
         self.memory = CardMemory(settings)
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
+        self.values = Values(self.storages, self.sites.where)
         self.estimated: dict[str, tuple[int, str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
         self._thread = ThreadState()
@@ -139,6 +142,7 @@ class VirtualCard:
         """A storage on the card grew or shrank: the new memory is taken before the old is given back."""
         if size == entry.size:
             return
+        self.storages.forget(entry)
         old = entry.id
         entry.id = self.allocate(size)
         entry.size = size
@@ -260,12 +264,25 @@ class VirtualCard:
 
     # --- what cannot be known -------------------------------------------------------------------------------------
 
-    def unsupported(self, what: str) -> UnsupportedError:
-        """The error for something that cannot be known without data, at the user's line."""
+    def unsupported(self, what: str, tensors: Iterable[torch.Tensor] = ()) -> UnsupportedError:
+        """The error for something that cannot be known without data, at the user's line.
+
+        Args:
+            what: in words.
+            tensors: whose values are needed; the first that is unknown is explained.
+        """
+        what += self.values.explain(tensors, self._found)
         where = self.sites.where()
         calls, first = self.refused.get(what, (0, where or ""))
         self.refused[what] = (calls + 1, first)
         return UnsupportedError(what, where)
+
+    def _found(self, origin: Origin) -> str:
+        """What made values unknown, in words."""
+        where = origin.where or ("" if origin.id is None else self.memory.made_at(origin.id))
+        shape = " x ".join(map(str, origin.shape)) or "one number"
+        reason = f", and {origin.reason}" if origin.reason else ""
+        return f"those of {origin.op}{f' at {where}' if where else ''} ({shape}), which are not there{reason}"
 
     def estimate(self, op: str) -> None:
         """Note an operator whose hidden temporaries are unknown."""

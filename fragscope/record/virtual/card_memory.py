@@ -163,6 +163,13 @@ class CardMemory:
         """Address of a live allocation."""
         return self.allocator.block(id_).addr
 
+    def made_at(self, id_: int) -> str:
+        """``file:line`` of an allocation, also of one that is freed by now; empty where no stack was there."""
+        requests = self.requests.finish()
+        rows = ((requests.id == id_) & (requests.kind == RequestKind.ALLOC)).nonzero()[0]
+        stack = self.stacks[int(requests.stack[rows[0]])] if len(rows) else ()
+        return f"{stack[0].file}:{stack[0].line}" if stack else ""
+
     def record_stream(self, id_: int, stream: int) -> None:
         """Another stream uses the allocation."""
         with self._lock:

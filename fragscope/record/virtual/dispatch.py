@@ -20,10 +20,11 @@ from fragscope.record.virtual.footprints import (
     needs_copies,
 )
 from fragscope.record.virtual.inference import Inference
-from fragscope.record.virtual.storages import Place
+from fragscope.record.virtual.storages import Entry, Place
 
 _META = torch.device("meta")
 _ADD = torch.ops.aten.add.Tensor
+_NONZERO = torch.ops.aten.nonzero.default
 _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
@@ -49,7 +50,7 @@ class DispatchMode(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
-        on_card, on_host, real = _sort(storages.place, args, kwargs)
+        on_card, on_host, real, entries = _sort(storages.find, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
             wanted.type == "cuda" or (wanted.type == "meta" and not device.explicit_meta)
@@ -64,16 +65,22 @@ class DispatchMode(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             kwargs["generator"] = None  # nobody sees the numbers, and a generator of the card does not exist
         name = func._schema.name
+        trait = self._traits.get(func)
+        if trait is None:
+            trait = self._traits[func] = _Trait(func)
+        if trait.is_composite:
+            with self:  # in inference mode torch asks before it takes such an operator apart
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if name == "aten::_to_copy":
-            return self._to_copy(func, args, kwargs, made_on_card)
+            return self._to_copy(func, args, kwargs, made_on_card, entries)
         if name == "aten::copy_":
-            return self._copy(func, args, kwargs)
+            return self._copy(func, args, kwargs, entries)
         if name in ("aten::index", "aten::index_put_", "aten::index_put"):
-            return self._index(func, args, kwargs)
-        if not _DATA_DEPENDENT.isdisjoint(func.tags):
-            raise device.unsupported(
-                f"{name} needs the contents of a tensor on the card, which the virtual device does not have"
-            )
+            return self._index(func, args, kwargs, entries)
+        if trait.needs_values:
+            return self._with_values(func, args, kwargs, entries)
         if on_card and (on_host or any(t.dim() for t in real)):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -81,9 +88,6 @@ class DispatchMode(TorchDispatchMode):
             )
         if on_host and real:
             args, kwargs = _to_meta(args), {k: _to_meta(v) for k, v in kwargs.items()}
-        trait = self._traits.get(func)
-        if trait is None:
-            trait = self._traits[func] = _Trait(func)
         try:
             out = func(*args, **kwargs) if trait.is_view else self._inference.run(func, args, kwargs)
         except NotImplementedError as e:
@@ -92,6 +96,8 @@ class DispatchMode(TorchDispatchMode):
             if not trait.writes_only:
                 raise device.unsupported(f"{name}: torch cannot tell the shape of its result without data") from None
             device.estimate(name)
+            for tensor in trait.written(args, kwargs):
+                device.values.lose(tensor, name)
             return None
         except (RuntimeError, AssertionError) as e:  # torch's Python shape rules assert where a kernel raises
             raise _as_on_card(RuntimeError(str(e)) if isinstance(e, AssertionError) else e, args) from None
@@ -101,6 +107,40 @@ class DispatchMode(TorchDispatchMode):
                 device.launched(name, *trait.accesses(args, kwargs, out))
         else:
             _follow_host(storages, out)
+        if not trait.is_view:
+            written = trait.written(args, kwargs) if trait.is_mutable else ()
+            device.values.follow(func, args, kwargs, out, entries, written)
+        return out
+
+    def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
+        """An operator that returns a number, or whose result is as large as values make it."""
+        device, name = self._device, func._schema.name
+        result = device.values.compute(func, args, kwargs, entries)
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if result is None and name == "aten::_local_scalar_dense":
+            result = device.values.number(tensors[0])
+        if result is None:
+            raise device.unsupported(
+                f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
+            )
+        made = [self._made(func, values) for values in _tensors((result,))]
+        if name != "aten::_local_scalar_dense":
+            device.estimate(name)
+        if any(e.place is Place.CARD for e in entries):
+            device.launched(name, tensors, made)
+            device.memory.finished(device.stream)  # the host reads a number, at least that of the result's elements
+        if isinstance(result, torch.Tensor):
+            return made[0]
+        return tuple(made) if isinstance(result, tuple) else result
+
+    def _made(self, func: Any, values: torch.Tensor) -> torch.Tensor:
+        """A tensor on the card that holds values."""
+        strides = values.stride()
+        if func is _NONZERO:  # ``nonzero_cuda_out_impl`` in aten/src/ATen/native/cuda/Nonzero.cu returns a transpose
+            strides = (1, max(1, values.shape[0]))
+        out = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=_META)
+        self._device.register(out)
+        self._device.values.attach(out, values)
         return out
 
     def _account(self, func: Any, trait: _Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -127,7 +167,9 @@ class DispatchMode(TorchDispatchMode):
                 if entry is not None and entry.place is Place.CARD:
                     device.resized(tensor, entry)
 
-    def _to_copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], to_card: bool) -> Any:
+    def _to_copy(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], to_card: bool, entries: list[Entry]
+    ) -> Any:
         device, storages = self._device, self._device.storages
         source: torch.Tensor = args[0]
         place = storages.place(source)
@@ -138,7 +180,12 @@ class DispatchMode(TorchDispatchMode):
         kwargs.pop("pin_memory", None)
         out: torch.Tensor = func(*args, **kwargs)
         if not to_card:
-            storages.follow(out, Place.HOST, None)
+            real = device.values.compute(func, args, kwargs, entries) if place is Place.CARD else None
+            if real is None:
+                storages.follow(out, Place.HOST, None)
+                device.values.follow(func, args, kwargs, out, entries, ())
+            else:
+                out = real
             device.launched(func._schema.name, [source], [])
             if place is Place.CARD:
                 self._transfer(out, source, to_card=False, non_blocking=bool(kwargs.get("non_blocking")))
@@ -147,18 +194,26 @@ class DispatchMode(TorchDispatchMode):
         device.launched(func._schema.name, [source], [out])
         if place is not Place.CARD:
             self._transfer(out, source, to_card=True, non_blocking=bool(kwargs.get("non_blocking")))
+        device.values.follow(func, args, kwargs, out, entries, ())
         return out
 
-    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        storages = self._device.storages
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
+        storages, values = self._device.storages, self._device.values
         dst, src = args[0], args[1]
         dst_place, src_place = storages.place(dst), storages.place(src)
-        if dst_place is None and dst.device.type == "cpu":
-            raise self._device.unsupported(
-                "copying from the card into a host tensor would need data that the virtual device does not have"
-            )
+        non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if dst.device.type != "meta":
-            return func(*args, **kwargs)
+            if src_place is None:
+                return func(*args, **kwargs)
+            if values.compute(func, args, kwargs, entries) is None:
+                raise self._device.unsupported(
+                    "copying from the card into a host tensor would need data that the virtual device does not have",
+                    [src],
+                )
+            if src_place is Place.CARD:
+                self._device.launched(func._schema.name, [src], [])
+                self._transfer(dst, src, to_card=False, non_blocking=non_blocking)
+            return dst
         broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))
         if broadcast != tuple(dst.shape):
             raise RuntimeError(
@@ -167,8 +222,8 @@ class DispatchMode(TorchDispatchMode):
         self._device.launched(func._schema.name, [src], [dst])
         to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
         if to_card != from_card:
-            non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             self._transfer(dst, src, to_card=to_card, non_blocking=non_blocking)
+        values.follow(func, args, kwargs, dst, [] if src_place is None else entries[-1:], [dst])
         return dst
 
     def _transfer(self, dst: torch.Tensor, src: torch.Tensor, *, to_card: bool, non_blocking: bool) -> None:
@@ -178,11 +233,11 @@ class DispatchMode(TorchDispatchMode):
             if not non_blocking:  # the host waits for the copy, and so for the stream it is on
                 self._device.memory.finished(self._device.stream)
 
-    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         device, storages = self._device, self._device.storages
         target: torch.Tensor = args[0]
         if storages.place(target) is not Place.CARD:
-            raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents")
+            raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents", args[1])
         writes = func._schema.name != "aten::index"
         accumulate = writes and bool(args[3] if len(args) > 3 else kwargs.get("accumulate", False))
         indices: list[torch.Tensor | None] = []
@@ -191,8 +246,14 @@ class DispatchMode(TorchDispatchMode):
                 indices.append(index)
             elif index.device.type == "meta":
                 if writes and not accumulate and _is_host_scalar(args[2]):
+                    device.values.follow(func, args, kwargs, target, entries, [target])
                     return target  # becomes masked_fill_, which needs no shape
-                raise device.unsupported("indexing by a mask on the card makes a shape that depends on its contents")
+                entry = storages.find(index)
+                if entry is None or entry.values is None:
+                    raise device.unsupported(
+                        "indexing by a mask on the card makes a shape that depends on its contents", [index]
+                    )
+                indices.extend(self._with_values(_NONZERO, (index,), {}, [entry]).unbind(1))
             else:
                 indices.extend(index.nonzero().unbind(1))  # a mask on the host is known
                 if writes:
@@ -210,6 +271,8 @@ class DispatchMode(TorchDispatchMode):
             for tensor in _tensors(out):
                 device.register(tensor)
             device.launched(func._schema.name, _tensors([target, indices, *values]), _tensors(out))
+            written = [target] if func._schema.is_mutable else ()
+            device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)
         return out
 
 
@@ -234,20 +297,26 @@ def _is_host_scalar(value: torch.Tensor) -> bool:
 
 
 def _sort(
-    place: Callable[[torch.Tensor], Place | None], args: Iterable[Any], kwargs: dict[str, Any]
-) -> tuple[bool, bool, list[torch.Tensor]]:
-    """Whether tensors on the card, and with unknown contents on the host, are among the arguments; and real ones."""
+    find: Callable[[torch.Tensor], Entry | None], args: Iterable[Any], kwargs: dict[str, Any]
+) -> tuple[bool, bool, list[torch.Tensor], list[Entry]]:
+    """Whether tensors on the card, and with unknown contents on the host, are among the arguments; real ones; entries.
+
+    The entries are those of the followed tensors, in order.
+    """
     on_card = on_host = False
     real: list[torch.Tensor] = []
+    entries: list[Entry] = []
     for tensor in _tensors((*args, *kwargs.values())):
-        where = place(tensor) if tensor.device.type == "meta" else None
-        if where is Place.CARD:
-            on_card = True
-        elif where is Place.HOST:
-            on_host = True
+        entry = find(tensor) if tensor.device.type == "meta" else None
+        if entry is not None:
+            entries.append(entry)
+            if entry.place is Place.CARD:
+                on_card = True
+            elif entry.place is Place.HOST:
+                on_host = True
         elif tensor.device.type == "cpu":
             real.append(tensor)
-    return on_card, on_host, real
+    return on_card, on_host, real, entries
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
@@ -288,11 +357,13 @@ class _Trait:
         order: the order its outputs are allocated in, where it is not that of the results.
         writes_only: it returns nothing: all it does is write to its arguments.
         has_kernel: it touches memory.
+        is_composite: torch makes it of other operators, on every device.
+        needs_values: it returns a number, or its result is as large as values make it.
     """
 
     __slots__ = (
-        "_makes", "_reads", "_written", "has_kernel", "is_gemm", "is_known", "is_mutable", "is_view", "order",
-        "writes_only",
+        "_makes", "_reads", "_written", "has_kernel", "is_composite", "is_gemm", "is_known", "is_mutable", "is_view",
+        "needs_values", "order", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -306,6 +377,8 @@ class _Trait:
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
         self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
+        self.is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        self.needs_values = not _DATA_DEPENDENT.isdisjoint(func.tags)
         self._reads = schema.name not in SHAPE_OF_INPUT
         self._makes = any(a is None for a in aliases)
         self._written = frozenset(
@@ -314,6 +387,11 @@ class _Trait:
             if a.alias_info is not None and a.alias_info.is_write
             for key in (position, a.name)
         )
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors among its arguments that one call writes to."""
+        given = itertools.chain(enumerate(args), kwargs.items())
+        return [t for key, value in given if key in self._written for t in _tensors((value,))]
 
     def accesses(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

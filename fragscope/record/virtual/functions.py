@@ -66,9 +66,7 @@ class FunctionMode(TorchFunctionMode):
             torch.nn.functional.rms_norm: self._rms_norm,
             torch._has_compatible_shallow_copy_type: self._compatible,
         }
-        for refused in (
-            tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__,
-        ):  # fmt: skip
+        for refused in (tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__):
             self._handlers[refused] = self._needs_data(refused)
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
             for module in (torch, torch._C._VariableFunctions):
@@ -266,13 +264,23 @@ class FunctionMode(TorchFunctionMode):
                 except RuntimeError as e:
                     if "meta tensors" not in str(e):
                         raise
-                    raise self._device.unsupported("the numbers of a tensor on the card are not known") from None
+                    out = make(*self._numbers(args), **({} if wanted is None else {"device": _CPU}), **kwargs)
                 if wanted is not None and wanted.type == "cuda":
                     self._device.check_index(wanted)
                     out = out.to(_META)
             return out.detach().requires_grad_() if requires_grad else out
 
         return build
+
+    def _numbers(self, data: Any) -> Any:
+        """Nested data with the numbers of tensors on the card in their place."""
+        if isinstance(data, list | tuple):
+            return type(data)(self._numbers(d) for d in data)
+        if not isinstance(data, torch.Tensor) or self._place(data) is None:
+            return data
+        if data.dim() and self._device.values.of(data) is None:
+            raise self._device.unsupported("the numbers of a tensor on the card are not known", [data])
+        return self._cpu(torch.Tensor.cpu, data).tolist() if data.dim() else data.item()
 
     def _pin_memory(self, func: Any, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
         if self._place(tensor) is Place.CARD:
@@ -287,7 +295,9 @@ class FunctionMode(TorchFunctionMode):
 
     def _format(self, func: Any, tensor: torch.Tensor, spec: str) -> str:
         if tensor.dim() == 0 and self._place(tensor) is not None:
-            raise self._device.unsupported("formatting a number that was on the card needs its value")
+            if self._device.values.of(tensor) is None and self._device.values.number(tensor) is None:
+                raise self._device.unsupported("formatting a number that was on the card needs its value", [tensor])
+            return format(tensor.item(), spec)
         return str(self._call(func, (tensor, spec), {}))
 
     def _repr(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> str:
@@ -347,7 +357,12 @@ class FunctionMode(TorchFunctionMode):
         if self._place(tensor) is not Place.CARD:
             return func(tensor, num_classes)  # type: ignore[no-any-return]
         if num_classes <= 0:
-            raise self._device.unsupported("one_hot without num_classes needs the largest class")
+            known = self._device.values.of(tensor)
+            if known is None:
+                raise self._device.unsupported("one_hot without num_classes needs the largest class", [tensor])
+            self._device.estimate("one_hot without num_classes")
+            self._device.memory.finished(self._device.stream)
+            num_classes = int(known.max()) + 1
         out = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=_META)
         return out.scatter_(-1, tensor.unsqueeze(-1), 1)
 
@@ -444,8 +459,10 @@ class FunctionMode(TorchFunctionMode):
         def refuse(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._place(tensor) is None:
                 return func(tensor, *args, **kwargs)
+            if name == "tolist" and self._device.values.of(tensor) is not None:
+                return self._cpu(torch.Tensor.cpu, tensor).tolist()
             raise self._device.unsupported(
-                f"Tensor.{name} needs the contents of a tensor that was on the card, which nobody has"
+                f"Tensor.{name} needs the contents of a tensor that was on the card, which nobody has", [tensor]
             )
 
         return refuse

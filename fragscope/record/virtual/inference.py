@@ -100,10 +100,11 @@ class Inference:
 
 def _in_a_thread(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     outcome: list[Any] = []
+    inference = torch.is_inference_mode_enabled()  # torch keeps it by thread, and refuses writes to its tensors without
 
     def call() -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.inference_mode(inference):
                 outcome.append((func(*args, **kwargs), None))
         except BaseException as e:
             outcome.append((None, e.with_traceback(None)))

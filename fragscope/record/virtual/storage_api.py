@@ -127,6 +127,7 @@ class _Storages:
         non_blocking: bool = False,
     ) -> torch.UntypedStorage:
         if entry is not None:
+            self._device.storages.forget(entry)
             return storage
         if self._device.storages.of(source) is not None:
             raise self._device.unsupported("copying a storage from the card into a host storage needs its contents")

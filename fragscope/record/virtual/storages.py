@@ -22,6 +22,25 @@ class Place(Enum):
     """A meta tensor that the program itself asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where values that are not known come from.
+
+    Attributes:
+        op: the operator that made or wrote them.
+        id: lifetime id of the allocation it made, whose stack is on record; None where ``where`` says the place.
+        where: ``file:line``, if it was looked up.
+        shape: of the tensor.
+        reason: why they are unknown, where the operator's name does not say it.
+    """
+
+    op: str
+    id: int | None
+    where: str
+    shape: tuple[int, ...]
+    reason: str = ""
+
+
 @dataclass(slots=True)
 class Entry:
     """One followed storage.
@@ -32,6 +51,8 @@ class Entry:
         size: bytes.
         address: of its allocation, once somebody asked; None until then.
         reference: keeps the callback that ends it.
+        values: its bytes on the host, None where they are unknown.
+        origin: why they are unknown, once it is known.
     """
 
     place: Place
@@ -39,6 +60,8 @@ class Entry:
     size: int
     reference: weakref.ref[Any]
     address: int | None = None
+    values: torch.UntypedStorage | None = None
+    origin: Origin | None = None
 
 
 class Storages:
@@ -46,11 +69,15 @@ class Storages:
 
     Args:
         free: called with the lifetime id when a storage on the card dies.
+
+    Attributes:
+        valued: bytes of the values that are kept.
     """
 
     def __init__(self, free: Callable[[int], None]) -> None:
         self._free = free
         self._entries: dict[int, Entry] = {}
+        self.valued = 0
 
     def of(self, storage: torch.UntypedStorage) -> Entry | None:
         """The entry of a storage, None if it is not followed."""
@@ -80,10 +107,24 @@ class Storages:
         self._entries[key] = entry
         return entry
 
+    def remember(self, entry: Entry) -> None:
+        """Make room for the values of a storage; its bytes are not yet written."""
+        entry.values = torch.UntypedStorage(entry.size)
+        entry.origin = None
+        self.valued += entry.size
+
+    def forget(self, entry: Entry) -> None:
+        """The values of a storage are unknown from now on."""
+        if entry.values is not None:
+            self.valued -= entry.values.nbytes()
+            entry.values = None
+
     def _end(self, key: int) -> None:
         entry = self._entries.pop(key, None)
-        if entry is not None and entry.id is not None:
-            self._free(entry.id)
+        if entry is not None:
+            self.forget(entry)
+            if entry.id is not None:
+                self._free(entry.id)
 
     def close(self) -> None:
         """Stop following; storages that still live no longer report their end."""

@@ -1,0 +1,209 @@
+"""For which operators a computation on the host gives, bit for bit, the values that a card would have.
+
+Integers and bools are exact wherever the result is defined. Floats are known where they are written down, moved or
+compared, and where an operation is rounded once from exact operands (IEEE 754: + - * / in float32 and float64). Sums,
+products of matrices and functions such as ``exp`` are rounded otherwise on a card, so their results are unknown; so are
+random numbers, uninitialised memory, and what the order of parallel writes decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+import torch
+
+_REDUCED = frozenset({torch.float16, torch.bfloat16})
+_FULL = frozenset({torch.float32, torch.float64})
+_WHOLE = 2**24
+"""Whole numbers below this are exact in float32."""
+
+
+def _names(*names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names)
+
+
+FILLED: dict[str, int | None] = {
+    **dict.fromkeys(_names("zeros", "zeros_like", "new_zeros", "zero_"), 0),
+    **dict.fromkeys(_names("ones", "ones_like", "new_ones"), 1),
+    **dict.fromkeys(_names("full", "full_like", "fill_"), None),
+    "aten::new_full": None,
+}
+"""Operators that write one number everywhere; None where it is an argument."""
+
+_MADE = _names("arange", "eye", "tril_indices", "triu_indices", "scalar_tensor")
+"""Made from arguments that are no tensors."""
+
+_MOVED = _names(
+    "clone", "contiguous", "lift_fresh", "_to_copy", "copy_", "cat", "stack", "flip", "roll", "repeat", "tril", "triu",
+    "tril_", "triu_", "constant_pad_nd", "_unsafe_view", "_reshape_copy", "where", "masked_fill", "masked_fill_",
+    "masked_select", "index", "index_put", "index_put_", "index_select", "gather", "take", "embedding", "index_fill",
+    "index_fill_", "index_copy", "index_copy_", "scatter", "scatter_", "nonzero", "repeat_interleave",
+    "_local_scalar_dense", "copy", "slice_scatter", "select_scatter",
+)  # fmt: skip
+"""Values come out as they went in, or converted."""
+
+_COMPARED = _names(
+    "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan", "isinf", "any", "all", "max", "min", "amax", "amin", "aminmax",
+    "argmax", "argmin", "maximum", "minimum", "sort", "topk", "unique_dim", "unique_consecutive", "_unique2", "isin",
+    "searchsorted", "bucketize", "logical_and", "logical_or", "logical_not", "logical_xor", "count_nonzero",
+)  # fmt: skip
+"""Values are held against each other."""
+
+_ROUNDED_ONCE = _names(
+    "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "neg_", "abs", "abs_", "floor", "ceil",
+    "trunc", "round", "sign", "relu", "clamp", "clamp_", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_",
+)  # fmt: skip
+"""Floats of 32 and 64 bits come out rounded once."""
+
+_INTEGERS = _names(
+    "sum", "prod", "cumsum", "cumprod", "scatter_add", "scatter_add_", "index_add", "index_add_",
+    "bincount", "floor_divide", "_foreach_add_", "_foreach_add",
+)  # fmt: skip
+"""Besides pointwise operators: exact where all that goes in and comes out is integers and bools."""
+
+
+class Rule(Enum):
+    """Of which types an operator's values are exact."""
+
+    MADE = "made"
+    MOVED = "moved"
+    COMPARED = "compared"
+    ROUNDED_ONCE = "rounded once"
+    INTEGERS = "integers"
+
+
+def rule_of(func: Any) -> Rule | None:
+    """The rule for an operator, None where its values are never known."""
+    name = func._schema.name
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    for rule, names in (
+        (Rule.MADE, _MADE | FILLED.keys()),
+        (Rule.MOVED, _MOVED),
+        (Rule.COMPARED, _COMPARED),
+        (Rule.ROUNDED_ONCE, _ROUNDED_ONCE),
+        (Rule.INTEGERS, _INTEGERS),
+    ):
+        if name in names:
+            return rule
+    return Rule.INTEGERS if torch.Tag.pointwise in func.tags else None
+
+
+def may_compute(rule: Rule, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], types: Iterable[Any]) -> bool:
+    """Whether what an operator makes of known arguments is exact, ``types`` being those of its inputs and outputs."""
+    met = set(types)
+    floats = {t for t in met if t.is_floating_point}
+    if any(t.is_complex for t in met) or not floats <= _REDUCED | _FULL:
+        return False
+    if not floats:
+        return True
+    match rule:
+        case Rule.MOVED:
+            return True
+        case Rule.MADE:
+            whole = all(abs(n) < _WHOLE and float(n).is_integer() for n in args if isinstance(n, int | float))
+            return func._schema.name != "aten::arange" or (floats <= _FULL and whole)
+        case Rule.COMPARED:  # a number is rounded to a narrow type here, and not everywhere on a card
+            return floats <= _FULL or not any(isinstance(a, float) for a in args)
+        case Rule.ROUNDED_ONCE:
+            plain = kwargs.get("alpha", 1) == 1 and kwargs.get("rounding_mode") is None and "decimals" not in kwargs
+            return floats <= _FULL and plain
+    return False
+
+
+def settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """The result without what a card might decide otherwise: None in place of each such output.
+
+    Args:
+        args: arguments on the host, written to by now where the operator writes.
+        result: what the host computed.
+    """
+    check = _CHECKS.get(func._schema.name)
+    return result if check is None else check(args, kwargs, result)
+
+
+def representable(source: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a conversion to an integer type is defined for all values: of others each processor makes its own."""
+    if not source.is_floating_point() or dtype.is_floating_point or dtype == torch.bool or source.numel() == 0:
+        return True
+    limits, whole = torch.iinfo(dtype), source.double().trunc()
+    return bool(((whole >= float(limits.min)) & (whole < float(limits.max) + 1.0)).all())
+
+
+def _converted(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    return result if representable(args[0], result.dtype) else None
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    return result if representable(args[1], result.dtype) else None
+
+
+def _sorted(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """Which of equal values comes first is not defined."""
+    values, indices = result
+    stable = kwargs.get("stable") or (len(args) > 1 and args[1] is True)
+    dim = kwargs.get("dim", next((a for a in args[1:] if type(a) is int), -1))
+    return values, indices if stable or not _ties(values, dim) else None
+
+
+def _topped(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """Which of equal values is taken is not defined, nor the order of what is not sorted."""
+    source, k = args[0], args[1]
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    largest = kwargs.get("largest", args[3] if len(args) > 3 else True)
+    if not kwargs.get("sorted", args[4] if len(args) > 4 else True):
+        return None, None
+    values, indices = result
+    if source.dim() == 0:
+        return result
+    one_more = torch.topk(source, min(k + 1, source.shape[dim]), dim, largest)[0]
+    return values, None if _ties(one_more, dim) else indices
+
+
+def _ties(ordered: torch.Tensor, dim: int) -> bool:
+    """Whether neighbours in a dimension are equal, or both no numbers."""
+    if ordered.dim() == 0:
+        return False
+    last = ordered.movedim(dim, -1)
+    return bool(((last[..., 1:] == last[..., :-1]) | (last[..., 1:].isnan() & last[..., :-1].isnan())).any())
+
+
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """Of several values written to one place, it is not defined which stays."""
+    target, indices, values = args[:3]
+    accumulate = kwargs.get("accumulate", args[3] if len(args) > 3 else False)
+    if accumulate:
+        return None if result.is_floating_point() else result
+    there = result[tuple(slice(None) if i is None else i for i in indices)]
+    return result if bool((there == values).all()) else None
+
+
+def _scattered(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    dim, index, source = args[1:4]
+    if kwargs.get("reduce") is not None or len(args) > 4:
+        return None
+    if not isinstance(source, torch.Tensor):
+        return result
+    written = source[tuple(slice(n) for n in index.shape)]
+    return result if bool((result.gather(dim, index) == written).all()) else None
+
+
+def _copied_by_index(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    dim, index, source = args[1:4]
+    return result if bool((result.index_select(dim, index) == source).all()) else None
+
+
+_CHECKS = {
+    "aten::_to_copy": _converted,
+    "aten::copy_": _copied,
+    "aten::sort": _sorted,
+    "aten::topk": _topped,
+    "aten::index_put": _put,
+    "aten::index_put_": _put,
+    "aten::scatter": _scattered,
+    "aten::scatter_": _scattered,
+    "aten::index_copy": _copied_by_index,
+    "aten::index_copy_": _copied_by_index,
+}

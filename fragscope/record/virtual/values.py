@@ -1,0 +1,295 @@
+"""Real values of small tensors on the virtual card, kept beside their storages.
+
+A storage whose bytes are all known has a storage of the host beside it, with the same bytes at the same offsets. So
+views, aliases and writes in place need nothing of their own: an operator runs once on metadata, for the shapes, and
+once more on these bytes, through tensors of the same offset, shape and strides. One value of a storage that is not
+known makes all of it unknown; a write that covers all of it makes it known again.
+
+Values take no part in what is recorded: what they allocate lies on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
+from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
+from fragscope.units import MIB, format_bytes
+
+LARGEST = MIB
+"""Bytes of the largest storage whose values are kept."""
+TOTAL = 256 * MIB
+"""Bytes of all values that are kept at a time."""
+
+_CPU = torch.device("cpu")
+_OVERWRITTEN = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
+_ORDER = "the order of equal values is not defined"
+_TOO_LARGE = f"values are kept of tensors up to {format_bytes(LARGEST)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """What a scenario says of an operator's results where they are unknown.
+
+    Attributes:
+        name: of the operator, ``aten::argmax``.
+        values: a number for all elements that are integers or bools, or a function of each result.
+    """
+
+    name: str
+    values: float | bool | Callable[[torch.Tensor], torch.Tensor | None]
+
+
+class Values:
+    """Keeps the values of storages up to date as operators run.
+
+    Args:
+        storages: the followed storages.
+        where: ``file:line`` of the program.
+
+    Attributes:
+        supplied: what a scenario supplies, the innermost last.
+    """
+
+    def __init__(self, storages: Storages, where: Callable[[], str | None]) -> None:
+        self._storages = storages
+        self._where = where
+        self._rules: dict[Any, Rule | None] = {}
+        self.supplied: list[Supplied] = []
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A tensor of the host on the values of a followed tensor; None where they are unknown."""
+        entry = self._storages.find(tensor)
+        return None if entry is None or entry.values is None else _view(tensor, entry.values)
+
+    def known(self, entries: Iterable[Entry]) -> bool:
+        """Whether all values of some storages are known."""
+        return all(e.values is not None for e in entries)
+
+    def explain(self, tensors: Iterable[torch.Tensor], found: Callable[[Origin], str]) -> str:
+        """Why the values of the first unknown of some tensors are not there; empty where nothing is to be said."""
+        for tensor in tensors:
+            entry = self._storages.find(tensor)
+            if entry is not None and entry.values is None and entry.origin is not None:
+                return f"; its values derive from {found(entry.origin)}"
+        return ""
+
+    def on_host(self, value: Any) -> Any:
+        """An argument with tensors of known values in place of followed ones."""
+        if isinstance(value, torch.Tensor):
+            entry = self._storages.find(value) if value.device.type == "meta" else None
+            if entry is None:
+                return value
+            return value if entry.values is None else _view(value, entry.values)
+        if isinstance(value, list | tuple):
+            return type(value)(self.on_host(v) for v in value)
+        return value
+
+    # --- computing ------------------------------------------------------------------------------------------------
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
+        """What an operator whose result's shape depends on values makes; None where it is not known.
+
+        The result is a number, a tensor of the host or a tuple of them.
+        """
+        rule = self._rule(func)
+        if rule is None or not self.known(entries):
+            return None
+        if func._schema.name == "aten::_unique2":
+            args = (args[0], True, *args[2:])  # a card sorts, asked or not
+        host = self.on_host(args)
+        try:
+            result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
+        except Exception:  # what fails here on known values may fail on a card in its own way
+            return None
+        types = (t.dtype for t in _tensors((args, list(kwargs.values()), result)))
+        return result if may_compute(rule, func, args, kwargs, types) else None
+
+    def follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, entries: list[Entry], writes: Any
+    ) -> None:
+        """An operator ran on metadata: compute its results' values, or note why they are not known.
+
+        Args:
+            entries: of its inputs that are followed.
+            writes: the tensors among its arguments that it writes to.
+        """
+        name = func._schema.name
+        rule = self._rule(func)
+        unknown = next((e for e in entries if e.values is None), None)
+        if name in FILLED or name in _OVERWRITTEN:
+            done = self._fill(func, args, kwargs, out)
+        elif rule is None or unknown is not None:
+            done = False
+        else:
+            done = self._compute(func, rule, args, kwargs, out, writes)
+        if done:
+            return
+        origin = None if unknown is None else unknown.origin
+        for tensor in writes:
+            self._lose(tensor, origin, name)
+        for tensor in _tensors((out,)):
+            entry = self._storages.find(tensor)
+            if entry is None or entry.values is not None:
+                continue
+            if entry.size == 0:
+                self._storages.remember(entry)
+            elif entry.origin is None:
+                reason = _TOO_LARGE if rule is not None and unknown is None and entry.size > LARGEST else ""
+                entry.origin = origin or Origin(name, entry.id, "", tuple(tensor.shape), reason)
+        if self.supplied:
+            self._supply(name, out)
+
+    def _rule(self, func: Any) -> Rule | None:
+        if func not in self._rules:
+            self._rules[func] = rule_of(func)
+        return self._rules[func]
+
+    def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+        """One number everywhere, or all of another tensor."""
+        name = func._schema.name
+        entry = self._storages.find(out)
+        if entry is None or entry.place is not Place.CARD or entry.size > LARGEST or not may_compute(Rule.MADE, func, (), {}, (out.dtype,)):
+            return False
+        source: Any = FILLED.get(name)
+        if source is None:
+            source = kwargs.get("fill_value", args[2] if name == "aten::new_full" else args[1] if len(args) > 1 else None)
+        if isinstance(source, torch.Tensor):
+            source = self.on_host(source)
+            if source.device.type != "cpu" or not representable(source, out.dtype) or source.is_complex():
+                return False
+        elif isinstance(source, complex) or (source != source and not out.dtype.is_floating_point):
+            return False
+        if entry.values is None:
+            if not self._covers(out, entry):
+                return False
+            self._know(entry)
+        try:
+            values = _view(out, entry.values)
+            values.copy_(source) if isinstance(source, torch.Tensor) else values.fill_(source)
+        except Exception:  # a number that the type does not hold
+            self._lose(out, None, name)
+            return True
+        return True
+
+    def _compute(
+        self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, writes: list[torch.Tensor]
+    ) -> bool:
+        outputs = list(_tensors((out,)))
+        made = [self._storages.find(t) for t in outputs]
+        if any(e is None or e.place is not Place.CARD or e.size > LARGEST for e in made):
+            return False
+        tensors = _tensors((args, list(kwargs.values()), out))
+        if not may_compute(rule, func, args, kwargs, (t.dtype for t in tensors)):
+            return False
+        try:
+            host = self.on_host(args)
+            for tensor in _tensors((host, list(kwargs.values()))):
+                if tensor.device.type != "cpu":
+                    return False
+            result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
+        except Exception:  # what fails here may fail on a card in its own way, or not at all
+            return False
+        results = list(result) if isinstance(result, list | tuple) else [result] if outputs else []
+        if len(results) != len(outputs):
+            return False
+        for tensor, entry, values in zip(outputs, made, results, strict=True):
+            if any(tensor is w for w in writes):
+                if values is None:
+                    return False
+            elif values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
+                entry.origin = entry.origin or Origin(func._schema.name, entry.id, "", tuple(tensor.shape), _ORDER)
+        return True
+
+    def attach(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
+        """Give a followed tensor its values; whether they are kept."""
+        entry = self._storages.find(tensor)
+        return entry is not None and entry.size <= LARGEST and self._keep(tensor, entry, values)
+
+    def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
+        """A scenario says what a followed tensor holds, of whatever size."""
+        entry = self._storages.find(tensor)
+        if entry is None or (entry.values is None and not self._covers(tensor, entry)):
+            return False
+        if entry.values is None:
+            self._storages.remember(entry)
+        _view(tensor, entry.values).copy_(values)
+        return True
+
+    def number(self, tensor: torch.Tensor) -> Any:
+        """The number that a scenario supplies where the program reads one; None where it supplies none."""
+        said = self._said("aten::item")
+        return said.values(tensor) if said is not None and callable(said.values) else said and said.values
+
+    def lose(self, tensor: torch.Tensor, what: str) -> None:
+        """Something wrote to a tensor that nobody computes."""
+        self._lose(tensor, None, what)
+
+    def _lose(self, tensor: torch.Tensor, origin: Origin | None, what: str) -> None:
+        entry = self._storages.find(tensor)
+        if entry is not None and entry.values is not None:
+            self._storages.forget(entry)
+            entry.origin = origin or Origin(what, None, self._where() or "", tuple(tensor.shape))
+
+    def _supply(self, name: str, out: Any) -> None:
+        said = self._said(name)
+        if said is None:
+            return
+        for tensor in _tensors((out,)):
+            entry = self._storages.find(tensor)
+            if entry is None or entry.values is not None:
+                continue
+            if callable(said.values):
+                values = said.values(tensor)
+                if values is not None:
+                    self.supply(tensor, values)
+            elif not tensor.dtype.is_floating_point:
+                self.supply(tensor, torch.full(tensor.shape, said.values, dtype=tensor.dtype))
+
+    def _said(self, name: str) -> Supplied | None:
+        return next((s for s in reversed(self.supplied) if s.name == name), None)
+
+    def _covers(self, tensor: torch.Tensor, entry: Entry) -> bool:
+        """Whether a tensor is all of its storage."""
+        return tensor.numel() * tensor.itemsize == entry.size and bool(
+            torch.ops.aten.is_non_overlapping_and_dense(tensor)
+        )
+
+    def _keep(self, tensor: torch.Tensor, entry: Entry | None, values: torch.Tensor) -> bool:
+        if entry is None or not self._covers(tensor, entry) or not self._know(entry):
+            return False
+        _view(tensor, entry.values).copy_(values)
+        return True
+
+    def _know(self, entry: Entry) -> bool:
+        if entry.values is None:
+            if self._storages.valued + entry.size > TOTAL:
+                return False
+            self._storages.remember(entry)
+        return True
+
+    def _for_host(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        out = {k: self.on_host(v) for k, v in kwargs.items()}
+        if "device" in out:
+            out["device"] = _CPU
+        return out
+
+
+def _view(tensor: torch.Tensor, values: torch.UntypedStorage | None) -> torch.Tensor:
+    assert values is not None
+    empty = torch.empty(0, dtype=tensor.dtype)
+    return empty.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
