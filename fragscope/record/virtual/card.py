@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
 from fragscope.record.device_memory import DeviceMemory, How
+from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
@@ -34,6 +35,7 @@ class VirtualCard:
 
     Attributes:
         memory: the allocator model and the log of requests.
+        autocast: what operators cast while ``torch.autocast`` is on.
         refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
@@ -43,6 +45,7 @@ class VirtualCard:
         self.memory = CardMemory(settings)
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
+        self.autocast = Autocast(self.storages)
         self.estimated: dict[str, tuple[int, str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
         self._thread = ThreadState()

@@ -45,7 +45,6 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         # The method parses its argument as a real stream before any mode is asked.
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", api.record_stream))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(mock.patch.object(torch.autocast, "__enter__", api.refuse_autocast()))
         stack.enter_context(mock.patch.object(torch, "compile", api.refuse("torch.compile")))
         hooks = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(mock.patch.object(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__)))
@@ -263,17 +262,6 @@ class _Cuda:
             raise self.device.unsupported(f"{what} is not supported on the virtual device")
 
         return refused
-
-    def refuse_autocast(self) -> Callable[[Any], Any]:
-        """``torch.autocast("cuda")``: metadata tensors take no part in it, so its casts would go uncounted."""
-        device, original = self.device, torch.autocast.__enter__
-
-        def enter(context: Any) -> Any:
-            if context.device == "cuda" and context._enabled:
-                raise device.unsupported("torch.autocast is not supported on the virtual device")
-            return original(context)  # type: ignore[no-untyped-call]
-
-        return enter
 
     def to_dlpack(self, original: Any) -> Callable[..., Any]:
         """Hands out memory, which is not there."""

@@ -17,6 +17,7 @@ import torch
 
 from fragscope.allocator import Card, ReplaySettings
 from fragscope.errors import UsageError
+from fragscope.record.virtual.autocast import entering_autocast, patched_autocast
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.cuda_api import patched_cuda
 from fragscope.record.virtual.custom_ops import patched_custom_ops
@@ -58,6 +59,7 @@ class VirtualDevice(VirtualCard):
             stack.enter_context(patched_cuda(self))
             stack.enter_context(patched_storages(self))
             stack.enter_context(patched_custom_ops(self))
+            stack.enter_context(patched_autocast(self.autocast))
             stack.enter_context(patched_threads(self.in_thread))
             stack.enter_context(self.in_thread())
             self._stack = stack.pop_all()
@@ -101,7 +103,7 @@ class VirtualDevice(VirtualCard):
         state.inside = True
         state.function_mode = FunctionMode(self)
         try:
-            with state.function_mode, DispatchMode(self):
+            with entering_autocast(), state.function_mode, DispatchMode(self):
                 yield
         finally:
             state.inside = False

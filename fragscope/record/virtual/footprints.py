@@ -59,8 +59,12 @@ GEMM_WORKSPACE = {9: 32 * MIB}
 """Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in
 aten/src/ATen/cuda/CublasHandlePool.cpp, recorded on an H100; other cards make matrix products ``estimated``."""
 
-OUTPUT_ORDER = {"aten::native_dropout": (1, 0)}
-"""Outputs that are allocated in another order than they are returned: the mask comes first."""
+OUTPUT_ORDER = {
+    "aten::native_dropout": (1, 0),  # the mask comes first
+    "aten::_scaled_dot_product_cudnn_attention": (2, 3, 0, 1),  # seed and offset come first
+    "aten::_scaled_dot_product_efficient_attention": (0, 1),  # seed and offset stay on the host
+}
+"""Outputs that are allocated in another order than they are returned, or of which some are not on the card."""
 
 # Handled by the dispatch mode itself, with their temporaries.
 MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::resize_"})

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from fragscope.record.virtual.attention import Attention
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.storages import Place
 
@@ -29,6 +30,7 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self, device: VirtualCard) -> None:
         super().__init__()
         self._device = device
+        self._attends = Attention(device)
         self._bodies: dict[Any, _Handler | None] = {}
         self._running: set[Any] = set()
         self._grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # see _set_data
@@ -59,7 +61,7 @@ class FunctionMode(TorchFunctionMode):
             torch.log_softmax: self._softmax(torch.log_softmax),
             torch._C._nn.one_hot: self._one_hot,
             torch._C._nn.linear: self._linear,
-            torch.nn.functional.scaled_dot_product_attention: self._estimated("scaled_dot_product_attention"),
+            torch.nn.functional.scaled_dot_product_attention: self._attention,
             torch.dropout: self._dropout,
             torch.nn.functional.dropout: self._functional_dropout,
             torch.rms_norm: self._rms_norm,
@@ -318,6 +320,8 @@ class FunctionMode(TorchFunctionMode):
 
         def softmax(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+            if dtype is None and self._device.autocast.dtype() is not None:
+                dtype = torch.float32
             if self._place(tensor) is Place.CARD and tensor.dtype == torch.half and dtype == torch.float32:
                 if torch.is_grad_enabled() and tensor.requires_grad:
                     self._device.estimate(f"{plain.__name__} from float16 to float32 with gradients")
@@ -336,11 +340,16 @@ class FunctionMode(TorchFunctionMode):
     ) -> torch.Tensor:
         """What is not one product with the bias in it adds the bias in place, but not while a dispatch mode is active.
 
-        Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it.
+        Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it; ``attention_layer``
+        of tests/data/footprints.
         """
-        if bias is not None and input.dim() > 2 and not input.is_contiguous() and self._place(input) is Place.CARD:
-            self._device.estimate("linear with a bias on a strided tensor")
-        return func(input, weight, bias)  # type: ignore[no-any-return]
+        is_one = bias is None or input.dim() <= 2 or input.is_contiguous()
+        if is_one or self._place(input) is not Place.CARD:
+            return func(input, weight, bias)  # type: ignore[no-any-return]
+        lower = self._device.autocast.dtype()
+        if lower is not None:
+            bias, weight, input = (self._device.autocast.cast(t, lower) for t in (bias, weight, input))
+        return torch.matmul(input, weight.t()).add_(bias)
 
     def _one_hot(self, func: Any, tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         """Zeros and a scatter on a card, a comparison for metadata."""
@@ -362,6 +371,11 @@ class FunctionMode(TorchFunctionMode):
 
         return note
 
+    def _attention(self, func: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._place(query) is not Place.CARD:
+            return func(query, *args, **kwargs)  # type: ignore[no-any-return]
+        return self._attends(func, query, *args, **kwargs)
+
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
@@ -380,6 +394,8 @@ class FunctionMode(TorchFunctionMode):
         """One kernel on a card, which also writes a value a row for the backward pass; several operators elsewhere."""
         if self._place(input) is not Place.CARD:
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        if self._device.autocast.dtype() is not None:
+            input, weight = self._device.autocast.cast((input, weight), torch.float32)
         if torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
             self._device.estimate("aten::rms_norm with gradients")
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
