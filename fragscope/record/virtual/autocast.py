@@ -127,7 +127,7 @@ class Autocast:
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if not isinstance(tensor, torch.Tensor) or not self._is_eligible(tensor):
                     continue
-                if tensor.dtype == torch.float32 or current == torch.float32:
+                if torch.float32 in (tensor.dtype, current):
                     current = torch.float32
                 elif tensor.dtype != lower:
                     raise RuntimeError("Unexpected floating ScalarType in at::autocast::prioritize")
@@ -135,20 +135,20 @@ class Autocast:
 
     # --- rules: what an operator becomes -------------------------------------------------------------------------
 
-    def lower(self, op: Any) -> Callable[..., Any]:
+    def _lower(self, op: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: self._run_in(op, torch.get_autocast_dtype("cuda"), args, kwargs)
 
-    def float32(self, op: Any) -> Callable[..., Any]:
+    def _float32(self, op: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: self._run_in(op, torch.float32, args, kwargs)
 
-    def promoted(self, op: Any) -> Callable[..., Any]:
+    def _promoted(self, op: Any) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             dtype = self.widest((*args, *kwargs.values()), torch.get_autocast_dtype("cuda"))
             return self._run_in(op, dtype, args, kwargs)
 
         return run
 
-    def float32_result(self, op: Any) -> Callable[..., Any]:
+    def _float32_result(self, op: Any) -> Callable[..., Any]:
         position = [a.name for a in op._schema.arguments].index("dtype")
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -160,25 +160,23 @@ class Autocast:
 
         return run
 
-    def norm(self, op: Any, typed: Any) -> Callable[..., Any]:
+    def _norm(self, op: Any, typed: Any) -> Callable[..., Any]:
         arguments = op._schema.arguments
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            given = [
-                args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(arguments)
-            ]
+            given = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(arguments)]
             dtype = torch.float32 if self._is_eligible(given[0]) else given[0].dtype
             return typed(*given, dtype=dtype)
 
         return run
 
-    def banned(self, op: Any) -> Callable[..., Any]:
+    def _banned(self, op: Any) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not any(self._is_eligible(a) for a in args if isinstance(a, torch.Tensor)):
                 return op(*args, **kwargs)
             raise RuntimeError(
-                f"torch.nn.functional.{op._schema.name.partition('::')[2]} and torch.nn.BCELoss are unsafe to autocast; "
-                "use torch.nn.functional.binary_cross_entropy_with_logits or torch.nn.BCEWithLogitsLoss"
+                f"torch.nn.functional.{op._schema.name.partition('::')[2]} and torch.nn.BCELoss are unsafe to "
+                "autocast; use torch.nn.functional.binary_cross_entropy_with_logits or torch.nn.BCEWithLogitsLoss"
             )
 
         return run
@@ -193,17 +191,17 @@ class Autocast:
     def rules(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """Operators that this torch casts, and what they become."""
         for names, rule in (
-            (LOWER, self.lower),
-            (FLOAT32, self.float32),
-            (FLOAT32_RESULT, self.float32_result),
-            (WIDEST, self.promoted),
-            (BANNED, self.banned),
+            (LOWER, self._lower),
+            (FLOAT32, self._float32),
+            (FLOAT32_RESULT, self._float32_result),
+            (WIDEST, self._promoted),
+            (BANNED, self._banned),
         ):
             for name in names:
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY):
                     yield name, rule(_operator(name))
         for name, typed in NORMS.items():
-            yield name, self.norm(_operator(name), getattr(torch.ops.aten.norm, typed))
+            yield name, self._norm(_operator(name), getattr(torch.ops.aten.norm, typed))
 
 
 class _Casts(threading.local):

@@ -19,6 +19,7 @@ from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.footprints import GEMM_WORKSPACE
+from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
 from fragscope.trace.sizes import driver_pages
@@ -36,6 +37,7 @@ class VirtualCard:
     Attributes:
         memory: the allocator model and the log of requests.
         autocast: what operators cast while ``torch.autocast`` is on.
+        scopes: which requests go to private pools.
         refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
@@ -48,6 +50,7 @@ class VirtualCard:
         self.autocast = Autocast(self.storages)
         self.estimated: dict[str, tuple[int, str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
+        self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._graph_task = -1
@@ -84,6 +87,8 @@ class VirtualCard:
         Raises:
             RuntimeError: as CUDA does.
         """
+        if isinstance(device, str):
+            device = torch.device(device)
         index = device if isinstance(device, int) else getattr(device, "index", None)
         if index not in (None, 0, -1):
             shown = f"cuda:{index}"
@@ -95,17 +100,17 @@ class VirtualCard:
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
-    def allocate(self, size: int) -> int | None:
-        """Allocate on the current stream; None for no bytes.
+    def allocate(self, size: int, stream: int | None = None) -> int | None:
+        """Allocate on a stream by its handle, or on the current one; None for no bytes.
 
         Raises:
             torch.OutOfMemoryError: as on the card.
         """
         if size == 0:
             return None
-        stack = self.sites.stack()
+        stack, stream = self.sites.stack(), self.stream if stream is None else stream
         try:
-            return self.memory.alloc(size, self.stream, stack)
+            return self.memory.alloc(size, stream, stack, self.scopes.pool_of(stream))
         except OutOfMemoryError as e:
             raise torch.OutOfMemoryError(self._oom_message(e)) from None
 
