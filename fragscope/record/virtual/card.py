@@ -18,7 +18,8 @@ from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_WORKSPACE
+from fragscope.record.virtual.footprints import GEMM_WORKSPACE, LT_WORKSPACE
+from fragscope.record.virtual.pinned import Pinned
 from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
@@ -37,6 +38,7 @@ class VirtualCard:
     Attributes:
         memory: the allocator model and the log of requests.
         autocast: what operators cast while ``torch.autocast`` is on.
+        pinned: host tensors that the program pinned.
         scopes: which requests go to private pools.
         refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
@@ -47,12 +49,13 @@ class VirtualCard:
         self.memory = CardMemory(settings)
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
+        self.pinned = Pinned()
         self.autocast = Autocast(self.storages)
         self.estimated: dict[str, tuple[int, str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
         self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
-        self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
+        self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -205,15 +208,21 @@ class VirtualCard:
         if id_ is not None:
             self.memory.free(id_)
 
-    def take_gemm_workspace(self) -> None:
-        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept."""
-        if self.stream in self.gemm_workspaces:
-            return
-        size = GEMM_WORKSPACE.get(self.card.capability[0])
-        if size is None:
-            self.estimate("cuBLAS workspace")
-            return
-        self.gemm_workspaces[self.stream] = self.allocate(size) or 0
+    def take_gemm_workspace(self, *, adds_bias: bool = False) -> None:
+        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept.
+
+        cuBLASLt, which adds a bias in the same kernel, has another one besides. On a card backward passes run in a
+        thread of their own, which has its own of both (recorded for ``linear_forward_backward``).
+        """
+        user = self.stream, torch._C._current_graph_task_id() != -1
+        if ("cuBLAS", *user) not in self.gemm_workspaces:
+            size = GEMM_WORKSPACE.get(self.card.capability[0])
+            if size is None:
+                self.estimate("cuBLAS workspace")
+                return
+            self.gemm_workspaces["cuBLAS", *user] = self.allocate(size) or 0
+        if adds_bias and ("cuBLASLt", *user) not in self.gemm_workspaces:
+            self.gemm_workspaces["cuBLASLt", *user] = self.allocate(LT_WORKSPACE) or 0
 
     # --- order of work --------------------------------------------------------------------------------------------
 

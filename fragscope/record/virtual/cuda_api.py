@@ -54,6 +54,7 @@ REFUSED = {
 """Functions of ``torch.cuda`` that are refused, and why."""
 REFUSED_MODULES = ("tunable", "jiterator", "nccl", "gds", "green_contexts")
 """Modules of ``torch.cuda`` whose functions are all refused."""
+_JITERATOR = ("_create_jit_fn", "_create_multi_output_jit_fn")  # public in all but name
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
                     replace(module, name, api.refuse(f"torch.cuda.{name}", why))
         for group in REFUSED_MODULES:
             module = getattr(torch.cuda, group, None)
-            for name in _functions(module):
+            for name in (*_functions(module), *(n for n in _JITERATOR if hasattr(module, n))):
                 replace(module, name, api.refuse(f"torch.cuda.{group}.{name}"))
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
@@ -97,7 +98,10 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
         replace(torch, "compile", api.compile(torch.compile))
-        replace(torch.nn.Module, "compile", api.refuse("torch.nn.Module.compile"))
+        if torch.distributed.is_available():
+            c10d = torch.distributed.distributed_c10d
+            helper = api.new_group(c10d._new_process_group_helper)
+            replace(c10d, "_new_process_group_helper", helper)
         hooks = torch.autograd.graph.saved_tensors_hooks
         replace(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__))
         replace(torch.Tensor, "__reduce_ex__", api.reduce(torch.Tensor.__reduce_ex__))
@@ -278,12 +282,33 @@ class _Cuda:
 
         return step
 
+    def new_group(self, original: Any) -> Callable[..., Any]:
+        """What every process group is made by; those of NCCL need cards, one a process."""
+
+        def new_group(size: int, rank: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                if "nccl" not in str(backend):
+                    return original(size, rank, ranks, backend, *args, **kwargs)
+            except RuntimeError as e:
+                if "NCCL" not in str(e):
+                    raise
+            raise self.device.unsupported(
+                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over gloo"
+            )
+
+        return new_group
+
     def parse_to(self, original: Any) -> Callable[..., Any]:
         """What ``Module.to`` reads its arguments with; a number is a card."""
 
         def parse_to(*args: Any, **kwargs: Any) -> Any:
             if args and type(args[0]) is int:
                 args = (torch.device("cuda", args[0]), *args[1:])
+            if args and isinstance(args[0], torch.Tensor):
+                args = (args[0].device, args[0].dtype, *args[1:])
+            if isinstance(kwargs.get("tensor"), torch.Tensor):
+                tensor = kwargs.pop("tensor")
+                args = (tensor.device, tensor.dtype, *args)
             if type(kwargs.get("device")) is int:
                 kwargs["device"] = torch.device("cuda", kwargs["device"])
             return original(*args, **kwargs)
