@@ -49,7 +49,8 @@ REFUSED = {
     "power_draw": "no card is there to be measured",
     "clock_rate": "no card is there to be measured",
     "current_blas_handle": "no library runs that it could be a handle of",
-    "get_per_process_memory_limit": "it is asked of the driver",
+    "current_solver_handle": "no library runs that it could be a handle of",
+    "GreenContext": "parts of a card are not modelled",
 }
 """Functions of ``torch.cuda`` that are refused, and why."""
 REFUSED_MODULES = ("tunable", "jiterator", "nccl", "gds", "green_contexts")
