@@ -178,6 +178,7 @@ def _card_facts(planned: PlannedCase) -> dict[str, Any]:
         "capacity": planned.settings.capacity,
         "capability": list(card.capability),
         "source": card.source,
+        "estimated": list(card.estimated),
     }
 
 

@@ -17,7 +17,7 @@ from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_WORKSPACE
+from fragscope.record.virtual.footprints import GEMM_RECORDED, gemm_workspace
 from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.trace import Trace
 from fragscope.trace.sizes import driver_pages
@@ -35,11 +35,14 @@ class VirtualCard:
     Attributes:
         memory: the allocator model and the log of requests.
         refused: what was asked for and cannot be known: times and first place, by description.
+        asked_card: whether what was asked may depend on which card this is: the program or a library read its
+            properties, and might go another way on another one.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
 
     def __init__(self, card: Card, settings: ReplaySettings, root: Path | None = None) -> None:
-        self.card = card
+        self._card = card
+        self.asked_card = False
         self.memory = CardMemory(settings)
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
@@ -49,6 +52,12 @@ class VirtualCard:
         self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
+
+    @property
+    def card(self) -> Card:
+        """What the card reports of itself, to whoever goes by it."""
+        self.asked_card = True
+        return self._card
 
     @property
     def stream(self) -> int:
@@ -201,11 +210,10 @@ class VirtualCard:
         """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept."""
         if self.stream in self.gemm_workspaces:
             return
-        size = GEMM_WORKSPACE.get(self.card.capability[0])
-        if size is None:
+        capability = self.card.capability
+        if capability not in GEMM_RECORDED:
             self.estimate("cuBLAS workspace")
-            return
-        self.gemm_workspaces[self.stream] = self.allocate(size) or 0
+        self.gemm_workspaces[self.stream] = self.allocate(gemm_workspace(capability)) or 0
 
     # --- order of work --------------------------------------------------------------------------------------------
 
@@ -287,7 +295,7 @@ class VirtualCard:
             f"Of the allocated memory {_size(now.allocated)} is allocated by PyTorch, and "
             f"{_size(now.reserved - now.allocated)} is reserved by PyTorch but unallocated. If reserved but "
             "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
-            f"fragmentation. (virtual {self.card.name})"
+            f"fragmentation. (virtual {self._card.name})"
         )
 
 
