@@ -325,8 +325,7 @@ def _of_program(f: Facts) -> _Found:
 
 
 def _other_card(f: Facts) -> str:
-    """How the card asked about differs from the recorded one in what programs and libraries go by; ``""`` if it does
-    not, or where nobody knows the recorded one."""
+    """What speaks of another card than the recorded one; ``""`` where that is not known, or only memory differs."""
     asked = CARDS.get(f.settings.card)
     if f.trace.card is None or asked is None:
         return ""
@@ -338,7 +337,7 @@ def _other_card(f: Facts) -> str:
     if recorded.name == asked.name or here == there:
         return ""
     return (
-        f"the requests are those made on a {recorded.name}; on a {asked.name} cuBLAS and kernels may take other "
+        f"the requests are those made on {recorded.name}; on {asked.name} cuBLAS and kernels may take other "
         "workspaces, and a program that asks what the card is may go another way"
     )
 

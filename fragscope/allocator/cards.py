@@ -69,7 +69,7 @@ _SHIPPED = (
     _reported("a100-40gb", "NVIDIA A100-SXM4-40GB", 42_298_834_944, (8, 0), 108, 40 * MIB,
               "deviceQuery, CUDA driver 12.2, published in bottlerocket-os/bottlerocket #3873"),
     _reported("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 42_298_834_944, (8, 0), 108, 40 * MIB,
-              "deviceQuery, CUDA driver 12.2, published in SUSE's guide to NVIDIA drivers"),
+              "published deviceQuery outputs, CUDA driver 12.2"),
     _reported("a100-80gb", "NVIDIA A100-SXM4-80GB", 85_100_068_864, (8, 0), 108, 40 * MIB,
               "a published deviceQuery, CUDA driver 12.5"),
     _reported("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 84_974_239_744, (8, 0), 108, 40 * MIB,
@@ -135,7 +135,9 @@ def card_named(name: str, where: str = "--card") -> Card:
     """
     card = CARDS.get(name)
     if card is None:
-        near = difflib.get_close_matches(name.lower(), CARDS, n=3, cutoff=0.4)
+        written = name.lower()
+        longer = [known for known in CARDS if known.startswith(written) and written]
+        near = (longer or difflib.get_close_matches(written, CARDS, n=3, cutoff=0.4))[:3]
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(
             f"{where}: no profile named {printable(repr(name), 80)}; {hint}known cards: {', '.join(sorted(CARDS))}"

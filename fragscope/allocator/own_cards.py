@@ -1,13 +1,13 @@
 """A repository's own cards: the tables ``[tool.fragscope.cards.NAME]`` of its pyproject.toml.
 
-    [tool.fragscope.cards.mig-20gb]
-    like = "h100-80gb"        # what is not said here is as there
-    total = "20 GiB"          # torch.cuda.get_device_properties().total_memory
-    free = "19.6 GiB"         # of it, beside a CUDA context; left out: total less the context of the other card
-    multiprocessors = 32
-    capability = "9.0"
-    l2 = "25 MiB"
-    product = "NVIDIA H100 80GB HBM3 MIG 2g.20gb"   # the name CUDA reports
+[tool.fragscope.cards.mig-20gb]
+like = "h100-80gb"        # what is not said here is as there
+total = "20 GiB"          # torch.cuda.get_device_properties().total_memory
+free = "19.6 GiB"         # of it, beside a CUDA context; left out: total less the context of the other card
+multiprocessors = 32
+capability = "9.0"
+l2 = "25 MiB"
+product = "NVIDIA H100 80GB HBM3 MIG 2g.20gb"   # the name CUDA reports
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def use_cards_of(pyproject: Path) -> None:
     Raises:
         InputFileError: a table is not right; names file, line and key.
     """
-    toml = read_toml(pyproject, str(pyproject), "projects")
+    here = Path.cwd()
+    shown = pyproject.relative_to(here) if pyproject.is_relative_to(here) else pyproject
+    toml = read_toml(pyproject, str(shown), "projects")
     tables = toml.content.get("tool", {}).get("fragscope", {}).get("cards", {})
     found: dict[str, Card] = {}
     define(())

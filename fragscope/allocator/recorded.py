@@ -83,13 +83,13 @@ def estimates_of(card: Card) -> tuple[StandIn, ...]:
     out = []
     if "total" in card.estimated:
         detail = (
-            f"that a {card.name} has {card.total:,} bytes is what one driver reported ({card.source}); "
+            f"that {card.name} has {card.total:,} bytes is what one driver reported ({card.source}); "
             "others differ by up to 0.5 %"
         )
         out.append(StandIn("total_estimated", "card", detail))
     if "free" in card.estimated:
         detail = (
-            f"free memory estimated: no {card.name} was measured; {card.free:,} of its {card.total:,} bytes are taken "
+            f"free memory estimated: {card.name} was not measured; {card.free:,} of its {card.total:,} bytes are taken "
             "to be free beside a CUDA context (--capacity)"
         )
         out.append(StandIn("free_estimated", "capacity", detail))

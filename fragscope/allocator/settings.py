@@ -80,6 +80,20 @@ class ReplaySettings:
         left = (*self._without("card", "capacity", "limit"), *estimates)
         return replace(self, card=card.name, total=card.total, capacity=card.free, limit=None, stand_ins=left)
 
+    def alone_on(self, card: Card, other: int = 0) -> ReplaySettings:
+        """The same on such a card of which ``other`` bytes are taken, without any limit but its memory."""
+        left = (*self._without("card", "capacity", "limit"), *estimates_of(card))
+        free = max(0, card.free - other)
+        return replace(
+            self,
+            card=card.name,
+            total=card.total,
+            capacity=free,
+            memory_fraction=None,
+            limit=None,
+            stand_ins=left,
+        )
+
     def with_total(self, total: int) -> ReplaySettings:
         """The same with so much device memory in all; bytes."""
         return replace(self, total=total, stand_ins=self._without("card"))

@@ -76,6 +76,7 @@ class Task:
 
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
+        profile: the virtual card of the first case, which may be one that only the run knows; None for a shipped one.
         replays: whose code the variant replays.
         installed: the installed code that the variant runs.
     """
@@ -93,6 +94,7 @@ class Task:
     out: Path
     timeout: float
     card: Card | None = None
+    profile: Card | None = None
     replays: str | None = None
     installed: InstalledCode | None = None
 
@@ -181,7 +183,7 @@ class Recording:
 
 def _virtual_device(task: Task) -> VirtualDevice:
     settings = task.cases[0].settings
-    return VirtualDevice(card_named(settings.card), settings, task.root)
+    return VirtualDevice(task.profile or card_named(settings.card), settings, task.root)
 
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
@@ -199,9 +201,7 @@ def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
     if ran.outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
         estimated += [EstimatedOp(f"caught: {what}", n, where) for what, (n, where) in sorted(device.refused.items())]
-    return Recording(
-        trace, ran.outcome, ran.message, estimated, missing=ran.missing, any_card=not device.asked_card
-    )
+    return Recording(trace, ran.outcome, ran.message, estimated, missing=ran.missing, any_card=not device.asked_card)
 
 
 def _on_cuda(task: Task) -> Recording:
