@@ -7,6 +7,10 @@
     torch = "2.11"                # the default of --torch
     out = ".fragscope"            # where results go
 
+    [tool.fragscope.cards.mig-20gb]   # a card of your own, for --card (allocator/own_cards.py)
+    like = "h100-80gb"
+    total = "20 GiB"
+
     [tool.fragscope.pytest]       # the pytest plugin
     card = "h100-80gb"            # the virtual card of tests that take fragscope_device
     require = true                # a marked test that cannot be measured fails
@@ -27,7 +31,7 @@ from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.units import MIB, format_bytes
 
 _FILE_LIMIT = 4 * MIB
-_KEYS = ("scenarios", "budgets", "card", "torch", "out", "pytest")
+_KEYS = ("scenarios", "budgets", "card", "cards", "torch", "out", "pytest")
 _PYTEST_KEYS = ("card", "require", "budget")
 
 
@@ -57,6 +61,7 @@ class Config:
         card: name of the default card.
         torch: the torch release whose rules apply by default.
         out: folder for results, absolute.
+        own_cards: the pyproject.toml that defines cards; None where it defines none.
         pytest: what the pytest plugin goes by.
     """
 
@@ -66,6 +71,7 @@ class Config:
     card: str | None = None
     torch: str | None = None
     out: Path | None = None
+    own_cards: Path | None = None
     pytest: PytestConfig = field(default_factory=PytestConfig)
 
 
@@ -123,6 +129,10 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
         raise UsageError(
             f'{where} scenarios: {printable(repr(scenarios), 80)} is not a list of paths; write ["scenarios"]'
         )
+    if isinstance(table.get("card"), dict):
+        raise UsageError(
+            f"{where} card is the name of the default card; cards of your own stand in [tool.fragscope.cards.NAME]"
+        )
     return Config(
         root=file.parent,
         scenarios=tuple(file.parent / text(value, f"scenarios[{i}]") for i, value in enumerate(scenarios)),
@@ -130,6 +140,7 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
         card=text(table["card"], "card") if "card" in table else None,
         torch=text(table["torch"], "torch") if "torch" in table else None,
         out=path("out"),
+        own_cards=file if "cards" in table else None,
         pytest=_pytest_config(f"{printable(str(file))}: [tool.fragscope.pytest]", table.get("pytest", {})),
     )
 

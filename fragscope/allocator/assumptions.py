@@ -16,12 +16,19 @@ from typing import Literal
 
 import numpy as np
 
+from fragscope.allocator.cards import CARDS
 from fragscope.allocator.facts import Facts
-from fragscope.allocator.recorded import caught_of
+from fragscope.allocator.recorded import card_of, caught_of
 from fragscope.allocator.rules import NEWEST, RULES, TieBreak
 from fragscope.allocator.tape import Tape
+from fragscope.errors import UsageError
 from fragscope.trace import DEFAULT_POOL, RequestKind
 from fragscope.trace.sizes import DRIVER_PAGE
+from fragscope.units import GIB
+
+_ROOM = GIB
+"""Bytes by which an estimate of a card's free memory may be wrong: about twice what contexts take, and what drivers
+differ in."""
 
 Effect = Literal["none", "bounded", "unknown"]
 _WORSE: tuple[Effect, ...] = ("none", "bounded", "unknown")
@@ -69,6 +76,13 @@ def _of_total(f: Facts) -> Effect:
 
 def _of_capacity(f: Facts) -> Effect:
     return "bounded" if f.was_short and not f.is_confirmed else "none"
+
+
+def _of_estimate(f: Facts) -> Effect:
+    """As for memory that nobody named, and where less than ``_ROOM`` was left."""
+    is_near = f.held + _ROOM > f.settings.capacity
+    depends = f.was_short or f.conf.garbage_collection_threshold > 0 or is_near
+    return "unknown" if depends and not f.is_confirmed else "none"
 
 
 def _of_limit(f: Facts) -> Effect:
@@ -124,6 +138,8 @@ EFFECTS: dict[str, Callable[[Facts], Effect]] = {
     "conf_assumed": _unless_confirmed,
     "card_assumed": _of_total,
     "capacity_assumed": _of_memory,
+    "total_estimated": _of_total,
+    "free_estimated": _of_estimate,
     "capacity_inferred": _of_capacity,
     "limit_inferred": _of_limit,
     "fraction_assumed": _of_memory,
@@ -132,6 +148,7 @@ EFFECTS: dict[str, Callable[[Facts], Effect]] = {
     "tie_by_modelled_address": _always,
     "allocator_defect": _always,
     "settings_dropped": _always,
+    "other_card": _always,
     "observations": _if_changed,
     "after_oom": _always,
     "ooms_caught": _always,
@@ -169,7 +186,9 @@ LOSSES = {
 }
 """The assumption that each loss makes; None where something else says it, or where no figure of a replay needs it."""
 
-OF_PROGRAM = frozenset({"observations", "observations_unseen", "after_oom", "ooms_caught", "ends_with_oom"})
+OF_PROGRAM = frozenset(
+    {"observations", "observations_unseen", "other_card", "after_oom", "ooms_caught", "ends_with_oom"}
+)
 """Codes of what is assumed about the program: that it would have asked for the same."""
 
 
@@ -271,6 +290,9 @@ def _of_settings(f: Facts) -> _Found:
 def _of_program(f: Facts) -> _Found:
     """What a replay assumes about a program that learned of its memory."""
     trace, tape = f.trace, f.tape
+    other = _other_card(f)
+    if other:
+        yield "other_card", len(trace.requests), other
     observed = trace.count(RequestKind.OBSERVATION)
     if observed:
         yield (
@@ -300,6 +322,24 @@ def _of_program(f: Facts) -> _Found:
             "what it would have asked for then may need more"
         )
         yield "ends_with_oom", 1, detail
+
+
+def _other_card(f: Facts) -> str:
+    """What speaks of another card than the recorded one; ``""`` where that is not known, or only memory differs."""
+    asked = CARDS.get(f.settings.card)
+    if f.trace.card is None or asked is None:
+        return ""
+    try:
+        recorded = card_of(f.trace)
+    except UsageError:
+        return ""
+    here, there = (recorded.capability, recorded.multiprocessors), (asked.capability, asked.multiprocessors)
+    if recorded.name == asked.name or here == there:
+        return ""
+    return (
+        f"the requests are those made on {recorded.name}; on {asked.name} cuBLAS and kernels may take other "
+        "workspaces, and a program that asks what the card is may go another way"
+    )
 
 
 def _of_losses(f: Facts) -> _Found:

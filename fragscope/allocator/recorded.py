@@ -78,6 +78,24 @@ class Recorded:
         return tuple(s.detail for s in self.stand_ins if s.code in _NOTED)
 
 
+def estimates_of(card: Card) -> tuple[StandIn, ...]:
+    """What of a card's memory nobody measured and stands in for the card that is meant."""
+    out = []
+    if "total" in card.estimated:
+        detail = (
+            f"that {card.name} has {card.total:,} bytes is what one driver reported ({card.source}); "
+            "others differ by up to 0.5 %"
+        )
+        out.append(StandIn("total_estimated", "card", detail))
+    if "free" in card.estimated:
+        detail = (
+            f"free memory estimated: {card.name} was not measured; {card.free:,} of its {card.total:,} bytes are taken "
+            "to be free beside a CUDA context (--capacity)"
+        )
+        out.append(StandIn("free_estimated", "capacity", detail))
+    return tuple(out)
+
+
 def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | None = None) -> Recorded:
     """What a Trace was recorded under.
 
@@ -109,6 +127,10 @@ def recorded_under(trace: Trace, rules: ChosenRules | None = None, card: Card | 
             detail = f"the file does not name its card; {DEFAULT_CARD} is assumed (--card)"
             missing.append(StandIn("card_assumed", "card", detail))
         card = card_of(trace)
+    # A GPU tells its memory itself; on the virtual device, and where a file only names the card, the profile does.
+    if trace.source == "virtual" or trace.device_total is None:
+        by_virtual_card = trace.source == "virtual" and trace.settings.capacity == card.free
+        missing += [s for s in estimates_of(card) if s.of == "card" or by_virtual_card]
     conf = conf_of(trace, rules.rules)
     limits = Limits()
     if trace.settings.memory_fraction is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fragscope.allocator.cards import Card
-from fragscope.allocator.recorded import Recorded, StandIn
+from fragscope.allocator.recorded import Recorded, StandIn, estimates_of
 from fragscope.allocator.rules import ChosenRules
 
 
@@ -49,6 +49,20 @@ class ReplaySettings:
             stand_ins=recorded.stand_ins,
         )
 
+    @classmethod
+    def on(cls, card: Card, rules: ChosenRules, conf: str = "", capacity: int | None = None) -> ReplaySettings:
+        """A card that nothing else uses.
+
+        Args:
+            card: whose memory there is.
+            rules: torch release.
+            conf: ``PYTORCH_ALLOC_CONF`` string.
+            capacity: bytes that segments may take together; None for what the card has free.
+        """
+        free = card.free if capacity is None else capacity
+        settings = cls(rules, card.name, card.total, free, conf, stand_ins=estimates_of(card))
+        return settings if capacity is None else settings.with_capacity(capacity)
+
     def with_conf(self, conf: str) -> ReplaySettings:
         """The same under a conf."""
         return replace(self, conf=conf, stand_ins=self._without("conf"))
@@ -59,10 +73,26 @@ class ReplaySettings:
 
     def with_card(self, card: Card) -> ReplaySettings:
         """The same on a card; another one has memory of its own, and no limit that was inferred."""
+        estimates = estimates_of(card)
         if card.name == self.card:
-            return replace(self, total=card.total, stand_ins=self._without("card"))
-        left = self._without("card", "capacity", "limit")
+            left = (*self._without("card"), *(s for s in estimates if s.of == "card"))
+            return replace(self, total=card.total, stand_ins=left)
+        left = (*self._without("card", "capacity", "limit"), *estimates)
         return replace(self, card=card.name, total=card.total, capacity=card.free, limit=None, stand_ins=left)
+
+    def alone_on(self, card: Card, other: int = 0) -> ReplaySettings:
+        """The same on such a card of which ``other`` bytes are taken, without any limit but its memory."""
+        left = (*self._without("card", "capacity", "limit"), *estimates_of(card))
+        free = max(0, card.free - other)
+        return replace(
+            self,
+            card=card.name,
+            total=card.total,
+            capacity=free,
+            memory_fraction=None,
+            limit=None,
+            stand_ins=left,
+        )
 
     def with_total(self, total: int) -> ReplaySettings:
         """The same with so much device memory in all; bytes."""

@@ -25,11 +25,11 @@ def command(form: str) -> int:
     import msgspec
     from rich.console import Console
 
-    from fragscope.config import load_config
+    from fragscope.cli.configured import configured
     from fragscope.doctor import diagnose, this_machine
     from fragscope.doctor.render import as_text
 
-    out = load_config().out
+    out = configured().out
     diagnosis = diagnose(
         this_machine(dict(os.environ), out or Path(".fragscope"), "'out' in pyproject.toml" if out is not None else "")
     )

@@ -1,4 +1,7 @@
-"""``fragscope fit``: the smallest memory in which a trace's requests run, and what fails just below it."""
+"""``fragscope fit``: the smallest memory in which a trace's requests run, and what fails just below it.
+
+On which cards traces and the cases of a run have room is answered in ``fit_cards``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import click
 from fragscope.cli.subjects import granted, subject_json
 from fragscope.cli.tables import aligned, markdown_list, markdown_table
 from fragscope.cli.tune import progress
-from fragscope.errors import NotMeasuredError, UsageError, printable
+from fragscope.errors import EXIT_PASS, NotMeasuredError, UsageError, printable
 
 if TYPE_CHECKING:
     from fragscope.search import Failure, Fit, Subject
@@ -23,11 +26,12 @@ _LONGEST = 2000  # characters of a line
 
 
 @click.command()
-@click.argument("file", metavar="TRACE", type=click.Path(path_type=str))
+@click.argument("file", metavar="TRACE|RESULTS", type=click.Path(path_type=str))
 @click.option("--conf", "confs", multiple=True, metavar="CONF",
               help="PYTORCH_ALLOC_CONF string. [default: as recorded, '', and expandable_segments:True]")  # fmt: skip
 @click.option("--torch", "release", metavar="RELEASE", help="Release whose rules decide, as 2.11.0.")
-@click.option("--card", metavar="NAME", help="Device profile whose total memory counts, such as h100-80gb.")
+@click.option("--card", "cards", multiple=True, metavar="NAME",
+              help="Say whether it runs on this card, with how much room; repeatable. [of RESULTS: all]")  # fmt: skip
 @click.option(
     "--total", metavar="SIZE", help="Total memory of the device; expandable segments reserve addresses by it."
 )
@@ -42,34 +46,47 @@ def command(
     file: str,
     confs: tuple[str, ...],
     release: str | None,
-    card: str | None,
+    cards: tuple[str, ...],
     total: str | None,
     assume_unchanged: bool,
     sidecar: str | None,
     device_index: int | None,
     form: str,
-) -> None:
+) -> int:
     """Find the smallest memory for segments in which the requests in TRACE run without an OOM.
 
     The figure is what PyTorch's allocator may take from the driver, in pages of 2 MiB; the CUDA context, NCCL and other
     users of the device come on top. The exit code is 4 where the requests run under none of the confs, however much
     memory there is.
+
+    With --card, and for RESULTS (results.json or its folder, as 'fragscope run' writes it), say for every case on which
+    cards it runs, beside a CUDA context and nothing else: under the conf it was recorded with, else under which other,
+    else which request fails. Worst first. Exit codes then: 0 all run on all these cards, 3 something does not, 4 of
+    something it cannot be said.
     """
+    from fragscope.cli.fit_cards import answer_on_cards, is_results
+
+    if cards and total is not None:
+        raise UsageError("--total: --card already says how much the device has")
+    if cards or is_results(file):
+        if total is not None:
+            raise UsageError("--total: results are held against cards; name them with --card")
+        given_files = (sidecar, device_index, release)
+        return answer_on_cards(file, cards, confs, given_files, assume_unchanged=assume_unchanged, form=form)
+
     from fragscope.allocator import worth_compiling
     from fragscope.search import Given, fit, load_subject
     from fragscope.search.play import compile_with
     from fragscope.units import parse_memory
 
-    if card is not None and total is not None:
-        raise UsageError("--total: --card already says how much the device has")
     size = None if total is None else parse_memory(total, "--total")
     if size == 0:
         raise UsageError("--total: a device without memory runs nothing")
     with progress() as say:
         say("reading")
-        given = Given(torch=release, card=card, total=size, device=device_index, sidecar=sidecar)
+        given = Given(torch=release, total=size, device=device_index, sidecar=sidecar)
         subject = load_subject(file, given)
-        chosen = _different(confs or (subject.settings.conf, "", "expandable_segments:True"), subject)
+        chosen = different(confs or (subject.settings.conf, "", "expandable_segments:True"), subject)
         compiled = worth_compiling(_REPLAYS * len(chosen) * len(subject.tape.kind))
         if compiled:
             compile_with(say)
@@ -93,9 +110,10 @@ def command(
         _print_text(subject, fits)
     if all(f.capacity is None for f in fits):
         raise NotMeasuredError(f"{file}: the requests run under none of these confs, however much memory there is")
+    return EXIT_PASS
 
 
-def _different(confs: tuple[str, ...], subject: Subject) -> list[str]:
+def different(confs: tuple[str, ...], subject: Subject) -> list[str]:
     """The confs that mean different things to the release."""
     from fragscope.search.confs import effective
 
@@ -168,9 +186,16 @@ def _table(fits: list[Fit]) -> list[tuple[str, ...]]:
         rows.append((
             "-" if f.capacity is None else mib(f.capacity), mib(f.unlimited), f"{f.retries:,}",
             f"{calls.alloc:,}", f"{calls.free:,}", f"{calls.sync:,}", f"{f.tested:,}", "yes" if f.exact else "no",
-            f"{f.conf or 'default'} ({', '.join(f.cards) or 'no known card'})",
+            f"{f.conf or 'default'} ({_smallest(f.cards)})",
         ))  # fmt: skip
     return rows
+
+
+def _smallest(cards: tuple[str, ...]) -> str:
+    """Which cards are large enough, in a few words; the smallest comes first."""
+    if len(cards) < 2:
+        return cards[0] if cards else "no known card"
+    return f"{cards[0]} and {len(cards) - 1} larger"
 
 
 def _granted(fits: list[Fit]) -> list[str]:

@@ -68,7 +68,11 @@ def command(
     An option given several times makes a replay for each value; several options make one for each combination.
     What is not given is taken from the file. A folder of 'fragscope record' stands for all its recordings.
     """
+    from fragscope.cli.configured import configured
     from fragscope.trace.rank_set import expand
+
+    if cards:
+        configured()
 
     if (paths := expand(file)) != (file,):
         for_each(paths, "file")

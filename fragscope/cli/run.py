@@ -94,11 +94,11 @@ def command(
     (please report it), 4 something was skipped or nothing was measured, 130 interrupted; what is finished
     then is kept, and --resume goes on from there.
     """
-    from fragscope.config import load_config
+    from fragscope.cli.configured import configured
 
     if math.isnan(timeout):
         raise UsageError("--timeout: nan is not a time")
-    config = load_config()
+    config = configured()
     root = config.root or Path.cwd()
     with stdout_kept_clean():
         kind = _device(device)
@@ -211,13 +211,17 @@ def _profile_of(here: Card | None) -> tuple[str, ...]:
     """The profile of the card at hand; one without a profile gets one for this run."""
     if here is None:
         return ()
+    from dataclasses import replace
+
     from fragscope.allocator import CARDS, card_like
 
     known = card_like(here.product, here.total)
-    if known is not None:
-        return (known.name,)
-    CARDS[here.name] = here
-    return (here.name,)
+    if known is None:
+        CARDS[here.name] = here
+        return (here.name,)
+    if not known.measured:  # here it is
+        CARDS[known.name] = replace(here, name=known.name)
+    return (known.name,)
 
 
 def _release(config: Config, kind: DeviceKind) -> str:

@@ -84,16 +84,16 @@ def command(
 
 def _settings(card: str | None, free: str | None, conf: str, release: str | None) -> ReplaySettings:
     from fragscope.allocator import DEFAULT_CARD, NEWEST, ReplaySettings, card_named, parse_conf, rules_for
-    from fragscope.config import load_config
+    from fragscope.cli.configured import configured
     from fragscope.units import parse_memory
 
-    config = load_config()
+    config = configured()
     profile = card_named(card or config.card or DEFAULT_CARD)
     rules = rules_for(release or config.torch or NEWEST.release)
     parse_conf(conf, rules.rules)  # complains before anything is computed
-    capacity = profile.free if free is None else parse_memory(free, "--free")
+    settings = ReplaySettings.on(profile, rules, conf, None if free is None else parse_memory(free, "--free"))
     # More than the card has stands for a larger card.
-    return ReplaySettings(rules, profile.name, max(profile.total, capacity), capacity, conf)
+    return settings if settings.capacity <= settings.total else settings.with_total(settings.capacity)
 
 
 def as_json(found: list[Thresholds], settings: ReplaySettings) -> dict[str, Any]:

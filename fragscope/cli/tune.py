@@ -70,7 +70,11 @@ def command(
     recordings. Fewer OOMs come first, then the peak relative to each trace's own as recorded, then fewer driver calls
     beyond those as recorded, then fewer settings. The last line can be pasted into a shell.
     """
+    from fragscope.cli.configured import configured
     from fragscope.trace.rank_set import expand
+
+    if card:
+        configured()
 
     files = tuple(path for file in files for path in expand(file))
 

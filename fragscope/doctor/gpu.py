@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from fragscope.allocator.cards import card_like
+from fragscope.allocator.cards import CARDS, card_like
 from fragscope.doctor.check import Check, Status
 from fragscope.doctor.machine import Machine, Missing, TorchFacts
 from fragscope.errors import printable
@@ -50,16 +50,23 @@ def card(machine: Machine) -> Check:
     unknown = {d.name: d for d in reversed(machine.devices) if card_like(d.name, d.total) is None}
     known = {c.name: None for d in machine.devices if (c := card_like(d.name, d.total)) is not None}
     if not unknown:
-        return Check(name, "ok", f"{', '.join(known)} has the same name and memory")
+        guessed = [name for name in known if not CARDS[name].measured]
+        hint = (
+            f"{', '.join(guessed)}: free memory is estimated there; with --device cuda it is measured"
+            if guessed
+            else ""
+        )
+        return Check(name, "ok", f"{', '.join(known)} has the same name and memory", hint)
     device = next(iter(unknown.values()))
-    free = "" if device.free is None else f", free={device.free:_}"
+    free = "" if device.free is None else f", free = {device.free}"
+    major, minor = device.capability
     return Check(
         name,
         "warn",
         f"none for {', '.join(f'{printable(d.name, 100)} with {d.total:,} bytes' for d in unknown.values())}",
-        "'fragscope run --device cuda' measures its own; for replays elsewhere define one in allocator/cards.py: "
-        f"product={printable(device.name, 100)!r}, total={device.total:_}{free}, capability={device.capability}, "
-        f"multiprocessors={device.multiprocessors}, l2={device.l2:_}",
+        "'fragscope run --device cuda' measures its own; for replays elsewhere define it in pyproject.toml: "
+        f"[tool.fragscope.cards.NAME] with product = {printable(repr(device.name), 100)}, total = {device.total}{free}"
+        f', capability = "{major}.{minor}", multiprocessors = {device.multiprocessors}, l2 = {device.l2}',
     )
 
 

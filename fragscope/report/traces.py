@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fragscope.errors import FragscopeError, printable
 from fragscope.measure import Lifetimes, Timeline, lifetimes, timeline
-from fragscope.results import Case
+from fragscope.results import Case, trace_file
 from fragscope.trace import RequestKind, Trace, load_trace
 
 
@@ -58,22 +58,17 @@ def open_recording(case: Case, folder: Path) -> Recording | Unavailable:
         case: names the file, relative to ``folder``.
         folder: where the results file lies; nothing outside it is read, whatever the name or a link says.
     """
-    if case.trace is None:
-        return Unavailable("No trace was kept for this case.")
-    shown = printable(case.trace, 160)
+    file = trace_file(case, folder)
+    if isinstance(file, str):
+        return Unavailable(file)
+    shown = printable(case.trace or "", 160)
     try:
-        root = folder.resolve(strict=True)
-        file = (root / case.trace).resolve()
-        if not file.is_relative_to(root):
-            return Unavailable(f"The trace {shown} lies outside the folder of the results and was not read.")
-        if not file.is_file():
-            return Unavailable(f"The trace {shown} is missing.")
         trace = load_trace(file)
         lives = lifetimes(trace)
         line = timeline(trace, lives)
     except FragscopeError as e:
         return Unavailable(f"The trace {shown} cannot be used: {_without_path(e)}.")
-    except (OSError, ValueError, RuntimeError) as e:  # a name no file system takes, a link that leads to itself
+    except (OSError, ValueError, RuntimeError) as e:
         return Unavailable(f"The trace {shown} cannot be read ({printable(type(e).__name__)}).")
     if len(trace.requests) == 0:
         return Unavailable(f"The trace {shown} holds no events.")

@@ -26,6 +26,7 @@ from fragscope.results.model import (
     save_results,
 )
 from fragscope.results.sweep import Curve, Point, SweepResults
+from fragscope.results.trace_file import trace_file
 
 __all__ = [
     "CAME_TO_ITS_END",
@@ -54,4 +55,5 @@ __all__ = [
     "VerifyRecord",
     "load_results",
     "save_results",
+    "trace_file",
 ]

@@ -54,7 +54,7 @@ class Fit:
         retries: requests that released everything cached first, at ``capacity``.
         calls: driver calls at ``capacity``.
         calls_unlimited: driver calls with unlimited memory.
-        cards: profiles whose usual free memory is enough.
+        cards: profiles whose usual free memory is enough, the smallest first.
         exact: whether nothing assumed can change these figures as long as the program asks for the same.
         assumptions: what they take for granted.
     """
@@ -248,7 +248,7 @@ class _Fitting:
             retries=final.whole.retries,
             calls=final.whole.calls,
             calls_unlimited=roomy.whole.calls,
-            cards=() if capacity is None else tuple(n for n, card in CARDS.items() if card.free >= capacity),
+            cards=() if capacity is None else _cards_with(capacity),
             exact=all(a.effect == "none" for a in found if a.code not in OF_PROGRAM),
             assumptions=merged([self._assumed, found], max),
         )
@@ -256,3 +256,8 @@ class _Fitting:
 
 def _pages(size: int) -> int:
     return -(-size // PAGE)
+
+
+def _cards_with(capacity: int) -> tuple[str, ...]:
+    enough = (card for card in CARDS.values() if card.free >= capacity)
+    return tuple(card.name for card in sorted(enough, key=lambda card: card.free))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fragscope.allocator import Assumption, DriverCalls, TieBreak, replay, worth_compiling
+from fragscope.allocator.cards import defined
 from fragscope.allocator.compiling import COMPILED, INTERPRETED
 from fragscope.allocator.engine.compiled import compile_now, is_compiled_before
 from fragscope.errors import FragscopeError, from_plain
@@ -112,7 +113,11 @@ class _Workers:
     """Replays in processes of their own, in sessions of their own: Ctrl-C reaches the parent, which ends them."""
 
     def __init__(self, subjects: Sequence[Subject], *, compiled: bool, jobs: int) -> None:
-        self._task = {"subjects": [[s.name, asdict(s.given)] for s in subjects], "compiled": compiled}
+        self._task = {
+            "cards": [asdict(card) for card in defined()],
+            "subjects": [[s.name, asdict(s.given)] for s in subjects],
+            "compiled": compiled,
+        }
         self._jobs = jobs
         self._processes: list[subprocess.Popen[bytes]] = []
 

@@ -43,12 +43,16 @@ def main() -> None:
 
 
 def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
-    from fragscope.search.play import play_one  # noqa: PLC0415 - takes a while, and the parent may end meanwhile
+    import msgspec  # noqa: PLC0415
+
+    from fragscope.allocator.cards import Card, define  # noqa: PLC0415 - takes a while, and the parent may end meanwhile
+    from fragscope.search.play import play_one  # noqa: PLC0415
     from fragscope.search.subject import Given, load_subject  # noqa: PLC0415
 
     task = json.loads(sys.stdin.readline() or "null")
     if task is None:
         return
+    define(msgspec.convert(task["cards"], list[Card]))
     subjects = [load_subject(name, Given(**given)) for name, given in task["subjects"]]
     for line in sys.stdin:
         conf = json.loads(line)

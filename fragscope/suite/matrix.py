@@ -67,6 +67,5 @@ def cells(
         card = card_named(name)
         if limit is not None and limit > card.total:
             raise UsageError(f"--capacity: {format_bytes(limit)} is more than {name} has ({format_bytes(card.total)})")
-        free = card.free if limit is None else limit
-        out.append(ReplaySettings(chosen[release], name, card.total, free, conf))
+        out.append(ReplaySettings.on(card, chosen[release], conf, limit))
     return out, [NotApplicable(conf, release, str(e)) for (conf, release), e in refused.items()]

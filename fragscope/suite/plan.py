@@ -95,12 +95,14 @@ def _case_id(name: str, changed: Sequence[tuple[str, Value]], settings: ReplaySe
 
 
 def _digest(name: str, values: Sequence[tuple[str, Value]], settings: ReplaySettings, device: DeviceKind) -> str:
+    card = card_named(settings.card)
     facts = {
         "name": name,
         "values": list(values),
         "conf": settings.conf,
         "torch": settings.rules.torch,
         "card": [settings.card, settings.total, settings.capacity],
+        "reports": [card.product, *card.capability, card.multiprocessors, card.l2],
         "memory_fraction": settings.memory_fraction,
         "device": device,
         "versions": versions(),

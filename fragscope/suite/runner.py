@@ -178,6 +178,7 @@ def _card_facts(planned: PlannedCase) -> dict[str, Any]:
         "capacity": planned.settings.capacity,
         "capability": list(card.capability),
         "source": card.source,
+        "estimated": list(card.estimated),
     }
 
 
@@ -344,6 +345,7 @@ class _PlanRun:
             out=self._options.out,
             timeout=self._options.timeout,
             card=self._options.card,
+            profile=card_named(first.settings.card),
             replays=None if variant.replays is None else str(variant.replays),
             installed=None if variant.installed is None else variant.installed.code(),
         )

@@ -76,6 +76,7 @@ class Task:
 
     Attributes:
         card: the card at hand and what is free of it, for a recording on CUDA.
+        profile: the virtual card of the first case, which may be one that only the run knows; None for a shipped one.
         replays: whose code the variant replays.
         installed: the installed code that the variant runs.
     """
@@ -93,6 +94,7 @@ class Task:
     out: Path
     timeout: float
     card: Card | None = None
+    profile: Card | None = None
     replays: str | None = None
     installed: InstalledCode | None = None
 
@@ -102,8 +104,8 @@ class Report(msgspec.Struct):
 
     Attributes:
         cases: results.
-        again: ids of cases that need a recording of their own, since the program observed memory state or would not
-            have gone on unchanged.
+        again: ids of cases that need a recording of their own, since the program observed memory state, asked what
+            the card is, or would not have gone on unchanged.
     """
 
     cases: list[Case]
@@ -127,6 +129,7 @@ def record(task: Task) -> Report:
     sources = loaded_sources(task.file)
     trace = recording.trace
     observed = trace is not None and trace.count(RequestKind.OBSERVATION) > 0
+    recorded_on = task.cases[0].settings.card
     cases: list[Case] = []
     again: list[str] = []
     verified: VerifyRecord | None = None
@@ -136,11 +139,14 @@ def record(task: Task) -> Report:
             try:
                 if position == 0 and task.device == "cuda":
                     verified = verified_recording(trace, task.card, recording.statistics)
+                if recording.any_card:
+                    trace = replace(trace, card=wanted.settings.card)
                 decided = replay(trace, wanted.settings)
             except UsageError as e:  # the model does not cover what was recorded
                 recording = replace(recording, trace=None, outcome="unsupported", message=printable(str(e), 600))
                 trace = None
-        if position and (decided is None or observed or recording.outcome != "ok" or decided.ooms):
+        other_card = task.device == "virtual" and not recording.any_card and wanted.settings.card != recorded_on
+        if position and (decided is None or observed or other_card or recording.outcome != "ok" or decided.ooms):
             again.append(wanted.id)
             continue
         elapsed = time.perf_counter() - began
@@ -163,6 +169,7 @@ class Recording:
         trace: None where the measured phase was never entered.
         statistics: PyTorch's own peaks and ends of the phase, from a GPU only.
         missing: bytes that something of a fixed size lacked.
+        any_card: on every other virtual card it would have asked for the same.
     """
 
     trace: Trace | None
@@ -171,11 +178,12 @@ class Recording:
     estimated: list[EstimatedOp]
     statistics: PhaseStatistics | None = None
     missing: int | None = None
+    any_card: bool = False
 
 
 def _virtual_device(task: Task) -> VirtualDevice:
     settings = task.cases[0].settings
-    return VirtualDevice(card_named(settings.card), settings, task.root)
+    return VirtualDevice(task.profile or card_named(settings.card), settings, task.root)
 
 
 def on_virtual(task: Task, device: VirtualDevice) -> Recording:
@@ -193,7 +201,7 @@ def on_virtual(task: Task, device: VirtualDevice) -> Recording:
     estimated = [EstimatedOp(op, calls, where) for op, (calls, where) in sorted(device.estimated.items())]
     if ran.outcome != "unsupported":  # the program caught the error, and went another way than it would on a card
         estimated += [EstimatedOp(f"caught: {what}", n, where) for what, (n, where) in sorted(device.refused.items())]
-    return Recording(trace, ran.outcome, ran.message, estimated, missing=ran.missing)
+    return Recording(trace, ran.outcome, ran.message, estimated, missing=ran.missing, any_card=not device.asked_card)
 
 
 def _on_cuda(task: Task) -> Recording:

@@ -106,7 +106,7 @@ def on_virtual_card(card: str | None, release: str | None, root: Path) -> Iterat
     rules = rules_for(release or installed_release())
     profile = card_named(card or DEFAULT_CARD, "--fragscope-card")
     _, conf = conf_from_environment(os.environ, rules.rules)
-    device = VirtualDevice(profile, ReplaySettings(rules, profile.name, profile.total, profile.free, conf), root)
+    device = VirtualDevice(profile, ReplaySettings.on(profile, rules, conf), root)
     gc.collect()  # earlier tests' garbage is theirs
     with device:
         source = _OnCard(device)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fragscope.allocator.own_cards import use_cards_of
 from fragscope.config import load_config
 from fragscope.errors import UsageError, printable
 from fragscope.testing.marker import Bound, read_bounds
@@ -48,6 +49,8 @@ def read_options(
         InputFileError: pyproject.toml cannot be read.
     """
     config = load_config(root)
+    if config.own_cards is not None:
+        use_cards_of(config.own_cards)
     project = (
         f"{printable('pyproject.toml' if config.root == root else str(config.root))}: [tool.fragscope.pytest.budget]"
     )

@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "config": BASE,
     "trace": BASE,
     "results": BASE | {"trace"},
-    "allocator": BASE | {"trace"},
+    "allocator": BASE | {"trace", "toml"},
     "measure": BASE | {"trace", "allocator"},
     "search": BASE | {"trace", "allocator", "measure"},
     "record": BASE | {"trace", "allocator"},

@@ -57,7 +57,7 @@ def test_every_loss_makes_an_assumption_with_an_effect() -> None:
 
 def test_every_stand_in_has_an_effect() -> None:
     codes = first_arguments("StandIn")
-    assert len(codes) == 9
+    assert len(codes) == 11
     assert codes <= set(EFFECTS)
 
 

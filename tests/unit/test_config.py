@@ -63,7 +63,7 @@ def test_no_project_file_is_an_empty_config(tmp_path, monkeypatch):
     ("table", "message"),
     [
         ('budget = "b.toml"', "did you mean 'budgets'?"),
-        ("zebra = 1", "known keys: scenarios, budgets, card, torch, out"),
+        ("zebra = 1", "known keys: scenarios, budgets, card, cards, torch, out"),
         ('scenarios = "scenarios"', "scenarios: 'scenarios' is not a list of paths"),
         ('scenarios = ["a", 3]', "scenarios[1]: 3 is not a non-empty string"),
         ("torch = 2.11", "torch: 2.11 is not a non-empty string"),

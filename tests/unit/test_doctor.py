@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,8 +169,10 @@ def test_the_profile_that_fits_is_named():
 def test_a_card_that_differs_in_name_or_memory_has_no_profile(device):
     check = gpu.card(replace(CARD, torch=torch_facts(devices=(device,))))
     assert check.status == "warn"
-    assert f"product='{device.name}', total={device.total:_}" in check.advice
-    assert (f"free={device.free}" in check.advice.replace("_", "")) == (device.free is not None)
+    assert f"product = '{device.name}', total = {device.total}" in check.advice
+    assert (f"free = {device.free}" in check.advice) == (device.free is not None)
+    table = check.advice.partition("[tool.fragscope.cards.NAME] with ")[2].replace(", ", "\n")
+    assert set(tomllib.loads(table)) - {"free"} == {"product", "total", "capability", "multiprocessors", "l2"}
 
 
 # Recording, tracker, NVML

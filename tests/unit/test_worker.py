@@ -80,7 +80,7 @@ def test_a_process_that_is_killed_is_one_clear_line(trace: Path, monkeypatch: py
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too() -> None:
-    task = {"subjects": [["trace.pickle", {"no such field": "a\nb"}]], "compiled": False}
+    task = {"cards": [], "subjects": [["trace.pickle", {"no such field": "a\nb"}]], "compiled": False}
     done = subprocess.run(
         [sys.executable, "-m", "fragscope.search.worker"],
         input=json.dumps(task) + "\n", capture_output=True, text=True, check=True,

@@ -18,7 +18,7 @@ from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_WORKSPACE, LT_WORKSPACE
+from fragscope.record.virtual.footprints import GEMM_RECORDED, LT_WORKSPACE, gemm_workspace
 from fragscope.record.virtual.pinned import Pinned
 from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
@@ -43,11 +43,14 @@ class VirtualCard:
         pinned: host tensors that the program pinned.
         scopes: which requests go to private pools.
         refused: what was asked for and cannot be known: times and first place, by description.
+        asked_card: whether what was asked may depend on which card this is: the program or a library read its
+            properties, and might go another way on another one.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
 
     def __init__(self, card: Card, settings: ReplaySettings, root: Path | None = None) -> None:
-        self.card = card
+        self._card = card
+        self.asked_card = False
         self.memory = CardMemory(settings)
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
@@ -61,6 +64,12 @@ class VirtualCard:
         self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
+
+    @property
+    def card(self) -> Card:
+        """What the card reports of itself, to whoever goes by it."""
+        self.asked_card = True
+        return self._card
 
     @property
     def stream(self) -> int:
@@ -219,12 +228,11 @@ class VirtualCard:
         thread of their own, which has its own of both (recorded for ``linear_forward_backward``).
         """
         user = self.stream, torch._C._current_graph_task_id() != -1
+        capability = self.card.capability
         if ("cuBLAS", *user) not in self.gemm_workspaces:
-            size = GEMM_WORKSPACE.get(self.card.capability[0])
-            if size is None:
+            if capability not in GEMM_RECORDED:
                 self.estimate("cuBLAS workspace")
-                return
-            self.gemm_workspaces["cuBLAS", *user] = self.allocate(size) or 0
+            self.gemm_workspaces["cuBLAS", *user] = self.allocate(gemm_workspace(capability)) or 0
         if adds_bias and ("cuBLASLt", *user) not in self.gemm_workspaces:
             self.gemm_workspaces["cuBLASLt", *user] = self.allocate(LT_WORKSPACE) or 0
 
@@ -321,7 +329,7 @@ class VirtualCard:
             f"Of the allocated memory {_size(now.allocated)} is allocated by PyTorch, and "
             f"{_size(now.reserved - now.allocated)} is reserved by PyTorch but unallocated. If reserved but "
             "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
-            f"fragmentation. (virtual {self.card.name})"
+            f"fragmentation. (virtual {self._card.name})"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fragscope.units import MIB
+from fragscope.units import KIB, MIB
 
 OUTPUTS_ONLY = frozenset(
     f"aten::{name}"
@@ -55,9 +55,18 @@ SHAPE_OF_INPUT = frozenset(
 GEMMS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 
-GEMM_WORKSPACE = {9: 32 * MIB}
-"""Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in
-aten/src/ATen/cuda/CublasHandlePool.cpp, recorded on an H100; other cards make matrix products ``estimated``."""
+GEMM_RECORDED = frozenset({(9, 0)})
+"""Compute capabilities whose matrix products were recorded; on others they make a result ``estimated``."""
+
+
+def gemm_workspace(capability: tuple[int, int]) -> int:
+    """Bytes of that workspace on a card.
+
+    Source: ``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp. Blackwell has as much as Hopper in
+    the newest releases; earlier ones gave it what other cards have.
+    """
+    return 32 * MIB if capability[0] in (9, 10, 12) else 4096 * KIB * 2 + 16 * KIB * 8
+
 
 LT_WORKSPACE = MIB
 """Bytes of cuBLASLt's, recorded on an H100. Source: ``_getWorkspaceSize`` in aten/src/ATen/cuda/CUDABlas.cpp."""
