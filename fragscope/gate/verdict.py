@@ -114,7 +114,7 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     """What one place in the code held at the peak (or end) that a metric speaks of, before and after; bytes.
 
     Attributes:
-        kind: new (held nothing before), grown, shrunk, or gone (holds nothing any more).
+        kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there any more).
         before, after: bytes held.
         file: of the innermost frame in the repository, relative to its root; ``""`` where no frame is.
         line: in ``file`` as it is now; as it was before where the place is gone.
@@ -191,6 +191,8 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
         before, after: outcomes.
         regressed: it ended as declared and does no more; else it is mended, or both are as declared.
         message: one line about how it ends now, or ended before where it is mended.
+        place: the request that failed, where it runs out of memory now.
+        stacks: which places held more or less then than at the peak before.
     """
 
     case: CaseName
@@ -198,6 +200,8 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
     after: str
     regressed: bool
     message: str = ""
+    place: CodePlace | None = None
+    stacks: list[StackChange] = []
 
 
 class OneSided(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,6 +303,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def over(self) -> list[Check]:
         """The comparisons that failed, worst first."""
         return [check for check in self.checks if check.over]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """The values that are larger than a comparison allows, worst first."""
+        return [change for change in self.changes if change.regressed]
 
 
 def decide(checks: list[Check], undeclared: list[Undeclared], not_measured: list[NotMeasured]) -> tuple[Decision, int]:
