@@ -3,6 +3,9 @@
 Live memory is grouped by the stack that asked for it, on both sides, and stacks are matched although lines moved: first
 whole stacks whose lines correspond, then those whose innermost line of the repository does, then by that line's text. What
 is left was added or removed. The sums are whole: what all places hold more is what the program holds more.
+
+The line that a difference is told by is the innermost one of the repository that no unchanged stack shares: many programs
+allocate in one function of their own, whose line says nothing about who calls it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ _CODE_LIMIT = 200
 _TELLING = 6  # characters that a line must have to be known by its text alone
 
 
+_OwnFrame = tuple[str, int, str]
+"""File relative to the tree, line, function."""
+
+
 class Tree:
     """A tree whose recordings are compared.
 
@@ -45,23 +52,14 @@ class Tree:
             return None
         return str(path.relative_to(self.top))
 
-    def innermost(self, stack: Stack) -> tuple[str, Frame] | None:
-        """The innermost frame of the repository, with its file."""
-        for frame in stack:
-            file = self.own(frame)
-            if file is not None:
-                return file, frame
-        return None
+    def frames(self, stack: Stack) -> list[_OwnFrame]:
+        """The frames of the repository, innermost first."""
+        return [(file, frame.line, frame.function) for frame in stack if (file := self.own(frame)) is not None]
 
-    def place(self, stack: Stack) -> CodePlace | None:
-        """The line of the repository that a stack ends in."""
-        found = self.innermost(stack)
-        if found is None:
-            return None
-        file, frame = found
-        return CodePlace(
-            file=printable(file), line=frame.line, function=printable(frame.function), code=self.code(file, frame.line)
-        )
+    def place(self, frame: _OwnFrame) -> CodePlace:
+        """A line of the repository, as it can be shown."""
+        file, line, function = frame
+        return CodePlace(file=printable(file), line=line, function=printable(function), code=self.code(file, line))
 
     def code(self, file: str, line: int) -> str:
         """The text of a line, as it can be shown."""
@@ -82,6 +80,7 @@ class _Group:
 
     Attributes:
         stack: that held most.
+        stacks: all of them.
         held, blocks: at the moment; bytes.
         requests, asked: in the whole run; asked in bytes.
     """
@@ -91,11 +90,13 @@ class _Group:
     blocks: int = 0
     requests: int = 0
     asked: int = 0
-    most: int = field(default=-1, repr=False)
+    stacks: list[Stack] = field(default_factory=list)
+    most: int = -1
 
     def add(self, other: _Group) -> None:
         if other.held > self.most:
             self.stack, self.most = other.stack, other.held
+        self.stacks.append(other.stack)
         self.held += other.held
         self.blocks += other.blocks
         self.requests += other.requests
@@ -121,9 +122,30 @@ class Attribution:
 
     def changes(self, was: Moment, now: Moment) -> list[StackChange]:
         """What each place held at a moment of either recording, where that differs; largest difference first."""
-        pairs = self._matched(_groups(was, self._was), _groups(now, self._now))
-        found = [self._change(old, new) for old, new in pairs if _held(old) != _held(new)]
+        pairs = list(self._matched(_groups(was, self._was), _groups(now, self._now)))
+        same = [(old, new) for old, new in pairs if old is not None and new is not None and _unchanged(old, new)]
+        others = (
+            _shared(self._before, (stack for old, _ in same for stack in old.stacks)),
+            _shared(self._after, (stack for _, new in same for stack in new.stacks)),
+        )
+        found = [self._change(old, new, others) for old, new in pairs if _held(old) != _held(new)]
         return sorted(found, key=lambda c: (-abs(c.after - c.before), c.file, c.line, c.frames))
+
+    def peaks(self, was: Stack, now: Stack) -> tuple[CodePlace | None, CodePlace | None, bool]:
+        """The lines at which peaks were reached, and whether they are others.
+
+        Of two stacks that have their innermost lines in common, the first that differ are meant.
+        """
+        old, new = self._before.frames(was), self._after.frames(now)
+        if not old or not new:
+            return None, None, bool(old) != bool(new)
+        for left, right in zip(old, new, strict=False):
+            moved = self._lines.moved(left[0], left[1])
+            if moved is None or (moved.file, moved.line) != right[:2]:
+                same_text = left[2] == right[2] and self._before.code(*left[:2]) == self._after.code(*right[:2])
+                if moved is not None or not same_text:
+                    return self._before.place(left), self._after.place(right), True
+        return self._before.place(old[0]), self._after.place(new[0]), False
 
     # --- matching -------------------------------------------------------------------------------------------------
 
@@ -162,20 +184,23 @@ class Attribution:
         return tuple((self._after.own(frame) or frame.file, frame.line) for frame in stack)
 
     def _leaf_before(self, stack: Stack) -> Hashable:
-        found = self._before.innermost(stack)
-        moved = self._lines.moved(found[0], found[1].line) if found is not None else None
+        frames = self._before.frames(stack)
+        moved = self._lines.moved(*frames[0][:2]) if frames else None
         return None if moved is None else (moved.file, moved.line)
 
     def _leaf_after(self, stack: Stack) -> Hashable:
-        found = self._after.innermost(stack)
-        return None if found is None else (found[0], found[1].line)
+        frames = self._after.frames(stack)
+        return frames[0][:2] if frames else None
 
     # --- what is said ---------------------------------------------------------------------------------------------
 
-    def _change(self, old: _Group | None, new: _Group | None) -> StackChange:
-        tree, group = (self._before, old) if new is None else (self._after, new)
+    def _change(self, old: _Group | None, new: _Group | None, others: tuple[_Shared, _Shared]) -> StackChange:
+        tree, group, shared = (
+            (self._before, old, others[0]) if new is None else (self._after, new, others[1])
+        )
         assert group is not None
-        place = tree.place(group.stack) or CodePlace(file="", line=0, function="")
+        frames = tree.frames(group.stack)
+        place = tree.place(_telling(frames, shared)) if frames else CodePlace(file="", line=0, function="")
         before, after = _held(old), _held(new)
         kind: Literal["new", "grown", "shrunk", "gone"] = "grown" if after > before else "shrunk"
         if old is None or new is None:
@@ -193,6 +218,28 @@ class Attribution:
             blocks_after=new.blocks if new is not None else 0,
             why=_why(old, new) if old is not None and new is not None else "",
         )
+
+
+_Shared = set[tuple[tuple[str, int], ...]]
+"""Beginnings of stacks, innermost lines first."""
+
+
+def _shared(tree: Tree, stacks: Iterable[Stack]) -> _Shared:
+    out: _Shared = set()
+    for stack in stacks:
+        lines = [frame[:2] for frame in tree.frames(stack)]
+        out.update(tuple(lines[:n]) for n in range(1, len(lines) + 1))
+    return out
+
+
+def _telling(frames: list[_OwnFrame], shared: _Shared) -> _OwnFrame:
+    """The innermost frame up to which no unchanged stack is the same; the innermost one where all are shared."""
+    lines = tuple(frame[:2] for frame in frames)
+    return next((frame for n, frame in enumerate(frames) if lines[: n + 1] not in shared), frames[0])
+
+
+def _unchanged(old: _Group, new: _Group) -> bool:
+    return (old.held, old.requests, old.asked) == (new.held, new.requests, new.asked)
 
 
 def _groups(moment: Moment, recorded: Recorded) -> list[_Group]:
@@ -223,14 +270,14 @@ def _together(groups: list[_Group]) -> _Group:
 
 def _text(tree: Tree, stack: Stack, *, named: bool) -> Hashable:
     """The innermost line of the repository by its text, with its function's name or alone."""
-    found = tree.innermost(stack)
-    if found is None:
+    frames = tree.frames(stack)
+    if not frames:
         return None
-    file, frame = found
-    text = tree.sources.line(file, frame.line)
+    file, line, function = frames[0]
+    text = tree.sources.line(file, line)
     if len(text) < _TELLING:
         return None
-    return (frame.function, text) if named else text
+    return (function, text) if named else text
 
 
 def _held(group: _Group | None) -> int:

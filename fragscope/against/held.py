@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fragscope.measure import Holder, Lifetimes, Timeline, holders_at, lifetimes, timeline
-from fragscope.measure.holders import raw_holders_at
+from fragscope.measure import Holder, Lifetimes, Timeline, holders_at, lifetimes, raw_holders_at, timeline
 from fragscope.trace import ASKING, NO_STACK, DecisionKind, Stack, Trace, load_trace
 
 _SERIES = {

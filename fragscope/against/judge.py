@@ -177,11 +177,13 @@ class _Explained:
         old, new = held(was, change.metric), held(now, change.metric)
         stacks = attribution.changes(old, new)
         explained = sum(s.after - s.before for s in stacks)
+        peak_before, peak_after, moved = attribution.peaks(old.place, new.place)
         return msgspec.structs.replace(
             change,
             stacks=stacks,
-            peak_before=self._trees[0].place(old.place),
-            peak_after=self._trees[1].place(new.place),
+            peak_before=peak_before,
+            peak_after=peak_after,
+            peak_moved=moved,
             caveats=[*_unexplained(change, self._pairs[change.case.id], explained), *change.caveats],
         )
 
@@ -191,8 +193,9 @@ class _Explained:
         failed = held_at_failure(both[1]) if both is not None else None
         if both is None or failed is None:
             return change
-        stacks = both[2].changes(held(both[0], "peak_allocated"), failed)
-        return msgspec.structs.replace(change, place=self._trees[1].place(failed.place), stacks=stacks)
+        peak = held(both[0], "peak_allocated")
+        _, place, _ = both[2].peaks(peak.place, failed.place)
+        return msgspec.structs.replace(change, place=place, stacks=both[2].changes(peak, failed))
 
     def _recorded(self, case: str) -> tuple[Recorded, Recorded, Attribution] | None:
         if case not in self._read:

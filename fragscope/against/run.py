@@ -109,7 +109,7 @@ def run_both(
         The other side, and the current one.
 
     Raises:
-        UsageError: no scenarios are configured, or a side ran code of the other one.
+        UsageError: a side ran code of the other one.
         NotMeasuredError: there are no scenario files, or the project's folder is not in the other tree.
         FragscopeError: what ended a side.
     """
@@ -118,11 +118,6 @@ def run_both(
         raise UsageError(f"{printable(str(root))} lies outside the repository {printable(str(repository.top))}")
     if not (tree / inside).is_dir():
         raise NotMeasuredError(f"{which} has no folder {printable(str(inside))}: there is nothing to compare with")
-    if not config.scenarios:
-        raise UsageError(
-            "no scenarios are configured: set scenarios = [...] in [tool.fragscope] of pyproject.toml; "
-            "both sides of a comparison are run, each with its own"
-        )
     files = scenario_files(config.scenarios)
     if not files:
         searched = ", ".join(printable(str(p)) for p in config.scenarios)

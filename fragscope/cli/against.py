@@ -75,6 +75,11 @@ def verdict_against(wanted: Wanted, config: Config, budgets: Path | None, shown:
     from fragscope.suite.matrix import cells
     from fragscope.suite.runner import usable_cores
 
+    if not config.scenarios:
+        raise UsageError(
+            "no scenarios are configured: set scenarios = [...] in [tool.fragscope] of pyproject.toml; "
+            "both sides of a comparison are run, each with its own"
+        )
     root = (config.root or Path.cwd()).resolve()
     tolerance = Tolerance()
     if wanted.tolerance is not None:

@@ -219,7 +219,7 @@ def _peak(change: Change, shown: _Shown) -> list[str]:
     was, now = change.peak_before, change.peak_after
     if now is None or was is None:
         return []
-    if (was.function, was.code) == (now.function, now.code):
+    if not change.peak_moved:
         return [f"peak at {_line(now, shown)}, as before"]
     return [f"peak at {_line(now, shown)}; before at {_line(was, shown)}"]
 

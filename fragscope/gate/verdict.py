@@ -116,7 +116,8 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there any more).
         before, after: bytes held.
-        file: of the innermost frame in the repository, relative to its root; ``""`` where no frame is.
+        file: of the innermost frame in the repository that no unchanged allocation shares, relative to its root;
+            ``""`` where no frame is in the repository.
         line: in ``file`` as it is now; as it was before where the place is gone.
         function: of that frame.
         code: the line's text.
@@ -167,6 +168,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         stacks: which places hold the difference, largest first.
         improved: it is smaller by more than that.
         peak_before, peak_after: the request at which the peak was reached; None for values of the end.
+        peak_moved: these are different lines, and not one that moved.
         caveats: everything that keeps the values from being certain.
     """
 
@@ -180,6 +182,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     stacks: list[StackChange] = []
     peak_before: CodePlace | None = None
     peak_after: CodePlace | None = None
+    peak_moved: bool = False
     caveats: list[str] = []
 
 
