@@ -27,7 +27,7 @@ from fragscope.against.imports import (
     own_names,
     refusal,
 )
-from fragscope.against.side import LeftOut, SideAnswer, SideRequest, Step, answer_path
+from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
 from fragscope.config import Config, load_config
 from fragscope.errors import FragscopeError, NotMeasuredError, UsageError, from_plain, printable
 from fragscope.results import Results, load_results
@@ -215,7 +215,7 @@ def _borrow(repository: Repository, tree: Path, files: Sequence[Path]) -> list[P
 
 
 def _import_path(top: Path, side: Side, shim: Path) -> list[Path]:
-    """What a side's Python imports from first: this fragscope, then the tree's own folders, then what is not the tree's.
+    """What a side's Python imports from first: this fragscope, the tree's own folders, then what is not the tree's.
 
     Entries of the user's PYTHONPATH that lead into the working tree lead to the same place in the side's tree.
     """
@@ -343,7 +343,11 @@ def _refuse_foreign(side: Side, request: SideRequest, answer: SideAnswer, top: P
     others = [Path(o) for o in request.others]
     copies = installed_names(set(request.names))
     for case in load_results(side.folder).cases if answer.ran else ():
-        found += [Foreign(dotted(Path(s)), s, installed=False) for s in case.sources if is_of_another(Path(s), side.top, others)]
+        found += [
+            Foreign(dotted(Path(s)), s, installed=False)
+            for s in case.sources
+            if is_of_another(Path(s), side.top, others)
+        ]
         if copies and case.trace is not None:
             # What a function imports is not among the sources of a case where it is installed; its stacks tell.
             stacks = load_trace(side.folder / case.trace).stacks

@@ -5,9 +5,9 @@ far as requested bytes tell: any increase counts. Block sizes move by rounding a
 not split off, reserved bytes by a segment when one temporary comes or goes; what only these add, to any value, is held
 against the tolerance. What a program keeps no longer when it is over may be transient now: that needs no more memory.
 
-**What counts as what.** A case that ends otherwise than declared and did not before has regressed, whatever its values.
-A case without figures on the current side is not measured, unless it ended as before. So is one that gained an operator of
-unknown footprint: its values may be larger than they look. A case that only one side has is said and fails nothing.
+**What counts as what.** A case that ends otherwise than before, and not as declared, has regressed, whatever its
+values. One that is skipped is not measured. Nor is one that gained an operator of unknown footprint: its values may be larger
+than they look. A case that only one side has is said and fails nothing.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def compare(before: Results | None, after: Results, tolerance: Tolerance, which:
         earlier = old.get(case.id)
         name = named[case.id]
         if case.outcome == "skipped":
-            found.not_measured.append(NotMeasured(case=name, reason=f"skipped: {case.message or 'no reason was given'}"))
+            found.not_measured.append(
+                NotMeasured(case=name, reason=f"skipped: {case.message or 'no reason was given'}")
+            )
         elif earlier is None:
             found.appeared.append(OneSided(case=name, reason=f"{which} has no such case"))
         elif differing := _other_values(earlier, case):
@@ -149,16 +151,12 @@ def _other_values(before: Case, after: Case) -> str:
     return ", ".join(other[:_SHOWN_VALUES]) + more
 
 
-def _compare(
-    found: Comparison, before: Case, after: Case, name: CaseName, tolerance: Tolerance, which: str
-) -> None:
+def _compare(found: Comparison, before: Case, after: Case, name: CaseName, tolerance: Tolerance, which: str) -> None:
     if before.outcome != after.outcome:
         mended = after.as_expected
         message = before.message if mended and after.outcome == "ok" else after.message
         found.outcomes.append(
-            OutcomeChange(
-                case=name, before=before.outcome, after=after.outcome, regressed=not mended, message=message
-            )
+            OutcomeChange(case=name, before=before.outcome, after=after.outcome, regressed=not mended, message=message)
         )
     ended = [_has_whole_figures(case) for case in (before, after)]
     if not all(ended):

@@ -1,7 +1,7 @@
 """What a change does to the limits themselves: budgets and lock of one tree against those of another.
 
-A change of limits is for people to judge. It fails nothing, and stands before everything else: a pull request that costs
-memory and raises the budget by as much would pass in silence otherwise.
+A change of limits is for people to judge. It fails nothing, and stands before everything else: a pull request that
+costs memory and raises the budget by as much would pass in silence otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fragscope.errors import InputFileError, printable
 from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, parse_budgets
@@ -83,7 +84,9 @@ def tolerance_changes(before: str | None, after: str | None) -> list[PolicyChang
     if before == after:
         return []
     detail = f"tolerance was {before or 'the default'}, now {after or 'the default'}"
-    return [PolicyChange(file="pyproject.toml", line=0, what="[tool.fragscope]", kind="changed", detail=printable(detail))]
+    return [
+        PolicyChange(file="pyproject.toml", line=0, what="[tool.fragscope]", kind="changed", detail=printable(detail))
+    ]
 
 
 def _of_file(before: PolicyFile, after: PolicyFile, what: str) -> list[PolicyChange]:
@@ -133,7 +136,7 @@ def _narrowing(budget: Budget) -> dict[str, str]:
     return {k: "".join(v.split()) if k == "conf" else v for k, v in budget.narrowing.items()}
 
 
-def _kind(old: Limit | None, new: Limit | None) -> str:
+def _kind(old: Limit | None, new: Limit | None) -> Literal["raised", "lowered", "new", "removed"]:
     if old is None:
         return "new"
     if new is None:
@@ -153,7 +156,9 @@ def _detail(old: Limit | None, new: Limit | None) -> str:
 def _other_tables(before: str, after: str) -> list[str]:
     """Tables of a budgets file that are not budgets and differ; both texts are TOML."""
     was, now = tomllib.loads(before), tomllib.loads(after)
-    return sorted(printable(key, 80) for key in was.keys() | now.keys() if key != "budget" and was.get(key) != now.get(key))
+    return sorted(
+        printable(key, 80) for key in was.keys() | now.keys() if key != "budget" and was.get(key) != now.get(key)
+    )
 
 
 def _order(change: PolicyChange) -> tuple[int, int, str, int]:

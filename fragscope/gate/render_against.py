@@ -206,7 +206,9 @@ def _stack_texts(stacks: list[StackChange], shown: _Shown) -> list[str]:
 
 def _stack(stack: StackChange, shown: _Shown) -> str:
     place = CodePlace(file=stack.file, line=stack.line, function=stack.function, code=stack.code)
-    where = _line(place, shown) if stack.file else shown(stack.frames[0] if stack.frames else "no call stack was recorded")
+    where = (
+        _line(place, shown) if stack.file else shown(stack.frames[0] if stack.frames else "no call stack was recorded")
+    )
     held = f"held {format_bytes(stack.before)}, now {format_bytes(stack.after)}"
     if stack.kind in ("new", "gone"):
         held = {"new": "new", "gone": "gone"}[stack.kind]
