@@ -51,7 +51,7 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
         indices = matching(case)
         matched_budgets.update(indices)
         limits = _resolve(case, [budgets.budgets[i] for i in indices], budgets.file)
-        named = _case_named(case, unique=len(by_name[case_name(case)]) == 1)
+        named = case_named(case, unique=len(by_name[case_name(case)]) == 1)
         reason = _why_not_measured(case)
         if not limits:
             without_budget += 1
@@ -153,14 +153,7 @@ def _shown(name: str) -> str:
 def _checks(case: Case, named: CaseName, limits: _Resolved, file: str) -> list[Check]:
     operators = sorted({op.op for op in case.estimated_ops})
     unknown = sorted({a.code for a in case.assumptions if a.effect == "unknown"})
-    uncertain = caveats(
-        exact=case.exact,
-        operators=operators,
-        assumptions=[(a.code, a.effect) for a in case.assumptions],
-        lost=[loss.code for loss in case.lost],
-        mismatches=case.verify.mismatches if case.verify is not None else 0,
-        ended_in_oom=case.outcome == "oom",
-    )
+    uncertain = caveats_of(case)
     return [
         Check(
             case=named,
@@ -177,6 +170,18 @@ def _checks(case: Case, named: CaseName, limits: _Resolved, file: str) -> list[C
         )
         for metric, (limit, budget) in limits.items()
     ]
+
+
+def caveats_of(case: Case) -> list[str]:
+    """Everything that keeps a case's figures from being certain, for people."""
+    return caveats(
+        exact=case.exact,
+        operators=[op.op for op in case.estimated_ops],
+        assumptions=[(a.code, a.effect) for a in case.assumptions],
+        lost=[loss.code for loss in case.lost],
+        mismatches=case.verify.mismatches if case.verify is not None else 0,
+        ended_in_oom=case.outcome == "oom",
+    )
 
 
 def caveats(
@@ -279,7 +284,13 @@ def _incomplete(run: Run, present: int) -> list[NotMeasured]:
     return [NotMeasured(reason=f"the run is incomplete: {present} of {run.planned} planned cases are there")]
 
 
-def _case_named(case: Case, *, unique: bool) -> CaseName:
+def case_named(case: Case, *, unique: bool) -> CaseName:
+    """What a verdict calls a case.
+
+    Args:
+        case: of the results.
+        unique: no other case of them has its scenario, preset and variant.
+    """
     return CaseName(
         id=case.id,
         name=case_name(case) if unique else case.id,

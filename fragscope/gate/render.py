@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from fragscope.errors import printable
+from fragscope.gate import render_against as against
 from fragscope.gate.verdict import BudgetName, Check, NotMeasured, Verdict
 from fragscope.units import format_bytes
 
@@ -15,6 +15,7 @@ _NAME_LIMIT = 300
 def as_text(verdict: Verdict) -> str:
     """One line for each thing that is wrong, worst first; then what is uncertain; then the summary."""
     lines = [
+        *against.policy_lines(verdict),
         *(_over_line(check) for check in verdict.over),
         *(
             _columns(
@@ -25,8 +26,10 @@ def as_text(verdict: Verdict) -> str:
             )
             for u in verdict.undeclared
         ),
+        *against.regression_lines(verdict),
         *(_columns("not measured", *_missing(entry, _plain)) for entry in verdict.not_measured),
         *(_columns("within", name, metrics, caveats) for name, metrics, caveats in _uncertain(verdict)),
+        *against.other_lines(verdict),
         summary(verdict),
     ]
     return "\n".join(lines) + "\n"
@@ -35,7 +38,7 @@ def as_text(verdict: Verdict) -> str:
 def as_markdown(verdict: Verdict) -> str:
     """A heading with the decision, the summary, and a table or list for each kind of trouble."""
     title = {"pass": "passed", "over": "failed", "not_measured": "not everything was measured"}[verdict.decision]
-    lines = [f"### fragscope gate: {title}", "", summary(verdict)]
+    lines = [f"### fragscope gate: {title}", "", summary(verdict), *against.policy_markdown(verdict)]
     if verdict.over:
         lines += ["", "| case | metric | budget | value | excess | stated in | |", "|---|---|--:|--:|--:|---|---|"]
     for check in verdict.over:
@@ -49,6 +52,7 @@ def as_markdown(verdict: Verdict) -> str:
     for u in verdict.undeclared:
         message = f": {_code(u.message)}" if u.message else ""
         lines.append(f"- {_code(u.case.name)}: outcome {u.outcome}, declared {u.expected_outcome}{message}")
+    lines += against.regression_markdown(verdict)
     if verdict.not_measured:
         lines += ["", "Not measured:", ""]
     lines += [f"- {': '.join(_missing(entry, _code))}" for entry in verdict.not_measured]
@@ -56,12 +60,14 @@ def as_markdown(verdict: Verdict) -> str:
     if uncertain:
         lines += ["", "Within budget, but not exact:", ""]
     lines += [f"- {_code(name)} {_code(metrics)}: {_code(caveats)}" for name, metrics, caveats in uncertain]
+    lines += against.other_markdown(verdict)
     return "\n".join(lines) + "\n"
 
 
 def summary(verdict: Verdict) -> str:
     """The last line: the decision, its reasons by number, and how much was compared at all."""
     troubles = [
+        *against.troubles(verdict),
         _count(len(verdict.over), "value over budget", "values over budget"),
         _count(len(verdict.undeclared), "undeclared outcome", "undeclared outcomes"),
         _count(len(verdict.not_measured), "thing not measured", "things not measured"),
@@ -74,6 +80,8 @@ def summary(verdict: Verdict) -> str:
     )
     if verdict.cases_without_budget:
         held += f"; {_count(verdict.cases_without_budget, 'case has', 'cases have')} no budget"
+    if verdict.against is not None:
+        held = "; ".join([against.compared(verdict), *([held] if verdict.budgets else [])])
     return f"{decision}: {'; '.join([*(filter(None, [', '.join(filter(None, troubles))])), held])}"
 
 
@@ -150,12 +158,7 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span: nothing inside is markup, a link or a mention."""
-    clean = printable(text, _NAME_LIMIT)
-    longest = max((len(run) for run in re.findall("`+", clean)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
-    return f"{fence}{pad}{clean}{pad}{fence}"
+    return against.code(text)
 
 
 def _count(count: int, one: str, many: str) -> str:

@@ -114,13 +114,17 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     """What one place in the code held at the peak (or end) that a metric speaks of, before and after; bytes.
 
     Attributes:
-        kind: new (held nothing before), grown, shrunk, or gone (holds nothing any more).
+        kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there now).
         before, after: bytes held.
-        file: of the innermost frame in the repository, relative to its root; ``""`` where no frame is.
+        file: of the innermost frame in the repository that no unchanged allocation shares, relative to its root;
+            ``""`` where no frame is in the repository.
         line: in ``file`` as it is now; as it was before where the place is gone.
         function: of that frame.
         code: the line's text.
         frames: ``file:line function`` outwards from the allocation, shortened to what tells stacks apart.
+        blocks_before, blocks_after: in how many blocks.
+        why: what makes the difference, as far as the requests tell: ``larger`` or ``smaller`` ones, ``more`` or
+            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``""`` where several do.
     """
 
     kind: Literal["new", "grown", "shrunk", "gone"]
@@ -131,6 +135,25 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     function: str
     code: str = ""
     frames: list[str] = []
+    blocks_before: int = 0
+    blocks_after: int = 0
+    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"] = ""
+
+
+class CodePlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the repository.
+
+    Attributes:
+        file: relative to the repository's root.
+        line: counted from 1, in the tree that is meant.
+        function: that it is in.
+        code: the line's text.
+    """
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +166,9 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         allowed: by how much ``after`` may be larger.
         regressed: it is larger by more than that.
         stacks: which places hold the difference, largest first.
+        improved: it is smaller by more than that.
+        peak_before, peak_after: the request at which the peak was reached; None for values of the end.
+        peak_moved: these are different lines, and not one that moved.
         caveats: everything that keeps the values from being certain.
     """
 
@@ -152,8 +178,88 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     after: int
     allowed: int
     regressed: bool
+    improved: bool = False
     stacks: list[StackChange] = []
+    peak_before: CodePlace | None = None
+    peak_after: CodePlace | None = None
+    peak_moved: bool = False
     caveats: list[str] = []
+
+
+class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that ends otherwise than before.
+
+    Attributes:
+        case: as it is now.
+        before, after: outcomes.
+        regressed: it ended as declared and does no more; else it is mended, or both are as declared.
+        message: one line about how it ends now, or ended before where it is mended.
+        place: the request that failed, where it runs out of memory now.
+        stacks: which places held more or less then than at the peak before.
+    """
+
+    case: CaseName
+    before: str
+    after: str
+    regressed: bool
+    message: str = ""
+    place: CodePlace | None = None
+    stacks: list[StackChange] = []
+
+
+class OneSided(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that only one of two trees has, or that can be compared with nothing.
+
+    Attributes:
+        case: whose; of the tree that has it.
+        reason: why it was not compared.
+    """
+
+    case: CaseName
+    reason: str
+
+
+class PolicyChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of what the repository holds its cases to. It does not fail by itself, and is always said.
+
+    Attributes:
+        file: the budgets file or the lock, as it is shown to people.
+        line: as it is now, or before where it is removed; 0 where the whole file is meant.
+        what: the budget with what narrows it, or the file.
+        metric: a key of budgets; ``""`` where none is meant.
+        kind: what happened to the limit, or to the file.
+        before, after: limits in bytes; None where there is none.
+        detail: more, for people.
+    """
+
+    file: str
+    line: int
+    what: str
+    metric: str = ""
+    kind: Literal["raised", "lowered", "new", "removed", "changed"]
+    before: int | None = None
+    after: int | None = None
+    detail: str = ""
+
+
+class Against(msgspec.Struct, frozen=True, kw_only=True):
+    """Which two trees were compared.
+
+    Attributes:
+        ref: as it was given.
+        commit: that it is, in full.
+        current: the commit that is checked out.
+        dirty: the working tree differs from that commit; what was run is the working tree.
+        compared: how many cases were compared.
+        notes: what else was done, and what may explain differences.
+    """
+
+    ref: str
+    commit: str
+    current: str
+    dirty: bool
+    compared: int = 0
+    notes: list[str] = []
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +278,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         checks: every comparison; those over budget first, worst excess first.
         undeclared: outcomes that nobody declared.
         not_measured: what was asked for and is missing.
+        against: which trees were compared; None where none were. What follows is empty then.
+        policy: changes of budgets and lock.
+        changes: every value that differs; regressions first, then improvements, then what is allowed.
+        outcomes: cases that end otherwise than before.
+        appeared, removed: cases that only the current tree has, and that only the other had.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -184,11 +295,22 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[Check]
     undeclared: list[Undeclared]
     not_measured: list[NotMeasured]
+    against: Against | None = None
+    policy: list[PolicyChange] = []
+    changes: list[Change] = []
+    outcomes: list[OutcomeChange] = []
+    appeared: list[OneSided] = []
+    removed: list[OneSided] = []
 
     @property
     def over(self) -> list[Check]:
         """The comparisons that failed, worst first."""
         return [check for check in self.checks if check.over]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """The values that are larger than a comparison allows, worst first."""
+        return [change for change in self.changes if change.regressed]
 
 
 def decide(checks: list[Check], undeclared: list[Undeclared], not_measured: list[NotMeasured]) -> tuple[Decision, int]:
