@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
-from fragscope.errors import InputFileError, printable
+from fragscope.errors import EXIT_PASS, InputFileError, printable
 from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, case_name, metric_value
-from fragscope.gate.verdict import BudgetName, CaseName, Check, NotMeasured, Undeclared, Verdict, decide
+from fragscope.gate.verdict import BudgetName, CaseName, Check, NotMeasured, Undeclared, Verdict, decided
 from fragscope.results import Case, Peak, Results, Run
 
 _Resolved = dict[str, tuple[Limit, Budget]]
@@ -89,17 +89,18 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
     checks.sort(key=lambda c: (not c.over, -c.excess, c.case.name, c.case.id, METRICS.index(c.metric)))
     undeclared.sort(key=lambda u: (u.case.name, u.case.id))
     not_measured.sort(key=_not_measured_order)
-    decision, exit_code = decide(checks, undeclared, not_measured)
-    return Verdict(
-        decision=decision,
-        exit_code=exit_code,
-        budgets=len(budgets.budgets),
-        cases=len(results.cases),
-        cases_held=held,
-        cases_without_budget=without_budget,
-        checks=checks,
-        undeclared=undeclared,
-        not_measured=not_measured,
+    return decided(
+        Verdict(
+            decision="pass",
+            exit_code=EXIT_PASS,
+            budgets=len(budgets.budgets),
+            cases=len(results.cases),
+            cases_held=held,
+            cases_without_budget=without_budget,
+            checks=checks,
+            undeclared=undeclared,
+            not_measured=not_measured,
+        )
     )
 
 
