@@ -230,6 +230,9 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
         function: of that frame.
         code: the line's text.
         frames: ``file:line function`` outwards from the allocation, shortened to what tells stacks apart.
+        blocks_before, blocks_after: in how many blocks.
+        why: what makes the difference, as far as the requests tell: ``larger`` or ``smaller`` ones, ``more`` or
+            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``""`` where several do.
     """
 
     kind: Literal["new", "grown", "shrunk", "gone"]
@@ -240,6 +243,25 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     function: str
     code: str = ""
     frames: list[str] = []
+    blocks_before: int = 0
+    blocks_after: int = 0
+    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"] = ""
+
+
+class CodePlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the repository.
+
+    Attributes:
+        file: relative to the repository's root.
+        line: counted from 1, in the tree that is meant.
+        function: that it is in.
+        code: the line's text.
+    """
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,6 +274,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         allowed: by how much ``after`` may be larger.
         regressed: it is larger by more than that.
         stacks: which places hold the difference, largest first.
+        improved: it is smaller by more than that.
+        peak_before, peak_after: the request at which the peak was reached; None for values of the end.
         caveats: everything that keeps the values from being certain.
         waiver: under which a regression does not fail the gate; None where none applies.
     """
@@ -262,9 +286,84 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     after: int
     allowed: int
     regressed: bool
+    improved: bool = False
     stacks: list[StackChange] = []
+    peak_before: CodePlace | None = None
+    peak_after: CodePlace | None = None
     caveats: list[str] = []
     waiver: WaiverName | None = None
+
+
+class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that ends otherwise than before.
+
+    Attributes:
+        case: as it is now.
+        before, after: outcomes.
+        regressed: it ended as declared and does no more; else it is mended, or both are as declared.
+        message: one line about how it ends now, or ended before where it is mended.
+    """
+
+    case: CaseName
+    before: str
+    after: str
+    regressed: bool
+    message: str = ""
+
+
+class OneSided(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that only one of two trees has, or that can be compared with nothing.
+
+    Attributes:
+        case: whose; of the tree that has it.
+        reason: why it was not compared.
+    """
+
+    case: CaseName
+    reason: str
+
+
+class PolicyChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of what the repository holds its cases to. It does not fail by itself, and is always said.
+
+    Attributes:
+        file: the budgets file or the lock, as it is shown to people.
+        line: as it is now, or before where it is removed; 0 where the whole file is meant.
+        what: the budget with what narrows it, or the file.
+        metric: a key of budgets; ``""`` where none is meant.
+        kind: what happened to the limit, or to the file.
+        before, after: limits in bytes; None where there is none.
+        detail: more, for people.
+    """
+
+    file: str
+    line: int
+    what: str
+    metric: str = ""
+    kind: Literal["raised", "lowered", "new", "removed", "changed"]
+    before: int | None = None
+    after: int | None = None
+    detail: str = ""
+
+
+class Against(msgspec.Struct, frozen=True, kw_only=True):
+    """Which two trees were compared.
+
+    Attributes:
+        ref: as it was given.
+        commit: that it is, in full.
+        current: the commit that is checked out.
+        dirty: the working tree differs from that commit; what was run is the working tree.
+        compared: how many cases were compared.
+        notes: what else was done, and what may explain differences.
+    """
+
+    ref: str
+    commit: str
+    current: str
+    dirty: bool
+    compared: int = 0
+    notes: list[str] = []
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +373,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     make that better, so it is what the author of a change has to know first. Both lists are there in any case.
 
     Attributes:
-        decision: pass, over (or an undeclared outcome), or not_measured.
+        decision: pass, over (also an undeclared outcome, a regression, or a difference from the lock), or not_measured.
         exit_code: what the command ends with.
         budgets: how many budgets the file holds.
         cases: how many cases the results hold.
@@ -287,6 +386,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         lock_differences: everything that is not as locked; larger values first, largest difference first.
         waivers: what became of each waiver, in the order of the file.
         warn_only: the repository only wants to be told: ``exit_code`` is 0 whatever the decision.
+        against: which trees were compared; None where none were. What follows is empty then.
+        policy: changes of budgets and lock.
+        changes: every value that differs; regressions first, then improvements, then what is allowed.
+        outcomes: cases that end otherwise than before.
+        appeared, removed: cases that only the current tree has, and that only the other had.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -303,17 +407,33 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     lock_differences: list[LockDifference] = []
     waivers: list[WaiverUse] = []
     warn_only: bool = False
+    against: Against | None = None
+    policy: list[PolicyChange] = []
+    changes: list[Change] = []
+    outcomes: list[OutcomeChange] = []
+    appeared: list[OneSided] = []
+    removed: list[OneSided] = []
 
     @property
     def over(self) -> list[Check]:
         """The values over their budgets that no waiver covers, worst first."""
         return [check for check in self.checks if check.over and check.waiver is None]
 
+    @property
+    def regressions(self) -> list[Change]:
+        """The values that a change of the code made larger and no waiver covers."""
+        return [change for change in self.changes if change.regressed and change.waiver is None]
+
 
 def decided(verdict: Verdict) -> Verdict:
     """The verdict with the decision and the exit code that its lists call for."""
     decision: Decision = "pass"
-    if verdict.undeclared or verdict.over or any(difference.fails for difference in verdict.lock_differences):
+    fails = (
+        bool(verdict.undeclared or verdict.over or verdict.regressions)
+        or any(outcome.regressed for outcome in verdict.outcomes)
+        or any(difference.fails for difference in verdict.lock_differences)
+    )
+    if fails:
         decision = "over"
     elif verdict.not_measured:
         decision = "not_measured"
