@@ -36,25 +36,26 @@ class TomlFile:
         return InputFileError(self.file, f"line {self.lines.of(*path)}: {reason}")
 
 
-def read_toml(path: Path, shown: str, what: str) -> TomlFile:
+def read_toml(path: Path, shown: str, what: str, most: int = _FILE_LIMIT) -> TomlFile:
     """Read a TOML file.
 
     Args:
         path: the file.
         shown: what to call it in messages.
         what: what it should be, in the plural without an article: ``"budgets"``.
+        most: bytes that it may hold.
 
     Raises:
-        InputFileError: unreadable, larger than 1 MiB, not UTF-8, not TOML, or nested deeply; names the line.
+        InputFileError: unreadable, larger than ``most``, not UTF-8, not TOML, or nested deeply; names the line.
     """
     try:
         with path.open("rb") as f:
-            raw = f.read(_FILE_LIMIT + 1)
+            raw = f.read(most + 1)
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else None
         raise InputFileError(shown, (reason or type(e).__name__).lower()) from None
-    if len(raw) > _FILE_LIMIT:
-        raise InputFileError(shown, f"holds more than {format_bytes(_FILE_LIMIT)}; that is not a {what} file")
+    if len(raw) > most:
+        raise InputFileError(shown, f"holds more than {format_bytes(most)}; that is not a {what} file")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
