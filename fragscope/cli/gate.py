@@ -1,12 +1,16 @@
-"""``fragscope gate``: results against budgets."""
+"""``fragscope gate``: results against budgets and the lock."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from fragscope.errors import InputFileError, UsageError
+from fragscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from fragscope.gate.verdict import Verdict
 
 
 @click.command("gate")
@@ -17,69 +21,102 @@ from fragscope.errors import InputFileError, UsageError
     metavar="FILE",
     help="Budgets file.  [default: 'budgets' in [tool.fragscope] of pyproject.toml, else ./budgets.toml]",
 )
-@click.option("--format", "layout", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
-def command(results: Path | None, budgets: Path | None, layout: str) -> int:
-    """Hold results against budgets and say pass or fail.
+@click.option(
+    "--lock",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Lock file.  [default: 'lock' in [tool.fragscope] of pyproject.toml, else ./fragscope.lock where it is]",
+)
+@click.option("--no-lock", is_flag=True, help="Hold results against budgets only.")
+@click.option(
+    "--warn-only/--no-warn-only",
+    default=None,
+    help="Say everything and end with 0.  [default: 'warn_only' in [tool.fragscope] of pyproject.toml, else no]",
+)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["text", "json", "markdown", "github"]),
+    default="text",
+    show_default=True,
+    help="github: annotations at the responsible lines, then the text.",
+)
+@click.option("--summary", type=click.Path(path_type=Path), metavar="FILE",
+              help="Also add Markdown to FILE, such as $GITHUB_STEP_SUMMARY; under 1 MiB in all.")  # fmt: skip
+@click.option("--comment", type=click.Path(path_type=Path), metavar="FILE",
+              help="Also write the body of a pull request's comment to FILE.")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML to FILE.")
+def command(
+    results: Path | None,
+    budgets: Path | None,
+    lock: Path | None,
+    no_lock: bool,
+    warn_only: bool | None,
+    layout: str,
+    summary: Path | None,
+    comment: Path | None,
+    junit: Path | None,
+) -> int:
+    """Hold results against budgets and the lock, and say pass or fail.
 
     RESULTS is results.json or its folder; without it, the folder that 'fragscope run' writes to.
 
     \b
     Exit codes:
-      0  every budget is met
-      3  a value is over its budget, or a case ended as its scenario does not declare
-      4  a budget's case was not measured (skipped, or its recording refutes the model), or nothing was held against a
-         budget
+      0  every budget is met, and everything is as locked
+      3  a value is over its budget or not as locked, or a case ended as its scenario does not declare
+      4  a case that is budgeted or locked was not measured (skipped, or its recording refutes the model), or nothing was
+         held against anything
       5  a file cannot be used; the message names the line
-    Where both 3 and 4 apply, everything is printed and 3 is the exit code: measuring again would not help.
+    Where both 3 and 4 apply, everything is printed and 3 is the exit code: measuring again would not help. With
+    --warn-only both are 0.
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
+    import datetime
+
     import msgspec
 
+    from fragscope.cli.gate_files import budgets_file, lock_to_hold, relative, results_folder
+    from fragscope.cli.gate_outputs import write_outputs
     from fragscope.config import load_config
-    from fragscope.gate import evaluate, load_budgets
-    from fragscope.gate.render import as_markdown, as_text
+    from fragscope.gate import Budgets, decided, evaluate, hold_to_lock, load_budgets, load_lock, waive
     from fragscope.results import load_results
 
+    if no_lock and lock is not None:
+        raise UsageError("--lock names a lock and --no-lock wants none; give one of them")
     config = load_config()
-    file = _budgets_file(budgets, config.budgets)
-    found = load_budgets(file, shown_as=_relative(file))
-    folder = results or config.out or Path(".fragscope")
-    if not folder.exists():
-        raise InputFileError(_relative(folder), "is not there; write results with 'fragscope run' first")
-    verdict = evaluate(load_results(folder), found)
+    limits_file = budgets_file(budgets, config)
+    locked_file = None if no_lock else lock_to_hold(lock, config)
+    if limits_file is None and locked_file is None:
+        raise UsageError(
+            "there is no budgets file: write budgets.toml here, name one with 'budgets' in [tool.fragscope] of "
+            "pyproject.toml, or pass --budgets FILE; or write a lock with 'fragscope lock'"
+        )
+    limits = Budgets("", ()) if limits_file is None else load_budgets(limits_file, shown_as=relative(limits_file))
+    locked = None if locked_file is None else load_lock(locked_file, shown_as=relative(locked_file))
+    measured = load_results(results_folder(results, config))
+    verdict = evaluate(measured, limits, also_held=locked is not None)
+    if locked is not None:
+        verdict = hold_to_lock(verdict, measured, locked, limits.lock)
+    verdict = waive(verdict, limits.waivers, limits.file, datetime.datetime.now(datetime.UTC).date())
+    verdict = decided(msgspec.structs.replace(verdict, warn_only=config.warn_only if warn_only is None else warn_only))
+    _print(verdict, layout)
+    return write_outputs(verdict, summary=summary, comment=comment, junit=junit)
+
+
+def _print(verdict: Verdict, layout: str) -> None:
+    import msgspec
+
+    from fragscope.cli.gate_outputs import folder_in_repository
+    from fragscope.gate.annotations import as_github
+    from fragscope.gate.markdown import as_markdown
+    from fragscope.gate.render import as_text
+
     match layout:
         case "json":
             click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=1))
         case "markdown":
             click.echo(as_markdown(verdict), nl=False)
+        case "github":
+            click.echo(as_github(verdict, folder_in_repository()), nl=False)
         case _:
             click.echo(as_text(verdict), nl=False)
-    return verdict.exit_code
-
-
-def _budgets_file(option: Path | None, configured: Path | None) -> Path:
-    if option is not None:
-        if not option.exists():
-            raise UsageError(f"--budgets {option}: there is no such file")
-        return option
-    if configured is not None:
-        if not configured.exists():
-            raise UsageError(
-                f"{_relative(configured)}, named by 'budgets' in [tool.fragscope] of pyproject.toml, is not there; "
-                "write it, correct the key, or pass --budgets FILE"
-            )
-        return configured
-    file = Path("budgets.toml")
-    if not file.exists():
-        raise UsageError(
-            "there is no budgets file: write budgets.toml here, name one with 'budgets' in [tool.fragscope] of "
-            "pyproject.toml, or pass --budgets FILE"
-        )
-    return file
-
-
-def _relative(path: Path) -> str:
-    """The path as short as it can be said from here; absolute ones differ from machine to machine."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)

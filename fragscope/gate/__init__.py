@@ -14,6 +14,7 @@ from fragscope.gate.verdict import (
     NotMeasured,
     Undeclared,
     Verdict,
+    decided,
 )
 from fragscope.gate.waivers import waive
 
@@ -31,6 +32,7 @@ __all__ = [
     "NotMeasured",
     "Undeclared",
     "Verdict",
+    "decided",
     "evaluate",
     "hold_to_lock",
     "load_budgets",

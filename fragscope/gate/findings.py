@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fragscope.gate.sizes import compared, count, difference
+from fragscope.gate.sizes import compared, count
 from fragscope.gate.verdict import (
     Change,
     Check,
@@ -44,8 +44,10 @@ class Finding:
         in_code: ``file`` is of the repository, whose root it is relative to; else it is relative to the working directory.
         place: the line that states the limit; "" where none does.
         bytes: by how much; what the order goes by.
+        sizes: limit, value and difference as they are said; empty where there are none. ``notes``: what else ``said`` has.
         stacks: the places in the code that make the difference, largest first.
         first: goes before everything that is only bytes.
+        waived: it would fail, and a waiver covers it.
     """
 
     level: Level
@@ -59,8 +61,11 @@ class Finding:
     in_code: bool = False
     place: str = ""
     bytes: int = 0
+    sizes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     stacks: tuple[StackChange, ...] = ()
     first: bool = False
+    waived: bool = False
 
 
 def findings(verdict: Verdict) -> list[Finding]:
@@ -68,7 +73,7 @@ def findings(verdict: Verdict) -> list[Finding]:
     places = _grown(verdict.changes)
     found = [_over(check, places) for check in verdict.checks if check.over]
     found += [_regressed(change) for change in verdict.changes if change.regressed]
-    found += [_unlike_lock(entry, places) for entry in verdict.lock_differences]
+    found += of_lock(verdict)
     found += [
         Finding(
             "error", "undeclared", (f"outcome {u.outcome}, declared {u.expected_outcome}", *_if(u.message)), u.case.id,
@@ -87,8 +92,24 @@ def findings(verdict: Verdict) -> list[Finding]:
     found += [_uncertain(check) for check in _first_uncertain(verdict)]
     found += [_policy(entry) for entry in verdict.policy]
     found += [_waiver(use) for use in verdict.waivers if use.state != "applied"]
+    return sorted(found, key=_order)
+
+
+def of_lock(verdict: Verdict) -> list[Finding]:
+    """What is not as locked, and what the lock was made with."""
+    places = _grown(verdict.changes)
+    found = [_unlike_lock(entry, places) for entry in verdict.lock_differences]
     if verdict.lock is not None and verdict.lock.note:
         found.append(Finding("warning", "lock", (verdict.lock.note,), file=verdict.lock.file, line=1))
+    return sorted(found, key=_order)
+
+
+def of_waivers(verdict: Verdict) -> list[Finding]:
+    """What is over a budget, or larger than before, and waived; and the waivers that do not apply."""
+    places = _grown(verdict.changes)
+    found = [_over(check, places) for check in verdict.checks if check.over and check.waiver]
+    found += [_regressed(change) for change in verdict.changes if change.regressed and change.waiver]
+    found += [_waiver(use) for use in verdict.waivers if use.state != "applied"]
     return sorted(found, key=_order)
 
 
@@ -121,12 +142,12 @@ _Places = dict[tuple[str, str], tuple[StackChange, ...]]
 
 def _over(check: Check, places: _Places) -> Finding:
     limit, value, excess = compared(check.limit, check.value)
-    said = (f"budget {limit}", f"value {value}", f"excess {excess}", *check.caveats, *_waived(check.waiver))
+    notes = (*check.caveats, *_waived(check.waiver))
     file, line, in_code = _place(places.get((check.case.id, check.metric), ()), check.budget.file, check.budget.line)
     return Finding(
         level="notice" if check.waiver else "error",
         word="waived" if check.waiver else "over",
-        said=said,
+        said=(f"budget {limit}", f"value {value}", f"excess {excess}", *notes),
         case_id=check.case.id,
         case=check.case.name,
         metric=check.metric,
@@ -135,19 +156,22 @@ def _over(check: Check, places: _Places) -> Finding:
         in_code=in_code,
         place=check.budget.place,
         bytes=check.excess,
+        sizes=(limit, value, excess),
+        notes=notes,
+        waived=check.waiver is not None,
     )
 
 
 def _regressed(change: Change) -> Finding:
     before, after, more = compared(change.before, change.after)
     allowed = f"allowed {format_bytes(change.allowed)}" if change.allowed else ""
-    said = (f"before {before}", f"now {after}", f"more {more}", *_if(allowed), *change.caveats, *_waived(change.waiver))
+    notes = (*_if(allowed), *change.caveats, *_waived(change.waiver))
     grown = tuple(s for s in change.stacks if s.after > s.before)
     file, line, in_code = _place(grown, "", 0)
     return Finding(
         level="notice" if change.waiver else "error",
         word="waived" if change.waiver else "regressed",
-        said=said,
+        said=(f"before {before}", f"now {after}", f"more {more}", *notes),
         case_id=change.case.id,
         case=change.case.name,
         metric=change.metric,
@@ -155,7 +179,10 @@ def _regressed(change: Change) -> Finding:
         line=line,
         in_code=in_code,
         bytes=change.after - change.before,
+        sizes=(before, after, more),
+        notes=notes,
         stacks=tuple(change.stacks),
+        waived=change.waiver is not None,
     )
 
 
@@ -167,24 +194,24 @@ def _unlike_lock(entry: LockDifference, places: _Places) -> Finding:
         "unlocked": "not locked",
     }
     size = 0
+    sizes: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
     if isinstance(entry.locked, int) and isinstance(entry.value, int):
-        locked, value, by = difference(entry.locked, entry.value)
+        sizes = compared(entry.locked, entry.value)
         size = entry.value - entry.locked
-        said = [f"locked {locked}", f"value {value}", f"{'more' if size > 0 else 'less'} {by}"]
-    elif entry.kind == "unlocked":
-        said = []
-    else:
-        said = [f"{entry.metric} {entry.value}, locked {entry.locked}"]
-    said += [*_if(entry.reason), *entry.caveats, *_waived(entry.waiver)]
+        said = tuple(f"{word} {shown}" for word, shown in zip(("locked", "value", "difference"), sizes, strict=True))
+    elif entry.kind == "changed":
+        said = (f"{entry.metric} {entry.value}, locked {entry.locked}",)
+    notes = (*_if(entry.reason), *entry.caveats, *_waived(entry.waiver))
     if entry.kind in ("smaller", "unlocked"):
-        said.append("allowed by [lock]" if entry.allowed else "lock it with 'fragscope lock --update'")
+        notes += ("allowed by [lock]" if entry.allowed else "lock it with 'fragscope lock --update'",)
     waived = f"waived, {words[entry.kind]}" if entry.waiver else words[entry.kind]
     grown = places.get((entry.case.id, entry.metric), ()) if entry.kind == "larger" else ()
     file, line, in_code = _place(grown, entry.lock.file, entry.lock.line)
     return Finding(
         level="error" if entry.fails else "notice",
         word=waived,
-        said=tuple(said),
+        said=said + notes,
         case_id=entry.case.id,
         case=entry.case.name,
         metric=entry.metric if entry.kind in ("larger", "smaller") else "",
@@ -193,6 +220,9 @@ def _unlike_lock(entry: LockDifference, places: _Places) -> Finding:
         in_code=in_code,
         place=entry.lock.place,
         bytes=max(size, 0),
+        sizes=sizes,
+        notes=notes,
+        waived=entry.waiver is not None,
     )
 
 
@@ -226,7 +256,7 @@ def _policy(entry: PolicyChange) -> Finding:
     sizes = [f"{word} {format_bytes(size)}" for word, size in (("before", entry.before), ("now", entry.after)) if size is not None]
     by = ""
     if entry.before is not None and entry.after is not None:
-        by = f"by {difference(entry.before, entry.after)[2]}"
+        by = f"by {format_bytes(abs(entry.after - entry.before))}"
     kind = " ".join(filter(None, (entry.kind, by)))
     return Finding(
         level="warning" if entry.kind in ("raised", "removed") else "notice",

@@ -17,16 +17,6 @@ def compared(then: int, now: int) -> tuple[str, str, str]:
     return before, after, more
 
 
-def difference(then: int, now: int) -> tuple[str, str, str]:
-    """The same, and the difference without its sign, for where a word tells it."""
-    before, after, _ = compared(then, now)
-    size = format_bytes(abs(now - then))
-    if then > 0:
-        percent = 100 * abs(now - then) / then
-        size += f" ({percent:,.1f} %)" if percent >= 0.1 else " (<0.1 %)"
-    return before, after, size
-
-
 def count(number: int, one: str, many: str) -> str:
     """``"1 case"``, ``"2 cases"``, and nothing for 0."""
     return f"{number:,} {one if number == 1 else many}" if number else ""
