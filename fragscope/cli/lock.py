@@ -66,7 +66,6 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
     _say_more(len(left_out), "cases that are not locked")
     if not new.cases:
         raise NotMeasuredError("the results hold nothing that can be locked; nothing is written")
-    text_of_new = lock_text(new)
     old = load_lock(path, shown) if path.exists() else None
     change = relock(old, new, prune=prune)
     if old is not None:
@@ -81,9 +80,11 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
     if old is not None and change.differs and not update:
         click.echo("fragscope: not written; review what differs, then run 'fragscope lock --update'", err=True)
         return EXIT_OVER_BUDGET
-    text = lock_text(change.lock) if change.kept else text_of_new
     if old is not None and not change.differs and not update:
         return EXIT_PASS
+    if change.mixed:
+        raise UsageError(change.mixed)
+    text = lock_text(change.lock)
     try:
         write_atomically(path, text.encode())
     except OSError as e:

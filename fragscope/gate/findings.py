@@ -201,7 +201,8 @@ def _unlike_lock(entry: LockDifference, places: _Places) -> Finding:
         size = entry.value - entry.locked
         said = tuple(f"{word} {shown}" for word, shown in zip(("locked", "value", "difference"), sizes, strict=True))
     elif entry.kind == "changed":
-        said = (f"{entry.metric} {entry.value}, locked {entry.locked}",)
+        what = "figures are" if entry.metric == "exactness" else "outcome"
+        said = (f"{what} {entry.value}, locked {entry.locked}",)
     notes = (*_if(entry.reason), *entry.caveats, *_waived(entry.waiver))
     if entry.kind in ("smaller", "unlocked"):
         notes += ("allowed by [lock]" if entry.allowed else "lock it with 'fragscope lock --update'",)

@@ -28,15 +28,15 @@ from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.gate.budgets import METRICS, metric_value
 from fragscope.results import CAME_TO_ITS_END, Case, Outcome, Peak, Results
 from fragscope.toml import TomlFile, nearest, parse_toml, quoted, read_toml
-from fragscope.units import MIB, format_bytes
+from fragscope.units import KIB, MIB, format_bytes
 
 VERSION = 1
 FILE_LIMIT = 4 * MIB
 """About 12,000 cases; none is written that could not be read."""
 
 _HEADING = """\
-# The exact figures of every case, in bytes. `fragscope lock` writes this file and `fragscope gate` holds results against it:
-# a change that costs memory, or saves some, shows in its diff. Do not edit; review, and run `fragscope lock --update`.
+# The exact figures of every case, in bytes. `fragscope lock` writes this file, and `fragscope gate` holds results
+# against it: a change that costs memory, or saves some, shows in its diff. Review it; do not edit it.
 """
 _OPTIONAL = "peak_hbm"  # equal to peak_reserved where it is not stated
 _REQUIRED = tuple(metric for metric in METRICS if metric != _OPTIONAL)
@@ -159,7 +159,7 @@ def lock_text(lock: Lock) -> str:
             value = case.figures.get(metric)
             if value is None or (metric == _OPTIONAL and value == case.figures["peak_reserved"]):
                 continue
-            lines.append(f"{metric} = {value:_}  # {format_bytes(value)}")
+            lines.append(f"{metric} = {value:_}" + (f"  # {format_bytes(value)}" if abs(value) >= KIB else ""))
         if case.estimated:
             lines.append(f"estimated = {_string(case.estimated)}")
     text = "\n".join(lines) + "\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fragscope.errors import UsageError
 from fragscope.gate.budgets import METRICS
 from fragscope.gate.lock import Lock, LockedCase
 from fragscope.units import format_bytes
@@ -19,6 +18,8 @@ class Relock:
         added, dropped: ids of cases that only one of the two has.
         kept: ids of cases that these results lack and that stay as they are.
         changed: by id, what is otherwise: ``transient 2.00 MiB -> 4.00 MiB``.
+        mixed: why it must not be written: kept cases were measured by other releases, so that it would be of neither;
+            ``""`` where it may be.
     """
 
     lock: Lock
@@ -26,6 +27,7 @@ class Relock:
     dropped: tuple[str, ...]
     kept: tuple[str, ...]
     changed: dict[str, tuple[str, ...]]
+    mixed: str = ""
 
     @property
     def differs(self) -> bool:
@@ -42,15 +44,10 @@ def relock(old: Lock | None, new: Lock, *, prune: bool) -> Relock:
         old: the lock that is there.
         new: what the results lock.
         prune: drop the cases that these results lack.
-
-    Raises:
-        UsageError: cases would stay that other releases measured, so that the lock would be of neither.
     """
     before = {} if old is None else old.cases
     absent = tuple(sorted(before.keys() - new.cases.keys()))
     kept = () if prune else absent
-    if old is not None and kept:
-        _check_makers(old, new, len(kept))
     return Relock(
         lock=Lock(new.file, {**{id_: before[id_] for id_ in kept}, **new.cases}, new.fragscope, new.torch),
         added=tuple(sorted(new.cases.keys() - before.keys())),
@@ -61,16 +58,18 @@ def relock(old: Lock | None, new: Lock, *, prune: bool) -> Relock:
             for id_ in sorted(before.keys() & new.cases.keys())
             if (differences := _differences(before[id_], new.cases[id_]))
         },
+        mixed=_mixed(old, new, len(kept)) if old is not None and kept else "",
     )
 
 
-def _check_makers(old: Lock, new: Lock, kept: int) -> None:
+def _mixed(old: Lock, new: Lock, kept: int) -> str:
     for name, then, now in (("fragscope", old.fragscope, new.fragscope), ("torch", old.torch, new.torch)):
         if then and then != now:
-            raise UsageError(
+            return (
                 f"{new.file} was made with {name} {then}, these results with {now or 'another'}, and {kept:,} of its cases "
                 "are not among them; run everything that is locked, or drop those with --prune"
             )
+    return ""
 
 
 def _differences(old: LockedCase, new: LockedCase) -> tuple[str, ...]:

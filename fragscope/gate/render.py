@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fragscope.errors import printable
 from fragscope.gate.findings import Finding, of_lock, of_waivers
 from fragscope.gate.sizes import compared, count
@@ -37,7 +39,7 @@ def summary(verdict: Verdict) -> str:
     troubles = [
         count(len(verdict.over), "value over budget", "values over budget"),
         count(len(verdict.undeclared), "undeclared outcome", "undeclared outcomes"),
-        count(sum(d.fails for d in verdict.lock_differences), "difference from the lock", "differences from the lock"),
+        *_lock_troubles(verdict),
         count(len(verdict.not_measured), "thing not measured", "things not measured"),
     ]
     decision = {"pass": "pass", "over": "fail", "not_measured": "not measured"}[verdict.decision]
@@ -60,6 +62,16 @@ def summary(verdict: Verdict) -> str:
     if waived:
         held.append(f"{waived:,} waived")
     return f"{decision}: {'; '.join([*(filter(None, [', '.join(filter(None, troubles))])), *held])}"
+
+
+def _lock_troubles(verdict: Verdict) -> list[str]:
+    kinds = Counter(difference.kind for difference in verdict.lock_differences if difference.fails)
+    return [
+        count(kinds["larger"], "value larger than locked", "values larger than locked"),
+        count(kinds["smaller"], "value smaller than locked", "values smaller than locked"),
+        count(kinds["changed"], "case not as locked", "cases not as locked"),
+        count(kinds["unlocked"], "case not locked", "cases not locked"),
+    ]
 
 
 def _finding_line(finding: Finding) -> str:
