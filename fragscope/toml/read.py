@@ -88,6 +88,8 @@ def _syntax_error(message: str, text: str, lines: KeyLines) -> str:
     # What is missing at the end of the file belongs to the declaration that was never closed.
     line = int(found[1]) if found[1] else lines.stopped or text.count("\n") + 1
     reason = _SYNTAX_LINE.sub("", message)
+    if re.match("<{7} |={7}$|>{7} ", text.split("\n")[line - 1]):
+        reason = f"holds a merge conflict ({reason})"
     if line in lines.twice:
         reason = f"stands twice, first in line {lines.twice[line]} ({reason})"
     return f"line {line}: {reason}"
