@@ -113,7 +113,9 @@ def _print(verdict: Verdict, layout: str) -> None:
 
     match layout:
         case "json":
-            click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=1))
+            # Where GitHub's runner reads along, "##[" may begin a command; in JSON it can be written otherwise.
+            said = msgspec.json.format(msgspec.json.encode(verdict), indent=1).decode()
+            click.echo(said.replace("##[", "##\\u005b"))
         case "markdown":
             click.echo(as_markdown(verdict), nl=False)
         case "github":
