@@ -8,6 +8,8 @@
     card = "h100-80gb"            # the default of --card
     torch = "2.11"                # the default of --torch
     out = ".fragscope"            # where results go
+    import_paths = ["python"]     # folders that scenarios import the repository's code from; "src" by default
+    tolerance = "64 MiB"          # of 'fragscope gate --against', for what moves by itself: a size, or a share such as "2 %"
 
     [tool.fragscope.pytest]       # the pytest plugin
     card = "h100-80gb"            # the virtual card of tests that take fragscope_device
@@ -29,7 +31,7 @@ from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.units import MIB, format_bytes
 
 _FILE_LIMIT = 4 * MIB
-_KEYS = ("scenarios", "budgets", "lock", "warn_only", "card", "torch", "out", "pytest")
+_KEYS = ("scenarios", "budgets", "lock", "warn_only", "card", "torch", "out", "import_paths", "tolerance", "pytest")
 _PYTEST_KEYS = ("card", "require", "budget")
 
 
@@ -61,6 +63,8 @@ class Config:
         card: name of the default card.
         torch: the torch release whose rules apply by default.
         out: folder for results, absolute.
+        import_paths: folders with the repository's own code, absolute.
+        tolerance: of comparisons, as it is written.
         pytest: what the pytest plugin goes by.
     """
 
@@ -72,7 +76,17 @@ class Config:
     card: str | None = None
     torch: str | None = None
     out: Path | None = None
+    import_paths: tuple[Path, ...] = ()
+    tolerance: str | None = None
     pytest: PytestConfig = field(default_factory=PytestConfig)
+
+    def import_folders(self, root: Path) -> list[Path]:
+        """Where the code that scenarios call is imported from, first of all, in this order.
+
+        Args:
+            root: the project's folder.
+        """
+        return [root, *(self.import_paths or filter(Path.is_dir, (root / "src",)))]
 
 
 def load_config(start: Path | None = None) -> Config:
@@ -124,20 +138,23 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
     def path(key: str) -> Path | None:
         return file.parent / text(table[key], key) if key in table else None
 
-    scenarios = table.get("scenarios", [])
-    if not isinstance(scenarios, list):
-        raise UsageError(
-            f'{where} scenarios: {printable(repr(scenarios), 80)} is not a list of paths; write ["scenarios"]'
-        )
+    def paths(key: str, example: str) -> tuple[Path, ...]:
+        values = table.get(key, [])
+        if not isinstance(values, list):
+            raise UsageError(f'{where} {key}: {printable(repr(values), 80)} is not a list of paths; write ["{example}"]')
+        return tuple(file.parent / text(value, f"{key}[{i}]") for i, value in enumerate(values))
+
     return Config(
         root=file.parent,
-        scenarios=tuple(file.parent / text(value, f"scenarios[{i}]") for i, value in enumerate(scenarios)),
+        scenarios=paths("scenarios", "scenarios"),
         budgets=path("budgets"),
         lock=path("lock"),
         warn_only=_flag(where, table.get("warn_only"), "warn_only") or False,
         card=text(table["card"], "card") if "card" in table else None,
         torch=text(table["torch"], "torch") if "torch" in table else None,
         out=path("out"),
+        import_paths=paths("import_paths", "python"),
+        tolerance=text(table["tolerance"], "tolerance") if "tolerance" in table else None,
         pytest=_pytest_config(f"{printable(str(file))}: [tool.fragscope.pytest]", table.get("pytest", {})),
     )
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
+from fragscope.cli.running import RichProgress, stopped_by_signals
 from fragscope.cli.scenarios import selections_of, stdout_kept_clean
 from fragscope.errors import (
     EXIT_INTERNAL,
@@ -24,8 +22,6 @@ from fragscope.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fragscope.allocator import Card
     from fragscope.config import Config
     from fragscope.results import Case, DeviceKind, NotApplicable, Results
@@ -151,7 +147,7 @@ def command(
         not_applicable=tuple(left_out),
     )
     try:
-        with _stopped_by_signals(), _RichProgress() as progress:
+        with stopped_by_signals(), RichProgress() as progress:
             if sweep is not None:
                 found = run_sweep(swept, options, progress)
             else:
@@ -165,30 +161,6 @@ def command(
         return show_sweep(found, style, folder, report=not no_report)
     _show(results, folder, style, report=not no_report)
     return _exit_code(results)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does; after the first, none interrupts the saving of what is finished."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # A signal that the caller chose to ignore (nohup, a shell's background job) stays ignored.
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {s: handler for s in wanted if (handler := signal.getsignal(s)) is not signal.SIG_IGN}
-
-    def stop(number: int, frame: object) -> NoReturn:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for each in before:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _device(choice: str) -> DeviceKind:
@@ -291,51 +263,3 @@ def _exit_code(results: Results) -> int:
     if unexpected or not results.run.complete or not any(c.measured for c in results.cases):
         return EXIT_NOT_MEASURED
     return EXIT_PASS
-
-
-class _RichProgress:
-    """A progress bar on stderr where that is a terminal; silent elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task: Any = None
-        self._total = 0
-
-    def __enter__(self) -> _RichProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def planned(self, cases: int, resumed: int) -> None:
-        """Show how much there is to do."""
-        self._total = cases
-        self._task = self._bar.add_task("starting workers", total=cases, completed=resumed)
-        if resumed:
-            click.echo(f"fragscope: {resumed} of {cases} cases are kept from the earlier run", err=True)
-
-    def planned_more(self, cases: int) -> None:
-        """Show that there is more to do."""
-        self._total += cases
-        self._bar.update(self._task, total=self._total)
-
-    def started(self, what: str) -> None:
-        """Show what runs."""
-        self._bar.update(self._task, description=what[:60])
-
-    def finished(self, case: Case) -> None:
-        """Count a result."""
-        self._bar.advance(self._task)

@@ -21,7 +21,8 @@ def selections_of(
 ) -> list[Selection]:
     """The cases that arguments ask for, from files and folders named there or configured.
 
-    The repository's root, or else the working directory, becomes importable: scenarios call the code that is there.
+    The repository's root, or else the working directory, becomes importable, and the folders of its own code:
+    scenarios call the code that is there.
     """
     from fragscope.suite.discover import load_scenarios, scenario_files, select
 
@@ -33,9 +34,9 @@ def selections_of(
             f"{unknown}no scenarios are configured: name a file or folder, "
             "or set scenarios = [...] in [tool.fragscope] of pyproject.toml"
         )
-    root = str(config.root or Path.cwd())
-    if root not in sys.path:
-        sys.path.insert(0, root)
+    for folder in reversed(config.import_folders(config.root or Path.cwd())):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
     files = scenario_files(searched)
     if not files:
         where = ", ".join(str(p) for p in searched)

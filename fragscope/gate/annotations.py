@@ -14,15 +14,14 @@ from pathlib import PurePosixPath
 from fragscope.errors import printable
 from fragscope.gate.findings import Finding, Level, findings
 from fragscope.gate.render import as_text
+from fragscope.gate.render_against import stack_texts
 from fragscope.gate.sizes import count
-from fragscope.gate.verdict import StackChange, Verdict
-from fragscope.units import format_bytes
+from fragscope.gate.verdict import Verdict
 
 PER_LEVEL = 10
 """Annotations of one level that GitHub takes from a step."""
 
 _NAME_LIMIT = 300
-_STACKS = 3  # places in the code named in one annotation
 _LEVELS: tuple[Level, ...] = ("error", "warning", "notice")
 
 
@@ -73,7 +72,7 @@ def _command(group: list[Finding], folder: str) -> str:
         + (f" [{_plain(finding.place)}]" if finding.place else "")
         for finding in group
     ]
-    said += [_stack(stack) for finding in group for stack in finding.stacks[:_STACKS]]
+    said += [text for finding in group for text in stack_texts(list(finding.stacks), _plain)]
     properties = [*_location(at, folder), f"title={_property(title)}"]
     return f"::{head.level} {','.join(properties)}::{_data(chr(10).join(said))}"
 
@@ -86,13 +85,6 @@ def _location(finding: Finding, folder: str) -> list[str]:
     if path.is_absolute() or ".." in path.parts:
         return []
     return [f"file={_property(str(path))}", *([f"line={finding.line}"] if finding.line > 0 else [])]
-
-
-def _stack(stack: StackChange) -> str:
-    where = f"{stack.file}:{stack.line}" if stack.file else "outside the repository"
-    held = f"{format_bytes(stack.before)} before, {format_bytes(stack.after)} now"
-    code = f": {stack.code.strip()}" if stack.code.strip() else ""
-    return _plain(f"{stack.kind} at {where} {stack.function}: {held}{code}")
 
 
 def _plain(text: str) -> str:

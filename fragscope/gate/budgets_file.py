@@ -219,5 +219,3 @@ class _Reader:
         if key != "conf" and not value:
             raise self._toml.error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
         return value
-
-

@@ -291,10 +291,16 @@ def _incomplete(run: Run, present: int) -> list[NotMeasured]:
 def names_of(results: Results) -> list[CaseName]:
     """What outputs call each case, in the order of the results."""
     shared = Counter(case_name(case) for case in results.cases)
-    return [_case_named(case, unique=shared[case_name(case)] == 1) for case in results.cases]
+    return [case_named(case, unique=shared[case_name(case)] == 1) for case in results.cases]
 
 
-def _case_named(case: Case, *, unique: bool) -> CaseName:
+def case_named(case: Case, *, unique: bool) -> CaseName:
+    """What a verdict calls a case.
+
+    Args:
+        case: of the results.
+        unique: no other case of them has its scenario, preset and variant.
+    """
     return CaseName(
         id=case.id,
         name=case_name(case) if unique else case.id,

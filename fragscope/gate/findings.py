@@ -7,6 +7,7 @@ that does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,10 @@ from fragscope.gate.sizes import compared, count
 from fragscope.gate.verdict import (
     Change,
     Check,
+    CodePlace,
     LockDifference,
     NotMeasured,
+    OutcomeChange,
     PolicyChange,
     StackChange,
     Verdict,
@@ -81,17 +84,16 @@ def findings(verdict: Verdict) -> list[Finding]:
         )
         for u in verdict.undeclared
     ]  # fmt: skip
-    found += [
-        Finding(
-            "error", "regressed", (f"outcome {o.after}, was {o.before}", *_if(o.message)), o.case.id, o.case.name, first=True
-        )
-        for o in verdict.outcomes
-        if o.regressed
-    ]
+    found += [_outcome(entry) for entry in verdict.outcomes]
     found += [_missing(entry) for entry in verdict.not_measured]
     found += [_uncertain(check) for check in _first_uncertain(verdict)]
     found += [_policy(entry) for entry in verdict.policy]
     found += [_waiver(use) for use in verdict.waivers if use.state != "applied"]
+    found += [_improved(change) for change in verdict.changes if change.improved]
+    for word, sides in (("new", verdict.appeared), ("removed", verdict.removed)):
+        found += [Finding("notice", word, (one.reason,), one.case.id, one.case.name) for one in sides]
+    if verdict.against is not None:
+        found += [Finding("notice", "note", (note,)) for note in verdict.against.notes]
     return sorted(found, key=_order)
 
 
@@ -252,21 +254,38 @@ def _uncertain(check: Check) -> Finding:
     return Finding("notice", "within", tuple(check.caveats), check.case.id, check.case.name)
 
 
-def _policy(entry: PolicyChange) -> Finding:
-    subject = " ".join(filter(None, (entry.what, entry.metric)))
-    sizes = [f"{word} {format_bytes(size)}" for word, size in (("before", entry.before), ("now", entry.after)) if size is not None]
-    by = ""
-    if entry.before is not None and entry.after is not None:
-        by = f"by {format_bytes(abs(entry.after - entry.before))}"
-    kind = " ".join(filter(None, (entry.kind, by)))
+def _outcome(entry: OutcomeChange) -> Finding:
+    where = [entry.place] if entry.place is not None else []
+    file, line, in_code = _place((*where, *entry.stacks), "", 0)
     return Finding(
-        level="warning" if entry.kind in ("raised", "removed") else "notice",
+        level="error" if entry.regressed else "notice",
+        word="regressed" if entry.regressed else "improved",
+        said=(f"outcome {entry.after}, was {entry.before}", *_if(entry.message)),
+        case_id=entry.case.id,
+        case=entry.case.name,
+        file=file,
+        line=line,
+        in_code=in_code,
+        stacks=tuple(entry.stacks),
+        first=entry.regressed,
+    )
+
+
+def _improved(change: Change) -> Finding:
+    before, after, less = compared(change.before, change.after)
+    said = (f"before {before}", f"now {after}", f"difference {less}", *change.caveats)
+    return Finding("notice", "improved", said, change.case.id, change.case.name, change.metric)
+
+
+def _policy(entry: PolicyChange) -> Finding:
+    what = "" if entry.what == entry.file else entry.what
+    return Finding(
+        level="warning" if entry.kind in ("raised", "removed", "changed") else "notice",
         word="policy",
-        said=(subject, kind, *sizes, *_if(entry.detail)),
+        said=(*_if(what), *_if(entry.metric), entry.detail or entry.kind),
         file=entry.file,
         line=entry.line,
         place=f"{entry.file}:{entry.line}" if entry.line else entry.file,
-        bytes=0,
     )
 
 
@@ -297,10 +316,10 @@ def _waived(waiver: WaiverName | None) -> tuple[str, ...]:
     return (f"waived{limit} until {waiver.expires} by {waiver.owner}: {waiver.reason} ({waiver.place})",)
 
 
-def _place(stacks: tuple[StackChange, ...], file: str, line: int) -> tuple[str, int, bool]:
-    for stack in stacks:
-        if stack.file:
-            return stack.file, stack.line, True
+def _place(places: Iterable[StackChange | CodePlace], file: str, line: int) -> tuple[str, int, bool]:
+    for place in places:
+        if place.file:
+            return place.file, place.line, True
     return file, line, False
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from fragscope.errors import printable
 from fragscope.gate.findings import Finding, findings
 from fragscope.gate.render import summary
+from fragscope.gate.render_against import stack_texts
 from fragscope.gate.verdict import Verdict
 
 _SUITE = "fragscope gate"
@@ -75,7 +76,7 @@ def _text(found: list[Finding]) -> str:
     for finding in found:
         place = [f"[{finding.place}]"] if finding.place else []
         lines.append(_plain("  ".join([finding.word, *finding.said, *place]), 4000))
-        lines += [_plain(f"  {s.kind}  {s.file}:{s.line} {s.function}  {s.before} B -> {s.after} B  {s.code}", 4000) for s in finding.stacks]
+        lines += [f"  {text}" for text in stack_texts(list(finding.stacks), _plain)]
     return "\n".join(lines)
 
 

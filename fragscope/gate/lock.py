@@ -150,7 +150,9 @@ def lock_text(lock: Lock) -> str:
         UsageError: it would be larger than any lock that can be read.
     """
     lines = [_HEADING, f"version = {VERSION}"]
-    lines += [f"{key} = {_string(value)}" for key, value in (("fragscope", lock.fragscope), ("torch", lock.torch)) if value]
+    lines += [
+        f"{key} = {_string(value)}" for key, value in (("fragscope", lock.fragscope), ("torch", lock.torch)) if value
+    ]
     for _, case in sorted(lock.cases.items()):
         lines += ["", f"[case.{_string(case.id)}]"]
         if case.outcome != "ok":
@@ -174,7 +176,13 @@ def lock_text(lock: Lock) -> str:
 def _string(text: str) -> str:
     """A TOML string in one line; what cannot be seen is written by its number."""
     escaped = (
-        f"\\{c}" if c in '\\"' else c if c.isprintable() else f"\\u{ord(c):04X}" if ord(c) < 0x10000 else f"\\U{ord(c):08X}"
+        f"\\{c}"
+        if c in '\\"'
+        else c
+        if c.isprintable()
+        else f"\\u{ord(c):04X}"
+        if ord(c) < 0x10000
+        else f"\\U{ord(c):08X}"
         for c in text
     )
     return f'"{"".join(escaped)}"'

@@ -23,7 +23,9 @@ _RULES = re.compile(r"(?<=,torch-)[^,]+(?=,[^,]+,[^,]+$)")  # of an id: …@conf
 _ORDER = ("larger", "changed", "unlocked", "smaller")
 
 
-def hold_to_lock(verdict: Verdict, results: Results, lock: Lock, options: LockOptions) -> Verdict:
+def hold_to_lock(
+    verdict: Verdict, results: Results, lock: Lock, options: LockOptions, *, whole: bool = True
+) -> Verdict:
     """The verdict with everything that is not as it is locked.
 
     Args:
@@ -31,6 +33,7 @@ def hold_to_lock(verdict: Verdict, results: Results, lock: Lock, options: LockOp
         results: what was measured.
         lock: what it should be.
         options: what may differ.
+        whole: the results should have every locked case; else those that were not run are none of their business.
     """
     found: list[LockDifference] = []
     missing: list[NotMeasured] = []
@@ -53,7 +56,7 @@ def hold_to_lock(verdict: Verdict, results: Results, lock: Lock, options: LockOp
         else:
             held.add(case.id)
             found.extend(_differences(lock.file, locked, case, named, options))
-    for id_ in sorted(lock.cases.keys() - seen):
+    for id_ in sorted(lock.cases.keys() - seen) if whole else ():
         place = LockPlace(file=lock.file, line=lock.cases[id_].line)
         missing.append(NotMeasured(reason=f"{printable(id_, 200)} is locked, and was not run", lock=place))
     found.sort(key=lambda d: (_ORDER.index(d.kind), -abs(_size(d)), d.case.name, d.case.id, d.metric))
@@ -83,7 +86,12 @@ def _differences(
 
     if now.outcome != locked.outcome:
         yield LockDifference(
-            case=named, kind="changed", metric="outcome", locked=locked.outcome, value=now.outcome, lock=place("outcome")
+            case=named,
+            kind="changed",
+            metric="outcome",
+            locked=locked.outcome,
+            value=now.outcome,
+            lock=place("outcome"),
         )
         return
     for metric in METRICS:

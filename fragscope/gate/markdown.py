@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from fragscope.errors import printable
 from fragscope.gate.findings import Finding, findings
 from fragscope.gate.render import summary
-from fragscope.gate.sizes import count
-from fragscope.gate.verdict import StackChange, Verdict
-from fragscope.units import MIB, format_bytes
+from fragscope.gate.render_against import by_case, stack_texts, with_details
+from fragscope.gate.verdict import Change, Verdict
+from fragscope.units import MIB
 
 MARKER = "<!-- fragscope-gate -->"
 """First line of a comment, by which a later run finds the one to replace."""
@@ -28,7 +28,6 @@ COMMENT_LIMIT = 65_536
 """Characters of a comment that GitHub's API takes."""
 
 _NAME_LIMIT = 300
-_STACKS = 5  # places in the code, or notes, shown of one value; the rest is counted
 _TITLES = {"pass": "passed", "over": "failed", "not_measured": "not everything was measured"}
 _TABLE = ("", "| | case | metric | limit | value | more | stated in | |", "|---|---|---|--:|--:|--:|---|---|")
 
@@ -56,13 +55,8 @@ def as_markdown(verdict: Verdict, limit: int | None = None) -> str:
         limit: the most bytes it may have, in UTF-8; what does not fit is left out from the end and counted. None for
             no limit.
     """
-    head = [f"### fragscope gate: {_TITLES[verdict.decision]}{_only_a_warning(verdict)}", "", summary(verdict)]
-    if verdict.against is not None:
-        against = verdict.against
-        dirty = ", with changes that are not committed" if against.dirty else ""
-        head += ["", f"Against {code(against.ref)} ({code(against.commit[:12])}){dirty}."]
-        head += [f"- {code(note)}" for note in against.notes[:_STACKS]]
-    return _fitted(head, _blocks(findings(verdict)), limit)
+    head = [f"### fragscope gate: {_TITLES[verdict.decision]}{_only_a_warning(verdict)}", "", summary(verdict, code)]
+    return _fitted(head, _blocks(findings(verdict), verdict.regressions), limit)
 
 
 def as_comment(verdict: Verdict) -> str:
@@ -84,15 +78,22 @@ def _only_a_warning(verdict: Verdict) -> str:
     return " (only a warning)" if verdict.warn_only and verdict.decision != "pass" else ""
 
 
-def _blocks(found: list[Finding]) -> list[_Block]:
-    errors = [f for f in found if f.level == "error"]
-    sized = [f for f in errors if f.sizes]
-    out = [_Block((_item(f),), ("", "Ends otherwise:", "")) for f in errors if f.first]
-    out += [_Block((_row(f),), _TABLE) for f in sized]
-    out += [_Block(_places(f), ("", "Where:", ""), finding=False) for f in sized if f.stacks]
+def _blocks(found: list[Finding], regressions: list[Change]) -> list[_Block]:
+    policy = [f for f in found if f.word == "policy"]
+    rest = [f for f in found if f.word != "policy"]
+    errors = [f for f in rest if f.level == "error"]
+    out = [_Block((_item(f),), ("", "Limits changed:", "")) for f in policy]
+    out += [_Block((_item(f), *_nested(f)), ("", "Ends otherwise:", "")) for f in errors if f.first]
+    out += [_Block((_row(f),), _TABLE) for f in errors if f.sizes]
+    for group in by_case(regressions):
+        heading = ("", f"What {code(group[0].case.name)} holds otherwise:", "")
+        for change, details in with_details(group, code):
+            if details:
+                lines = [f"- {code(change.metric)}", *(f"  - {text}" for text in details)]
+                out.append(_Block(tuple(lines), heading, finding=False))
     out += [_Block((_item(f),), ("", "Also fails:", "")) for f in errors if not f.first and not f.sizes]
-    out += [_Block((_item(f),), ("", "Needs a look:", "")) for f in found if f.level == "warning"]
-    out += [_Block((_item(f),), ("", "Does not fail:", "")) for f in found if f.level == "notice"]
+    out += [_Block((_item(f),), ("", "Needs a look:", "")) for f in rest if f.level == "warning"]
+    out += [_Block((_item(f),), ("", "Does not fail:", "")) for f in rest if f.level == "notice"]
     return out
 
 
@@ -147,17 +148,5 @@ def _item(finding: Finding) -> str:
     return f"- {' '.join([finding.word, *names])}: {', '.join(said)} {' '.join(place)}".rstrip()
 
 
-def _places(finding: Finding) -> tuple[str, ...]:
-    lines = [f"- {code(finding.case)} {code(finding.metric)}:"]
-    lines += [f"  - {_stack(stack)}" for stack in finding.stacks[:_STACKS]]
-    left = len(finding.stacks) - _STACKS
-    if left > 0:
-        lines.append(f"  - {count(left, 'more place', 'more places')}")
-    return tuple(lines)
-
-
-def _stack(stack: StackChange) -> str:
-    where = f"{stack.file}:{stack.line}" if stack.file else "outside the repository"
-    held = f"{format_bytes(stack.before)} before, {format_bytes(stack.after)} now"
-    words = [code(where), *([code(stack.function)] if stack.function else []), f"{stack.kind}: {held}"]
-    return " ".join([*words, *([code(stack.code)] if stack.code else [])])
+def _nested(finding: Finding) -> list[str]:
+    return [f"  - {text}" for text in stack_texts(list(finding.stacks), code)]

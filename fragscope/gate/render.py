@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from fragscope.errors import printable
+from fragscope.gate import render_against as against
 from fragscope.gate.findings import Finding, of_lock, of_waivers
 from fragscope.gate.sizes import compared, count
 from fragscope.gate.verdict import Check, NotMeasured, Verdict
@@ -15,6 +17,7 @@ _NAME_LIMIT = 300
 def as_text(verdict: Verdict) -> str:
     """One line for each thing that is wrong, worst first; then what is uncertain; then the summary."""
     lines = [
+        *against.policy_lines(verdict),
         *(_over_line(check) for check in verdict.over),
         *(
             _columns(
@@ -25,18 +28,26 @@ def as_text(verdict: Verdict) -> str:
             )
             for u in verdict.undeclared
         ),
+        *against.regression_lines(verdict),
         *(_finding_line(finding) for finding in of_lock(verdict)),
         *(_columns("not measured", *_missing(entry)) for entry in verdict.not_measured),
         *(_columns("within", name, metrics, caveats) for name, metrics, caveats in uncertain(verdict)),
         *(_finding_line(finding) for finding in of_waivers(verdict)),
+        *against.other_lines(verdict),
         summary(verdict),
     ]
     return "\n".join(lines) + "\n"
 
 
-def summary(verdict: Verdict) -> str:
-    """The last line: the decision, its reasons by number, and how much was compared at all."""
+def summary(verdict: Verdict, shown: Callable[[str], str] = against.plain) -> str:
+    """The last line: the decision, its reasons by number, and how much was compared at all.
+
+    Args:
+        verdict: what it is of.
+        shown: makes what strangers wrote harmless where the line is to stand.
+    """
     troubles = [
+        *against.troubles(verdict),
         count(len(verdict.over), "value over budget", "values over budget"),
         count(len(verdict.undeclared), "undeclared outcome", "undeclared outcomes"),
         *_lock_troubles(verdict),
@@ -45,8 +56,8 @@ def summary(verdict: Verdict) -> str:
     decision = {"pass": "pass", "over": "fail", "not_measured": "not measured"}[verdict.decision]
     if verdict.warn_only and verdict.decision != "pass":
         decision = f"{decision}, and only a warning"
-    held: list[str] = []
-    if verdict.budgets or verdict.lock is None:
+    held = [against.compared(verdict, shown)] if verdict.against is not None else []
+    if verdict.budgets or not (held or verdict.lock):
         held.append(
             f"{count(len(verdict.checks), 'value', 'values') or '0 values'} of "
             f"{count(verdict.cases_held, 'case', 'cases') or '0 cases'} held against "
@@ -55,9 +66,8 @@ def summary(verdict: Verdict) -> str:
         if verdict.cases_without_budget:
             held.append(f"{count(verdict.cases_without_budget, 'case has', 'cases have')} no budget")
     if verdict.lock is not None:
-        held.append(
-            f"{count(verdict.lock.held, 'case', 'cases') or '0 cases'} held against the lock"
-        )
+        of_all = f" of {verdict.lock.cases:,}" if verdict.lock.held < verdict.lock.cases else ""
+        held.append(f"{verdict.lock.held:,}{of_all} locked case{'s' * (verdict.lock.cases != 1)} compared")
     waived = sum(use.findings for use in verdict.waivers if use.state == "applied")
     if waived:
         held.append(f"{waived:,} waived")

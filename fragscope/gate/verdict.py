@@ -223,9 +223,10 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     """What one place in the code held at the peak (or end) that a metric speaks of, before and after; bytes.
 
     Attributes:
-        kind: new (held nothing before), grown, shrunk, or gone (holds nothing any more).
+        kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there any more).
         before, after: bytes held.
-        file: of the innermost frame in the repository, relative to its root; ``""`` where no frame is.
+        file: of the innermost frame in the repository that no unchanged allocation shares, relative to its root;
+            ``""`` where no frame is in the repository.
         line: in ``file`` as it is now; as it was before where the place is gone.
         function: of that frame.
         code: the line's text.
@@ -276,6 +277,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         stacks: which places hold the difference, largest first.
         improved: it is smaller by more than that.
         peak_before, peak_after: the request at which the peak was reached; None for values of the end.
+        peak_moved: these are different lines, and not one that moved.
         caveats: everything that keeps the values from being certain.
         waiver: under which a regression does not fail the gate; None where none applies.
     """
@@ -290,6 +292,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     stacks: list[StackChange] = []
     peak_before: CodePlace | None = None
     peak_after: CodePlace | None = None
+    peak_moved: bool = False
     caveats: list[str] = []
     waiver: WaiverName | None = None
 
@@ -302,6 +305,8 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
         before, after: outcomes.
         regressed: it ended as declared and does no more; else it is mended, or both are as declared.
         message: one line about how it ends now, or ended before where it is mended.
+        place: the request that failed, where it runs out of memory now.
+        stacks: which places held more or less then than at the peak before.
     """
 
     case: CaseName
@@ -309,6 +314,8 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
     after: str
     regressed: bool
     message: str = ""
+    place: CodePlace | None = None
+    stacks: list[StackChange] = []
 
 
 class OneSided(msgspec.Struct, frozen=True, kw_only=True):

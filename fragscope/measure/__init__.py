@@ -2,7 +2,7 @@
 
 from fragscope.measure.busy import Busy, busy
 from fragscope.measure.decimate import decimate
-from fragscope.measure.holders import Holder, holders_at
+from fragscope.measure.holders import Holder, holders_at, raw_holders_at
 from fragscope.measure.layout import BlockLayout, SegmentLayout, layout_at
 from fragscope.measure.lifetimes import BlockTable, Lifetimes, lifetimes
 from fragscope.measure.non_torch import NonTorch, non_torch
@@ -33,5 +33,6 @@ __all__ = [
     "measured_rows",
     "non_torch",
     "peaks",
+    "raw_holders_at",
     "timeline",
 ]

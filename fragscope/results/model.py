@@ -170,6 +170,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
         base, end_live: allocated bytes when the phase began and ended.
+        base_requested: requested bytes when the phase began.
         transient: peak allocated beyond base and end.
         retained: end minus base.
         precheck: what was known of its need before it ran on a card; None on the virtual device, and for a case that
@@ -204,6 +205,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     estimated_ops: list[EstimatedOp] = []
     base: Int64 = 0
     end_live: Int64 = 0
+    base_requested: Int64 = 0
     transient: Int64 = 0
     retained: Int64 = 0
     peak: Peak = Peak()

@@ -6,6 +6,7 @@ A scenario file that cannot be imported is left to the worker, which reports why
 import contextlib
 import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import fragscope.record.virtual.dispatch
 import fragscope.record.virtual.functions
 import fragscope.suite.numerics
 from fragscope.suite.discover import load_scenarios
-from fragscope.suite.server import PRELOAD_VARIABLE
+from fragscope.suite.server import PATH_VARIABLE, PRELOAD_VARIABLE
 from fragscope.suite.sources import remember_sources
 
 # What scenario files print while they are imported was printed once already, by the command that looked for them.
@@ -30,6 +31,8 @@ torch.stack([torch.zeros(1, device="meta")])
 # By itself torch asks CUDA whether there is a card, which makes CUDA unusable in every fork; NVML does no such harm.
 _before = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# What is imported here, every worker has: it must be what they would import themselves.
+sys.path[:] = os.environ[PATH_VARIABLE].split(os.pathsep) if PATH_VARIABLE in os.environ else sys.path
 for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(os.pathsep)):
     with contextlib.suppress(BaseException):
         load_scenarios(Path(_name))

@@ -23,6 +23,8 @@ from typing import Any
 from fragscope.errors import FragscopeError
 
 PRELOAD_VARIABLE = "FRAGSCOPE_PRELOAD"
+PATH_VARIABLE = "FRAGSCOPE_IMPORT_PATH"
+"""The import path of the process that starts the server, which Python does not hand on to it."""
 
 
 class Job:
@@ -73,10 +75,11 @@ class WorkerServer:
         _end_server()
         self._context.set_forkserver_preload(["fragscope.suite.preload"])
         os.environ[PRELOAD_VARIABLE] = self._preload
+        os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
         try:
             yield self
         finally:
-            del os.environ[PRELOAD_VARIABLE]
+            del os.environ[PRELOAD_VARIABLE], os.environ[PATH_VARIABLE]
             self._context.set_forkserver_preload([])
             _end_server()
 

@@ -429,6 +429,7 @@ def _figures(decided: Replay, span: Span, trace: Trace) -> dict[str, Any]:
     return {
         "base": span.base.allocated,
         "end_live": span.end.allocated,
+        "base_requested": span.base.requested,
         "transient": span.transient,
         "retained": span.retained,
         "peak": peak_of(span.peak),

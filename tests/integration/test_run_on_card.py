@@ -299,7 +299,7 @@ def test_a_recording_follows_its_own_precheck(card: StandInCard, monkeypatch: py
     """So that an interrupted run has results."""
     write_scenarios(Path(), "needs", NEEDS)
     started: list[str] = []
-    progress = sys.modules["fragscope.cli.run"].__dict__["_RichProgress"]
+    progress = sys.modules["fragscope.cli.run"].__dict__["RichProgress"]
     monkeypatch.setattr(progress, "started", lambda _, what: started.append(what.partition("/")[0]))
     runs("fits", "caught")
     assert started == ["need of fits", "fits", "need of caught", "caught"]

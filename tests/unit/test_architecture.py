@@ -28,13 +28,14 @@ ARROWS: dict[str, set[str]] = {
     "doctor": BASE | {"trace", "allocator", "record"},
     "suite": BASE | {"trace", "allocator", "measure", "record", "results", "fragscope"},
     "gate": BASE | {"trace", "results", "config", "toml"},
+    "against": BASE | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "fragscope"},
     "thresholds": BASE | {"trace", "allocator", "toml"},
     "report": BASE | {"trace", "allocator", "measure", "results", "thresholds"},
     "testing": BASE | {"trace", "allocator", "measure", "gate", "record", "config", "toml"},
     "pytest_plugin": BASE | {"testing"},
     "cli": BASE
     | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report", "search", "record"}
-    | {"doctor", "thresholds"},
+    | {"doctor", "thresholds", "against"},
     "fragscope": BASE | {"trace", "record", "suite"},  # the public face: fragscope/__init__.py
     "__main__": {"cli"},
 }
@@ -92,6 +93,9 @@ def test_every_room_has_its_arrows_written_down():
     [
         "fragscope",
         "fragscope.cli",
+        "fragscope.against.judge",
+        "fragscope.against.run",
+        "fragscope.cli.against",
         "fragscope.cli.doctor",
         "fragscope.cli.fit",
         "fragscope.cli.gate",

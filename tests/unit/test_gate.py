@@ -361,7 +361,9 @@ def test_markdown_is_a_table_that_hostile_names_cannot_leave():
     verdict = _gate('[budget."moe/*/*"]\ntransient = 49\n', case, _case("a/b/c", outcome="crash", message="@all\n# hi"))
     said = as_markdown(verdict)
     assert "### fragscope gate: failed" in said
-    assert r"| over | `` moe/v\x7c3/`<img>` `` | `transient` | 49 B | 50 B | 1 B (+2.0 %) | `budgets.toml:2` |  |" in said
+    assert (
+        r"| over | `` moe/v\x7c3/`<img>` `` | `transient` | 49 B | 50 B | 1 B (+2.0 %) | `budgets.toml:2` |  |" in said
+    )
     assert r", `@all\n# hi`" in said
 
 

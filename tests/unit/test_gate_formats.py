@@ -66,9 +66,7 @@ def verdict_of(**changes: Any) -> Verdict:
 STACK = StackChange(
     kind="new", before=0, after=704 * MIB, file="acme/loader.py", line=12, function="load", code="torch.stack(w13)"
 )
-CHANGE = Change(
-    case=name(), metric="transient", before=MIB, after=705 * MIB, allowed=0, regressed=True, stacks=[STACK]
-)
+CHANGE = Change(case=name(), metric="transient", before=MIB, after=705 * MIB, allowed=0, regressed=True, stacks=[STACK])
 
 
 # --- what GitHub's runner makes of a line ------------------------------------------------------------------------
@@ -159,9 +157,7 @@ def test_no_more_annotations_than_github_takes_the_worst_of_them_and_the_rest_co
     assert [properties["title"].split(": ")[1].split()[0] for _, properties, _ in found[:10]] == [
         "z", *(f"c{i:02}" for i in range(25, 16, -1))
     ]  # fmt: skip
-    assert found[-1][2] == (
-        "16 errors, 3 warnings, 1 notice more than GitHub shows; the log of this step has them all"
-    )
+    assert found[-1][2] == ("16 errors, 3 warnings, 1 notice more than GitHub shows; the log of this step has them all")
     assert all(f"  c{i:02}  " in text for i in range(1, 26))  # the text has them all
 
 
@@ -273,7 +269,9 @@ def checked_junit(text: str) -> ElementTree.Element:
 
 
 def test_junit_has_a_test_case_for_each_value():
-    waiver = WaiverName(pattern="a/b/c", metrics=["transient"], owner="@j", reason="r", expires="2027-01-01", file="b", line=1)
+    waiver = WaiverName(
+        pattern="a/b/c", metrics=["transient"], owner="@j", reason="r", expires="2027-01-01", file="b", line=1
+    )
     verdict = verdict_of(
         checks=[over("a", by=704 * MIB), over("b", by=-1), over("c", waiver=waiver)],
         changes=[msgspec.structs.replace(CHANGE, case=name("a"))],
@@ -386,7 +384,9 @@ _VERDICTS = st.builds(
         st.builds(OutcomeChange, case=_NAMES, before=_HOSTILE, after=_HOSTILE, regressed=st.booleans(), message=_HOSTILE)
     ),
 )  # fmt: skip
-_FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+_FUZZ = settings(
+    max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None
+)
 
 
 @_FUZZ
@@ -429,7 +429,13 @@ def test_no_name_leaves_its_code_span(verdict):
     tokens = rendered(body)
     assert [token.content for token in tokens if token.type == "html_block"] == []
     assert not any(token.type in ("fence", "code_block", "blockquote_open", "hr") for token in tokens)
-    assert {child.type for child in inline(tokens)} <= {"text", "code_inline", "softbreak", "strong_open", "strong_close"}
+    assert {child.type for child in inline(tokens)} <= {
+        "text",
+        "code_inline",
+        "softbreak",
+        "strong_open",
+        "strong_close",
+    }
     for child in inline(tokens):
         if child.type == "text":
             assert _OURS.fullmatch(child.content.replace("&", "")), child.content
@@ -459,6 +465,9 @@ def test_findings_do_not_depend_on_the_order_of_the_lists(verdict, shuffler):
 
     changed = msgspec.structs.replace(
         verdict,
-        **{field: shuffled(getattr(verdict, field)) for field in ("undeclared", "not_measured", "lock_differences", "policy")},
+        **{
+            field: shuffled(getattr(verdict, field))
+            for field in ("undeclared", "not_measured", "lock_differences", "policy")
+        },
     )
     assert findings(changed) == findings(verdict)

@@ -169,7 +169,10 @@ GOOD = text_of(case())
         ("version = 1\n[case]\na = 3\n", ["line 3", "case.'a' is not a table"]),
         ("version = 1\ntorch = 2.13\n", ["line 2", "torch: 2.13 is not a string"]),
         (GOOD.replace("transient", "transent"), ["line 12", "'transent'", "did you mean 'transient'?"]),
-        (GOOD.replace("transient = 2_097_152", 'transient = "2 MiB"'), ["line 12", "transient: '2 MiB' is not a whole"]),
+        (
+            GOOD.replace("transient = 2_097_152", 'transient = "2 MiB"'),
+            ["line 12", "transient: '2 MiB' is not a whole"],
+        ),
         (GOOD.replace("transient = 2_097_152", "transient = 2.5"), ["line 12", "2.5 is not a whole number"]),
         (GOOD.replace("transient = 2_097_152", "transient = true"), ["line 12", "True is not a whole number"]),
         (GOOD.replace("transient = 2_097_152", "transient = -1"), ["line 12", "-1 is no size"]),
@@ -251,9 +254,10 @@ def test_the_same_figures_of_a_part_do_not_differ():
 
 def test_cases_of_two_releases_are_not_mixed():
     old = lock(case("a"), case("b"), torch="2.12.0")
-    assert "made with torch 2.12.0, these results with 2.13.0, and 1 of its cases" in relock(
-        old, lock(case("b")), prune=False
-    ).mixed
+    assert (
+        "made with torch 2.12.0, these results with 2.13.0, and 1 of its cases"
+        in relock(old, lock(case("b")), prune=False).mixed
+    )
     assert relock(old, lock(case("b")), prune=True).mixed == ""
     assert relock(old, lock(case("a"), case("b")), prune=False).mixed == ""
 

@@ -12,12 +12,14 @@ from fragscope.gate.lock import Lock, LockOptions
 from fragscope.gate.render import as_text
 from fragscope.results import Case, Results
 
+STRICT = LockOptions()
+
 
 def locked(*cases: Case, **run: object) -> Lock:
     return parse_lock(lock_text(lock_of(results_of(list(cases), **run), "fragscope.lock")[0]))
 
 
-def held(lock: Lock, *cases: Case, options: LockOptions = LockOptions(), **run: object) -> Verdict:
+def held(lock: Lock, *cases: Case, options: LockOptions = STRICT, **run: object) -> Verdict:
     results: Results = results_of(list(cases), **run)
     return hold_to_lock(evaluate(results, Budgets("", ()), also_held=True), results, lock, options)
 
@@ -31,7 +33,7 @@ def test_what_is_as_locked_passes():
     assert (verdict.decision, verdict.exit_code, kinds(verdict)) == ("pass", 0, [])
     assert verdict.lock is not None
     assert (verdict.lock.file, verdict.lock.cases, verdict.lock.held, verdict.lock.note) == ("fragscope.lock", 2, 2, "")
-    assert as_text(verdict) == "pass: 2 cases held against the lock\n"
+    assert as_text(verdict) == "pass: 2 locked cases compared\n"
 
 
 @pytest.mark.parametrize(("by", "kind"), [(1, "larger"), (-1, "smaller")])
@@ -73,7 +75,7 @@ def test_text_says_what_and_where_and_what_to_do():
         "[fragscope.lock:20]",
         "smaller than locked  b  retained  locked -1.50 KiB  value -2.00 KiB  difference -512 B  "
         "lock it with 'fragscope lock --update'  [fragscope.lock:13]",
-        "fail: 1 value larger than locked, 1 value smaller than locked; 2 cases held against the lock",
+        "fail: 1 value larger than locked, 1 value smaller than locked; 2 locked cases compared",
     ]
 
 
@@ -159,5 +161,5 @@ def test_budgets_hold_beside_the_lock():
     verdict = hold_to_lock(verdict, results, locked(case()), LockOptions())
     assert verdict.exit_code == 3
     assert as_text(verdict).splitlines()[-1] == (
-        "fail: 1 value over budget; 1 value of 1 case held against 1 budget; 1 case held against the lock"
+        "fail: 1 value over budget; 1 value of 1 case held against 1 budget; 1 locked case compared"
     )

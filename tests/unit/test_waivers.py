@@ -109,7 +109,10 @@ def test_outcomes_and_what_was_not_measured_cannot_be_waived():
 def test_differences_from_the_lock_are_waived_value_by_value():
     (waiver,) = parse_budgets(WAIVER).waivers
     verdict = waive(held(locked(case()), case(transient=3 * MIB, retained=0)), [waiver], "b.toml", TODAY)
-    assert [(d.metric, d.waiver is not None) for d in verdict.lock_differences] == [("transient", True), ("retained", False)]
+    assert [(d.metric, d.waiver is not None) for d in verdict.lock_differences] == [
+        ("transient", True),
+        ("retained", False),
+    ]
     assert verdict.exit_code == 3
     verdict = waive(held(locked(case()), case(transient=3 * MIB)), [waiver], "b.toml", TODAY)
     assert (verdict.exit_code, states(verdict)) == (0, [("applied", 1)])

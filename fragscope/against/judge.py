@@ -1,0 +1,217 @@
+"""What both sides gave, as one verdict: budgets, values, outcomes, limits, and the lines that hold the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from fragscope.against.attribute import Attribution, Tree
+from fragscope.against.held import Recorded, held, held_at_failure
+from fragscope.against.run import Side
+from fragscope.errors import printable
+from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock
+from fragscope.gate.compare import Comparison, Pair, Tolerance, compare
+from fragscope.gate.verdict import Against, Change, NotMeasured, OneSided, OutcomeChange, PolicyChange, Verdict
+from fragscope.results import CAME_TO_ITS_END, Results, Run
+from fragscope.units import format_bytes
+
+_NOTHING = Results(run=Run(started="", seconds=0.0, complete=True, planned=0), cases=[])
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the current side is held to.
+
+    Attributes:
+        budgets: of the working tree.
+        tolerance: of the comparison.
+        policy: what changed in the limits.
+        selected: only some cases were asked for, so that budgets without a case are none of this run's business.
+        lock: of the working tree; None where there is none.
+    """
+
+    budgets: Budgets
+    tolerance: Tolerance
+    policy: list[PolicyChange] = field(default_factory=list)
+    selected: bool = False
+    lock: Lock | None = None
+
+
+def judge(before: Side, after: Side, rules: Rules, against: Against) -> Verdict:
+    """Compare both sides, hold the current one against its budgets, and say which lines make the difference.
+
+    The verdict depends on nothing but the two trees and their results: no time, no path of a temporary folder.
+
+    Raises:
+        InputFileError: two equally specific budgets disagree, or a recording cannot be used.
+    """
+    results = after.results or _NOTHING
+    earlier, unable = _able(before, results)
+    found = compare(earlier, results, rules.tolerance, before.which)
+    appeared = [msgspec.structs.replace(o, reason=unable.get(o.case.id, o.reason)) for o in found.appeared]
+    appeared = [_why_left_out(o, before, after) for o in appeared]
+    notes = [*against.notes, *_notes(before, after)]
+    budgets = Budgets(rules.budgets.file, tuple(b for b in rules.budgets.budgets if b.device != "cuda"))
+    elsewhere = len(rules.budgets.budgets) - len(budgets.budgets)
+    if elsewhere:
+        notes.append(f"{elsewhere} budgets for device cuda are not held here: both sides run on the virtual device")
+    held_to = evaluate(results, budgets)
+    explained = _Explained(before, after, found)
+    changes = [explained.change(c) for c in found.changes]
+    outcomes = [explained.outcome(o) for o in found.outcomes]
+    broken = {o.case.id for o in outcomes if o.regressed}
+    verdict = msgspec.structs.replace(
+        held_to,
+        undeclared=[u for u in held_to.undeclared if u.case.id not in broken],
+        not_measured=[
+            *_whole_runs(before, after, found),
+            *(n for n in held_to.not_measured if n.case is not None or (n.budget is not None and not rules.selected)),
+            *found.not_measured,
+        ],
+        against=msgspec.structs.replace(against, compared=found.compared, notes=notes),
+        policy=rules.policy,
+        changes=changes,
+        outcomes=outcomes,
+        appeared=appeared,
+        removed=found.removed,
+    )
+    if rules.lock is None:
+        return decided(verdict)
+    # A lock may also have cases under other confs, releases and cards; those that are gone are told as removed.
+    return hold_to_lock(verdict, results, rules.lock, rules.budgets.lock, whole=False)
+
+
+def _able(before: Side, after: Results) -> tuple[Results | None, dict[str, str]]:
+    """The other side's results without cases of borrowed scenarios that its code cannot run, and why it cannot.
+
+    A scenario that comes with this change may call code that comes with it: that is no fault of the other side, and
+    its mending no merit of this one.
+    """
+    if before.results is None:
+        return None, {}
+    ended = {case.id for case in after.cases if case.outcome in CAME_TO_ITS_END}
+    unable = {
+        case.id: f"{before.which} cannot run it: {case.outcome}: {case.message}"
+        for case in before.results.cases
+        if case.id in ended
+        and case.outcome not in CAME_TO_ITS_END
+        and (before.scenarios or {}).get(case.scenario) in before.borrowed
+    }
+    kept = [case for case in before.results.cases if case.id not in unable]
+    return msgspec.structs.replace(before.results, cases=kept), unable
+
+
+def _why_left_out(one: OneSided, before: Side, after: Side) -> OneSided:
+    file = (after.scenarios or {}).get(one.case.scenario)
+    for left in before.left_out:
+        if left.file == file:
+            return msgspec.structs.replace(
+                one, reason=f"{printable(left.file)} cannot be imported with {before.which}'s code: {left.reason}"
+            )
+    return one
+
+
+def _whole_runs(before: Side, after: Side, found: Comparison) -> list[NotMeasured]:
+    out = []
+    for side in (before, after):
+        run = side.results.run if side.results is not None else None
+        if run is not None and not run.complete:
+            present = len(side.results.cases) if side.results is not None else 0
+            out.append(NotMeasured(reason=f"the run of {side.which} is incomplete: {present} of {run.planned} cases"))
+    if not found.compared and not _introduced(before):
+        why = "; ".join(f"{x.file}: {x.reason}" for x in before.left_out)
+        out.append(NotMeasured(reason=f"nothing was compared with {before.which}{f': {why}' if why else ''}"))
+    return out
+
+
+def _introduced(before: Side) -> bool:
+    """Whether the other side has no scenario of its own, so that there may be nothing to compare with."""
+    ran = set((before.scenarios or {}).values())
+    return ran <= set(before.borrowed) and all(x.borrowed for x in before.left_out)
+
+
+def _notes(before: Side, after: Side) -> list[str]:
+    ran = set((before.scenarios or {}).values())
+    notes = [
+        f"{printable(file)} is not in {before.which}: it was run there as it is here"
+        for file in before.borrowed
+        if file in ran
+    ]
+    for left in before.left_out:
+        which = "is not there and " if left.borrowed else ""
+        notes.append(f"{printable(left.file)} {which}cannot be imported with {before.which}'s code: {left.reason}")
+    for file in sorted(set((after.scenarios or {}).values()) & (ran - set(before.borrowed))):
+        if _content(before.top / file) != _content(after.top / file):
+            notes.append(f"{printable(file)} is another one in {before.which}: differences may come from it")
+    return notes
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+class _Explained:
+    """Adds to changes which lines they come from; each recording is read once."""
+
+    def __init__(self, before: Side, after: Side, found: Comparison) -> None:
+        self._before, self._after = before, after
+        self._trees = Tree(before.top, before.root), Tree(after.top, after.root)
+        self._pairs = found.pairs
+        self._read: dict[str, tuple[Recorded, Recorded, Attribution] | None] = {}
+
+    def change(self, change: Change) -> Change:
+        """The change with its lines, unless it is one that is allowed."""
+        both = self._recorded(change.case.id) if change.regressed or change.improved else None
+        if both is None:
+            return change
+        was, now, attribution = both
+        old, new = held(was, change.metric), held(now, change.metric)
+        stacks = attribution.changes(old, new)
+        explained = sum(s.after - s.before for s in stacks)
+        peak_before, peak_after, moved = attribution.peaks(old.place, new.place)
+        return msgspec.structs.replace(
+            change,
+            stacks=stacks,
+            peak_before=peak_before,
+            peak_after=peak_after,
+            peak_moved=moved,
+            caveats=[*_unexplained(change, self._pairs[change.case.id], explained), *change.caveats],
+        )
+
+    def outcome(self, change: OutcomeChange) -> OutcomeChange:
+        """The change with the request that failed, where that is what happened."""
+        both = self._recorded(change.case.id) if change.after == "oom" else None
+        failed = held_at_failure(both[1]) if both is not None else None
+        if both is None or failed is None:
+            return change
+        peak = held(both[0], "peak_allocated")
+        _, place, _ = both[2].peaks(peak.place, failed.place)
+        return msgspec.structs.replace(change, place=place, stacks=both[2].changes(peak, failed))
+
+    def _recorded(self, case: str) -> tuple[Recorded, Recorded, Attribution] | None:
+        if case not in self._read:
+            pair = self._pairs[case]
+            self._read[case] = None
+            if pair.before.trace is not None and pair.after.trace is not None:
+                was = Recorded.of(self._before.folder / pair.before.trace)
+                now = Recorded.of(self._after.folder / pair.after.trace)
+                self._read[case] = was, now, Attribution(*self._trees, was, now)
+        return self._read[case]
+
+
+def _unexplained(change: Change, pair: Pair, explained: int) -> Iterable[str]:
+    """What of a difference no line holds."""
+    more = change.after - change.before
+    match change.metric:
+        case "peak_reserved" | "peak_hbm" if more != explained:
+            yield f"{format_bytes(more - explained)} of the difference are idle memory, which no line holds"
+        case "stranded":
+            yield "stranded memory is idle; what changed is what is held beside it"
+        case "transient" | "retained" if pair.before.base != pair.after.base:
+            yield f"{format_bytes(pair.after.base - pair.before.base)} of what is held differ before the phase begins"

@@ -1,0 +1,169 @@
+"""What a change does to the limits themselves: budgets and lock of one tree against those of another.
+
+A change of limits is for people to judge. It fails nothing, and stands before everything else: a pull request that
+costs memory and raises the budget by as much would pass in silence otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fragscope.errors import InputFileError, printable
+from fragscope.gate.budgets import METRICS, Budget, Limit
+from fragscope.gate.budgets_file import Budgets, parse_budgets
+from fragscope.gate.verdict import PolicyChange
+from fragscope.units import MIB, format_bytes
+
+_FILE_LIMIT = MIB  # budgets files are no larger; of a lock more is not compared
+_Key = tuple[str, tuple[tuple[str, str], ...], str]
+"""A budget's glob, what narrows it, and a metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """A file of limits in one tree.
+
+    Attributes:
+        shown: what people call it.
+        text: None where the tree has none.
+    """
+
+    shown: str
+    text: str | None
+
+
+def read_policy(file: Path | None, shown: str) -> PolicyFile:
+    """The file as it is there; what cannot be read is as if it were not."""
+    if file is None:
+        return PolicyFile(shown, None)
+    try:
+        with file.open("rb") as f:
+            return PolicyFile(shown, f.read(_FILE_LIMIT).decode("utf-8", errors="replace"))
+    except OSError:
+        return PolicyFile(shown, None)
+
+
+def budget_changes(before: PolicyFile, after: PolicyFile) -> list[PolicyChange]:
+    """Every limit that is raised, lowered, new or removed, those that let more pass first.
+
+    Raises:
+        InputFileError: the current file cannot be used.
+    """
+    if before.text == after.text or after.text is None or before.text is None:
+        return _of_file(before, after, "budgets")
+    now = parse_budgets(after.text, after.shown)
+    try:
+        was = parse_budgets(before.text, before.shown)
+    except InputFileError as e:
+        detail = f"cannot be compared: before, {e.reason}"
+        return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail)]
+    found = list(_limit_changes(was, now))
+    other = _other_tables(before.text, after.text)
+    if other:
+        detail = f"{', '.join(other)} changed"
+        found.append(PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail))
+    return sorted(found, key=_order)
+
+
+def lock_changes(before: PolicyFile, after: PolicyFile) -> list[PolicyChange]:
+    """Whether the lock changed, and by how many lines."""
+    if before.text == after.text or after.text is None or before.text is None:
+        return _of_file(before, after, "lock")
+    lines = list(difflib.unified_diff(before.text.splitlines(), after.text.splitlines(), n=0, lineterm=""))[2:]
+    gone, new = (sum(line.startswith(sign) for line in lines) for sign in "-+")
+    detail = f"{new:,} lines written, {gone:,} taken out"
+    return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail)]
+
+
+def tolerance_changes(before: str | None, after: str | None) -> list[PolicyChange]:
+    """Whether the tolerance of comparisons changed, as ``[tool.fragscope]`` states it."""
+    if before == after:
+        return []
+    detail = f"tolerance was {before or 'the default'}, now {after or 'the default'}"
+    return [
+        PolicyChange(file="pyproject.toml", line=0, what="[tool.fragscope]", kind="changed", detail=printable(detail))
+    ]
+
+
+def _of_file(before: PolicyFile, after: PolicyFile, what: str) -> list[PolicyChange]:
+    if before.text == after.text or before.text is after.text:
+        return []
+    if after.text is None:
+        detail = f"the {what} file is removed"
+        return [PolicyChange(file=before.shown, line=0, what=before.shown, kind="removed", detail=detail)]
+    detail = f"the {what} file is new"
+    return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="new", detail=detail)]
+
+
+def _limit_changes(before: Budgets, after: Budgets) -> Iterator[PolicyChange]:
+    was, now = _limits(before), _limits(after)
+    for key in was.keys() | now.keys():
+        old, new = was.get(key), now.get(key)
+        if old is not None and new is not None and old.bytes == new.bytes:
+            continue
+        stated = new or old
+        assert stated is not None
+        pattern, narrowing, metric = key
+        named = printable(pattern, 200) + "".join(f" ({k} {printable(v, 80) or 'default'})" for k, v in narrowing)
+        yield PolicyChange(
+            file=after.file if new is not None else before.file,
+            line=stated.line,
+            what=named,
+            metric=metric,
+            kind=_kind(old, new),
+            before=None if old is None else old.bytes,
+            after=None if new is None else new.bytes,
+            detail=_detail(old, new),
+        )
+
+
+def _limits(budgets: Budgets) -> dict[_Key, Limit]:
+    found: dict[_Key, Limit] = {}
+    for budget in budgets.budgets:
+        for metric, limit in budget.limits.items():
+            key = (budget.pattern, tuple(sorted(_narrowing(budget).items())), metric)
+            # Of equal ones that disagree the gate refuses to choose; the larger is the one that lets more pass.
+            if key not in found or found[key].bytes < limit.bytes:
+                found[key] = limit
+    return found
+
+
+def _narrowing(budget: Budget) -> dict[str, str]:
+    return {k: "".join(v.split()) if k == "conf" else v for k, v in budget.narrowing.items()}
+
+
+def _kind(old: Limit | None, new: Limit | None) -> Literal["raised", "lowered", "new", "removed"]:
+    if old is None:
+        return "new"
+    if new is None:
+        return "removed"
+    return "raised" if new.bytes > old.bytes else "lowered"
+
+
+def _detail(old: Limit | None, new: Limit | None) -> str:
+    if old is None or new is None:
+        limit = new or old
+        assert limit is not None
+        return f"{'now' if old is None else 'was'} {format_bytes(limit.bytes)}"
+    by = format_bytes(abs(new.bytes - old.bytes))
+    return f"{_kind(old, new)} by {by}, from {format_bytes(old.bytes)} to {format_bytes(new.bytes)}"
+
+
+def _other_tables(before: str, after: str) -> list[str]:
+    """Tables of a budgets file that are not budgets and differ; both texts are TOML."""
+    was, now = tomllib.loads(before), tomllib.loads(after)
+    return sorted(
+        printable(key, 80) for key in was.keys() | now.keys() if key != "budget" and was.get(key) != now.get(key)
+    )
+
+
+def _order(change: PolicyChange) -> tuple[int, int, str, int]:
+    looser = {"raised": 0, "removed": 1, "changed": 2, "new": 3, "lowered": 4}[change.kind]
+    by = (change.after or 0) - (change.before or 0)
+    metric = METRICS.index(change.metric) if change.metric in METRICS else len(METRICS)
+    return looser, -by, change.what, metric
