@@ -3,6 +3,8 @@
     [tool.fragscope]
     scenarios = ["scenarios"]     # files or folders that `fragscope run` collects
     budgets = "budgets.toml"      # what `fragscope gate` holds results against
+    lock = "fragscope.lock"       # what `fragscope lock` writes, and the gate holds results against, too
+    warn_only = true              # the gate says everything and ends with 0
     card = "h100-80gb"            # the default of --card
     torch = "2.11"                # the default of --torch
     out = ".fragscope"            # where results go
@@ -33,7 +35,9 @@ from fragscope.errors import InputFileError, UsageError, printable
 from fragscope.units import MIB, format_bytes
 
 _FILE_LIMIT = 4 * MIB
-_KEYS = ("scenarios", "budgets", "card", "cards", "torch", "out", "import_paths", "tolerance", "pytest")
+_KEYS = (
+    "scenarios", "budgets", "lock", "warn_only", "card", "cards", "torch", "out", "import_paths", "tolerance", "pytest",
+)  # fmt: skip
 _PYTEST_KEYS = ("card", "require", "budget")
 
 
@@ -60,6 +64,8 @@ class Config:
         root: folder of the pyproject.toml that was read; None where there is none.
         scenarios: files or folders with scenarios, absolute.
         budgets: the budgets file, absolute.
+        lock: the lock, absolute.
+        warn_only: whether the gate only tells.
         card: name of the default card.
         torch: the torch release whose rules apply by default.
         out: folder for results, absolute.
@@ -72,6 +78,8 @@ class Config:
     root: Path | None = None
     scenarios: tuple[Path, ...] = ()
     budgets: Path | None = None
+    lock: Path | None = None
+    warn_only: bool = False
     card: str | None = None
     torch: str | None = None
     out: Path | None = None
@@ -155,6 +163,8 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
         root=file.parent,
         scenarios=paths("scenarios", "scenarios"),
         budgets=path("budgets"),
+        lock=path("lock"),
+        warn_only=_flag(where, table.get("warn_only"), "warn_only") or False,
         card=text(table["card"], "card") if "card" in table else None,
         torch=text(table["torch"], "torch") if "torch" in table else None,
         out=path("out"),
@@ -169,9 +179,7 @@ def _pytest_config(where: str, table: Any) -> PytestConfig:
     if not isinstance(table, dict):
         raise UsageError(f"{where} is not a table")
     _check_keys(where, table, _PYTEST_KEYS)
-    require, budget = table.get("require"), table.get("budget", {})
-    if require is not None and not isinstance(require, bool):
-        raise UsageError(f"{where} require: {printable(repr(require), 80)} is neither true nor false")
+    require, budget = _flag(where, table.get("require"), "require"), table.get("budget", {})
     if not isinstance(budget, dict):
         raise UsageError(
             f'{where} budget: {printable(repr(budget), 80)} is not a table such as {{ peak_reserved = "8 GiB" }}'
@@ -185,6 +193,12 @@ def _check_keys(where: str, table: dict[str, Any], known: tuple[str, ...]) -> No
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"{where} has no key {printable(repr(key), 80)}; {hint}")
+
+
+def _flag(where: str, value: Any, key: str) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(f"{where} {key}: {printable(repr(value), 80)} is neither true nor false")
+    return value
 
 
 def _text(where: str, value: Any, key: str) -> str:

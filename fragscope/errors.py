@@ -104,6 +104,9 @@ def from_plain(plain: Mapping[str, Any]) -> FragscopeError:
 
 
 def printable(text: str, limit: int = 400) -> str:
-    """Text from a hostile source as one harmless line: control characters escaped, length bounded."""
-    clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Text from a hostile source as one harmless line: control characters escaped, length bounded.
+
+    ``##[`` anywhere in a line of a GitHub job's log may begin a command to the runner (its ``ActionCommand.cs``).
+    """
+    clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("##[", "##\\x5b")
     return clean if len(clean) <= limit else f"{clean[:limit]}… ({len(clean)} characters)"

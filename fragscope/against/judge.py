@@ -11,8 +11,8 @@ import msgspec
 from fragscope.against.attribute import Attribution, Tree
 from fragscope.against.held import Recorded
 from fragscope.against.run import Side
-from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, printable
-from fragscope.gate import Budgets, evaluate
+from fragscope.errors import printable
+from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock
 from fragscope.gate.compare import Comparison, Pair, Tolerance, compare
 from fragscope.gate.verdict import (
     Against,
@@ -39,12 +39,14 @@ class Rules:
         tolerance: of the comparison.
         policy: what changed in the limits.
         selected: only some cases were asked for, so that budgets without a case are none of this run's business.
+        lock: of the working tree; None where there is none.
     """
 
     budgets: Budgets
     tolerance: Tolerance
     policy: list[PolicyChange] = field(default_factory=list)
     selected: bool = False
+    lock: Lock | None = None
 
 
 def judge(before: Side, after: Side, rules: Rules, against: Against) -> Verdict:
@@ -85,15 +87,10 @@ def judge(before: Side, after: Side, rules: Rules, against: Against) -> Verdict:
         appeared=appeared,
         removed=found.removed,
     )
-    return _decided(verdict)
-
-
-def _decided(verdict: Verdict) -> Verdict:
-    if verdict.over or verdict.undeclared or verdict.regressions or any(o.regressed for o in verdict.outcomes):
-        return msgspec.structs.replace(verdict, decision="over", exit_code=EXIT_OVER_BUDGET)
-    if verdict.not_measured:
-        return msgspec.structs.replace(verdict, decision="not_measured", exit_code=EXIT_NOT_MEASURED)
-    return msgspec.structs.replace(verdict, decision="pass", exit_code=EXIT_PASS)
+    if rules.lock is None:
+        return decided(verdict)
+    # A lock may also have cases under other confs, releases and cards; those that are gone are told as removed.
+    return hold_to_lock(verdict, results, rules.lock, rules.budgets.lock, whole=False)
 
 
 def _able(before: Side, after: Results) -> tuple[Results | None, dict[str, str]]:

@@ -21,7 +21,8 @@ from fragscope.errors import (
 
 _COMMANDS = {
     "run": "run scenarios and write results, traces and a report",
-    "gate": "hold results against budgets and say pass or fail",
+    "gate": "hold results against budgets and the lock, and say pass or fail",
+    "lock": "write the exact figures of every case to a file that the gate holds results against",
     "report": "one self-contained HTML page, or Markdown, from results",
     "record": "run any command and record the GPU memory of each of its processes",
     "replay": "decide a trace's requests under other settings, or verify the model against it",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fragscope.cli.gate_files import LOCK
 from fragscope.cli.running import RichProgress, stopped_by_signals
 from fragscope.errors import UsageError, printable
 
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from fragscope.against.git import Repository
     from fragscope.against.protocol import Step
     from fragscope.config import Config
-    from fragscope.gate import Verdict
+    from fragscope.gate import Budgets, Lock, Verdict
     from fragscope.gate.verdict import Against, PolicyChange
 
-LOCK = "fragscope.lock"
 _TIMEOUT = 600.0
 
 
@@ -45,14 +45,17 @@ class Wanted:
     jobs: int | None = None
 
 
-def verdict_against(wanted: Wanted, config: Config, budgets: Path | None, shown: str) -> Verdict:
+def verdict_against(
+    wanted: Wanted, config: Config, budgets: Path | None, limits: Budgets, lock: Lock | None
+) -> Verdict:
     """Run both trees and compare them.
 
     Args:
         wanted: the options.
         config: of the working tree.
         budgets: its budgets file, if there is one.
-        shown: what to call that file.
+        limits: what that file says.
+        lock: of the working tree, if there is one.
 
     Raises:
         UsageError: no git, no such commit, no scenarios, or both sides would run the same code.
@@ -68,9 +71,7 @@ def verdict_against(wanted: Wanted, config: Config, budgets: Path | None, shown:
     from fragscope.against.judge import Rules, judge
     from fragscope.against.run import SideOptions, run_both
     from fragscope.allocator import DEFAULT_CARD, NEWEST
-    from fragscope.gate.budgets import Budgets, parse_budgets
     from fragscope.gate.compare import Tolerance, parse_tolerance
-    from fragscope.gate.policy import read_policy
     from fragscope.suite.journal import locked
     from fragscope.suite.matrix import cells
     from fragscope.suite.runner import usable_cores
@@ -96,8 +97,6 @@ def verdict_against(wanted: Wanted, config: Config, budgets: Path | None, shown:
         out=(config.out or Path(".fragscope")).absolute() / "against",
     )
     cells(options.confs, options.releases, [options.card], None)  # complains before anything is checked out
-    now = read_policy(budgets, shown)
-    held_to = Budgets(shown, ()) if now.text is None else parse_budgets(now.text, shown)
     repository = Repository.at(root)
     commit = repository.commit_of(wanted.ref)
     which = _named(wanted.ref, commit)
@@ -105,8 +104,8 @@ def verdict_against(wanted: Wanted, config: Config, budgets: Path | None, shown:
     with stopped_by_signals(), locked(options.out), repository.checked_out(commit) as tree, _progress() as step:
         click.echo(f"fragscope: running {which} and the working tree", err=True)
         before, after = run_both(repository, tree, which, root, config, options, step)
-        policy = _policy(repository, before.config, config, budgets, shown, tree)
-        rules = Rules(held_to, tolerance, policy, selected=bool(wanted.only))
+        policy = _policy(repository, before.config, config, budgets, limits.file, tree)
+        rules = Rules(limits, tolerance, policy, selected=bool(wanted.only), lock=lock)
         verdict = judge(before, after, rules, against)
     click.echo(f"fragscope: results of both are in {_short(options.out)}", err=True)
     return verdict
@@ -141,7 +140,6 @@ def _policy(
     from fragscope.gate.policy import budget_changes, lock_changes, read_policy, tolerance_changes
 
     root = (config.root or Path.cwd()).resolve()
-    inside = root.relative_to(repository.top)
 
     def of_theirs(file: Path) -> Path | None:
         name = repository.relative(file)
@@ -150,8 +148,8 @@ def _policy(
     file = budgets if budgets is not None else config.budgets or root / "budgets.toml"
     old = theirs.budgets if theirs.budgets is not None and budgets in (None, config.budgets) else of_theirs(file)
     found = budget_changes(read_policy(old, shown), read_policy(file, shown))
-    lock = root / LOCK
-    found += lock_changes(read_policy(tree / inside / LOCK, _short(lock)), read_policy(lock, _short(lock)))
+    lock = config.lock or root / LOCK
+    found += lock_changes(read_policy(of_theirs(lock), _short(lock)), read_policy(lock, _short(lock)))
     return [*tolerance_changes(theirs.tolerance, config.tolerance), *found]
 
 

@@ -1,7 +1,10 @@
-"""Budgets, and whether results are within them. Needs no torch."""
+"""Budgets, locks and waivers, and whether results are within them. Needs no torch."""
 
-from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, load_budgets, parse_budgets
+from fragscope.gate.budgets import METRICS, Budget, Limit
+from fragscope.gate.budgets_file import Budgets, load_budgets, parse_budgets
 from fragscope.gate.evaluate import evaluate
+from fragscope.gate.lock import Lock, load_lock, lock_of, lock_text, parse_lock
+from fragscope.gate.lock_check import hold_to_lock
 from fragscope.gate.verdict import (
     SCHEMA_VERSION,
     BudgetName,
@@ -11,7 +14,9 @@ from fragscope.gate.verdict import (
     NotMeasured,
     Undeclared,
     Verdict,
+    decided,
 )
+from fragscope.gate.waivers import waive
 
 __all__ = [
     "METRICS",
@@ -23,10 +28,18 @@ __all__ = [
     "Check",
     "Decision",
     "Limit",
+    "Lock",
     "NotMeasured",
     "Undeclared",
     "Verdict",
+    "decided",
     "evaluate",
+    "hold_to_lock",
     "load_budgets",
+    "load_lock",
+    "lock_of",
+    "lock_text",
     "parse_budgets",
+    "parse_lock",
+    "waive",
 ]

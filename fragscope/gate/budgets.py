@@ -22,6 +22,8 @@ beginning of one up to a dot: "2.11" covers 2.11.0), ``card`` and ``device`` res
 **Specificity.** Where several budgets match a case, each metric is taken from the most specific one that states it.
 More specific is, in this order: more parts without wildcards; more narrowing keys; longer literal text; a longer
 ``torch`` release. Budgets that tie and state different limits are an error.
+
+The file may also hold waivers (``gate/waivers.py``) and what the lock lets pass (``gate/lock.py``).
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fnmatch import translate
-from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Protocol
 
 from fragscope.errors import UsageError
-from fragscope.results import Case, DeviceKind
-from fragscope.toml import TomlFile, nearest, parse_toml, quoted, read_toml
+from fragscope.gate.verdict import CaseName
+from fragscope.results import Case
+from fragscope.toml import quoted
 from fragscope.units import parse_bytes
 
 METRICS = ("peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "retained", "stranded")
@@ -169,7 +171,7 @@ class Budget:
             count += 1
         return count
 
-    def matches_settings(self, case: Case) -> bool:
+    def matches_settings(self, case: Case | CaseName) -> bool:
         """Whether the case has every value the budget is narrowed to."""
         return (
             (self.conf is None or _same_conf(self.conf, case.conf))
@@ -193,127 +195,9 @@ class Budget:
         return literal_parts, len(self.narrowing), literal_text, release
 
 
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """A budgets file.
-
-    Attributes:
-        file: the path as it is shown to people.
-        budgets: in the order of the file.
-    """
-
-    file: str
-    budgets: tuple[Budget, ...]
-
-
 def case_name(case: Case) -> str:
     """``scenario/preset/variant``: what globs are matched against."""
     return f"{case.scenario}/{case.preset}/{case.variant}"
-
-
-def load_budgets(path: Path, shown_as: str | None = None) -> Budgets:
-    """Read a budgets file. It may come from strangers.
-
-    Args:
-        path: the file.
-        shown_as: what to call it in messages; the path where None.
-
-    Raises:
-        InputFileError: unreadable, too large, not TOML, or with a table, key or value that means nothing; names the
-            line and the key.
-    """
-    return _budgets(read_toml(path, str(path) if shown_as is None else shown_as, "budgets"))
-
-
-def parse_budgets(text: str, file: str = "budgets.toml") -> Budgets:
-    """The budgets in a TOML text.
-
-    Raises:
-        InputFileError: as ``load_budgets``.
-    """
-    return _budgets(parse_toml(text, file, "budgets"))
-
-
-def _budgets(toml: TomlFile) -> Budgets:
-    return Budgets(toml.file, tuple(_Reader(toml).budgets()))
-
-
-class _Reader:
-    """Turns decoded TOML into budgets; every complaint names line and key."""
-
-    def __init__(self, toml: TomlFile) -> None:
-        self._toml = toml
-        self._lines = toml.lines
-
-    def budgets(self) -> list[Budget]:
-        content = self._toml.content
-        for key in content:
-            if key != "budget":
-                raise self._toml.error((key,), f"unknown table {quoted(key)}; {nearest(key, ('budget',))}")
-        tables = content.get("budget", {})
-        if not isinstance(tables, dict):
-            raise self._toml.error(("budget",), 'budget is not a table; write [budget."scenario/preset/variant"]')
-        found: list[Budget] = []
-        for pattern, value in tables.items():
-            path = ("budget", pattern)
-            self._check_pattern(path, pattern, value)
-            if isinstance(value, dict):
-                found.append(self._budget(path, pattern, value))
-                continue
-            for index, table in enumerate(value):
-                if not isinstance(table, dict):
-                    raise self._toml.error((*path, index), f"budget.{quoted(pattern)} holds something that is no table")
-                found.append(self._budget((*path, index), pattern, table))
-        # Tables may be written in any order, and a dotted key may come back to an earlier one.
-        return sorted(found, key=lambda b: b.line)
-
-    def _check_pattern(self, path: tuple[str, ...], pattern: str, value: object) -> None:
-        if pattern in METRICS or pattern in NARROWING:
-            raise self._toml.error(
-                path, f'budget.{pattern} belongs to no case; write it below [budget."scenario/preset/variant"]'
-            )
-        if pattern.count("/") < 2:
-            raise self._toml.error(
-                path,
-                f"budget.{quoted(pattern)} has fewer than three parts; a budget's name is a quoted glob over "
-                'scenario/preset/variant, such as "moe-fp8-shuffle/*/*"',
-            )
-        if not isinstance(value, dict | list) or value == []:
-            raise self._toml.error(path, f"budget.{quoted(pattern)} is not a table of limits")
-
-    def _budget(self, path: tuple[str | int, ...], pattern: str, table: dict[str, Any]) -> Budget:
-        limits: dict[str, Limit] = {}
-        narrowing: dict[str, str] = {}
-        for key, value in table.items():
-            if key in METRICS:
-                limits[key] = Limit(self._limit((*path, key), key, value), self._lines.of(*path, key))
-            elif key in NARROWING:
-                narrowing[key] = self._narrowing((*path, key), key, value)
-            else:
-                known = (*METRICS, *NARROWING)
-                raise self._toml.error((*path, key), f"unknown key {quoted(key)}; {nearest(key, known)}")
-        if not limits:
-            raise self._toml.error(
-                path, f"budget.{quoted(pattern)} states no limit; give at least one of {', '.join(METRICS)}"
-            )
-        return Budget(pattern=pattern, limits=limits, line=self._lines.of(*path), **narrowing)
-
-    def _limit(self, path: tuple[str | int, ...], key: str, value: object) -> int:
-        try:
-            return parse_limit(key, value)
-        except UsageError as e:
-            raise self._toml.error(path, str(e)) from None
-
-    def _narrowing(self, path: tuple[str | int, ...], key: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise self._toml.error(path, f"{key}: {quoted(value)} is not a string; write it in quotes")
-        if key == "device" and value not in get_args(DeviceKind):
-            raise self._toml.error(
-                path, f"device: unknown device {quoted(value)}; {nearest(value, get_args(DeviceKind))}"
-            )
-        if key != "conf" and not value:
-            raise self._toml.error(path, f"{key}: is empty; leave the key out for a budget that holds for every {key}")
-        return value
 
 
 def _same_conf(a: str, b: str) -> bool:

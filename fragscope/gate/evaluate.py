@@ -10,11 +10,13 @@ declared.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable
 
-from fragscope.errors import InputFileError, printable
-from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, case_name, metric_value
-from fragscope.gate.verdict import BudgetName, CaseName, Check, NotMeasured, Undeclared, Verdict, decide
+from fragscope.errors import EXIT_PASS, InputFileError, printable
+from fragscope.gate.budgets import METRICS, Budget, Limit, case_name, metric_value
+from fragscope.gate.budgets_file import Budgets
+from fragscope.gate.verdict import BudgetName, CaseName, Check, NotMeasured, Undeclared, Verdict, decided
 from fragscope.results import Case, Peak, Results, Run
 
 _Resolved = dict[str, tuple[Limit, Budget]]
@@ -25,7 +27,7 @@ _SHOWN_OPS = 5
 _HINTED_NAMES = 200  # comparing spellings is slow; a hint is not worth more
 
 
-def evaluate(results: Results, budgets: Budgets) -> Verdict:
+def evaluate(results: Results, budgets: Budgets, *, also_held: bool = False) -> Verdict:
     """Hold every case against the budgets that match it.
 
     The verdict depends on nothing but its arguments; the order of cases and budgets does not matter to what it says.
@@ -33,6 +35,7 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
     Args:
         results: what was measured.
         budgets: the limits.
+        also_held: something else, such as a lock, holds the results too, so that there may be no budget at all.
 
     Raises:
         InputFileError: two equally specific budgets state different limits for a case; names both.
@@ -40,18 +43,18 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
     by_name: dict[str, list[Case]] = {}
     for case in results.cases:
         by_name.setdefault(case_name(case), []).append(case)
+    names = names_of(results)
     matching = _matcher(budgets)
     matched_budgets: set[int] = set()
     checks: list[Check] = []
     undeclared: list[Undeclared] = []
-    not_measured = _incomplete(results.run, len(results.cases)) if budgets.budgets else []
+    not_measured = _incomplete(results.run, len(results.cases)) if budgets.budgets or also_held else []
     held = without_budget = 0
 
-    for case in results.cases:
+    for case, named in zip(results.cases, names, strict=True):
         indices = matching(case)
         matched_budgets.update(indices)
         limits = _resolve(case, [budgets.budgets[i] for i in indices], budgets.file)
-        named = case_named(case, unique=len(by_name[case_name(case)]) == 1)
         reason = _why_not_measured(case)
         if not limits:
             without_budget += 1
@@ -82,24 +85,25 @@ def evaluate(results: Results, budgets: Budgets) -> Verdict:
         if index not in matched_budgets:
             reason = _why_unmatched(budget, by_name)
             not_measured.append(NotMeasured(budget=_budget_named(budget, budgets.file), reason=reason))
-    if not budgets.budgets:
+    if not budgets.budgets and not also_held:
         reason = f"nothing was held against a budget: {budgets.file} states none"
         not_measured.append(NotMeasured(reason=reason))
 
     checks.sort(key=lambda c: (not c.over, -c.excess, c.case.name, c.case.id, METRICS.index(c.metric)))
     undeclared.sort(key=lambda u: (u.case.name, u.case.id))
     not_measured.sort(key=_not_measured_order)
-    decision, exit_code = decide(checks, undeclared, not_measured)
-    return Verdict(
-        decision=decision,
-        exit_code=exit_code,
-        budgets=len(budgets.budgets),
-        cases=len(results.cases),
-        cases_held=held,
-        cases_without_budget=without_budget,
-        checks=checks,
-        undeclared=undeclared,
-        not_measured=not_measured,
+    return decided(
+        Verdict(
+            decision="pass",
+            exit_code=EXIT_PASS,
+            budgets=len(budgets.budgets),
+            cases=len(results.cases),
+            cases_held=held,
+            cases_without_budget=without_budget,
+            checks=checks,
+            undeclared=undeclared,
+            not_measured=not_measured,
+        )
     )
 
 
@@ -282,6 +286,12 @@ def _incomplete(run: Run, present: int) -> list[NotMeasured]:
     if run.complete and present >= run.planned:
         return []
     return [NotMeasured(reason=f"the run is incomplete: {present} of {run.planned} planned cases are there")]
+
+
+def names_of(results: Results) -> list[CaseName]:
+    """What outputs call each case, in the order of the results."""
+    shared = Counter(case_name(case) for case in results.cases)
+    return [case_named(case, unique=shared[case_name(case)] == 1) for case in results.cases]
 
 
 def case_named(case: Case, *, unique: bool) -> CaseName:

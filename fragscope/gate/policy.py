@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from fragscope.errors import InputFileError, printable
-from fragscope.gate.budgets import METRICS, Budget, Budgets, Limit, parse_budgets
+from fragscope.gate.budgets import METRICS, Budget, Limit
+from fragscope.gate.budgets_file import Budgets, parse_budgets
 from fragscope.gate.verdict import PolicyChange
 from fragscope.units import MIB, format_bytes
 

@@ -1,13 +1,15 @@
-"""A verdict as text for a terminal or log, and as Markdown for a pull request. Names come from strangers' files."""
+"""A verdict as text for a terminal or log. Names come from strangers' files."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from fragscope.errors import printable
 from fragscope.gate import render_against as against
-from fragscope.gate.verdict import BudgetName, Check, NotMeasured, Verdict
-from fragscope.units import format_bytes
+from fragscope.gate.findings import Finding, of_lock, of_waivers
+from fragscope.gate.sizes import compared, count
+from fragscope.gate.verdict import Check, NotMeasured, Verdict
 
 _NAME_LIMIT = 300
 
@@ -27,62 +29,65 @@ def as_text(verdict: Verdict) -> str:
             for u in verdict.undeclared
         ),
         *against.regression_lines(verdict),
-        *(_columns("not measured", *_missing(entry, _plain)) for entry in verdict.not_measured),
-        *(_columns("within", name, metrics, caveats) for name, metrics, caveats in _uncertain(verdict)),
+        *(_finding_line(finding) for finding in of_lock(verdict)),
+        *(_columns("not measured", *_missing(entry)) for entry in verdict.not_measured),
+        *(_columns("within", name, metrics, caveats) for name, metrics, caveats in uncertain(verdict)),
+        *(_finding_line(finding) for finding in of_waivers(verdict)),
         *against.other_lines(verdict),
         summary(verdict),
     ]
     return "\n".join(lines) + "\n"
 
 
-def as_markdown(verdict: Verdict) -> str:
-    """A heading with the decision, the summary, and a table or list for each kind of trouble."""
-    title = {"pass": "passed", "over": "failed", "not_measured": "not everything was measured"}[verdict.decision]
-    lines = [f"### fragscope gate: {title}", "", summary(verdict), *against.policy_markdown(verdict)]
-    if verdict.over:
-        lines += ["", "| case | metric | budget | value | excess | stated in | |", "|---|---|--:|--:|--:|---|---|"]
-    for check in verdict.over:
-        limit, value, excess = _sizes(check.limit, check.value)
-        caveats = "; ".join(check.caveats)
-        cells = [_code(check.case.name), _code(check.metric), limit, value, excess, _code(check.budget.place)]
-        cells.append(_code(caveats) if caveats else "")
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    if verdict.undeclared:
-        lines += ["", "Undeclared outcomes:", ""]
-    for u in verdict.undeclared:
-        message = f": {_code(u.message)}" if u.message else ""
-        lines.append(f"- {_code(u.case.name)}: outcome {u.outcome}, declared {u.expected_outcome}{message}")
-    lines += against.regression_markdown(verdict)
-    if verdict.not_measured:
-        lines += ["", "Not measured:", ""]
-    lines += [f"- {': '.join(_missing(entry, _code))}" for entry in verdict.not_measured]
-    uncertain = _uncertain(verdict)
-    if uncertain:
-        lines += ["", "Within budget, but not exact:", ""]
-    lines += [f"- {_code(name)} {_code(metrics)}: {_code(caveats)}" for name, metrics, caveats in uncertain]
-    lines += against.other_markdown(verdict)
-    return "\n".join(lines) + "\n"
+def summary(verdict: Verdict, shown: Callable[[str], str] = against.plain) -> str:
+    """The last line: the decision, its reasons by number, and how much was compared at all.
 
-
-def summary(verdict: Verdict) -> str:
-    """The last line: the decision, its reasons by number, and how much was compared at all."""
+    Args:
+        verdict: what it is of.
+        shown: makes what strangers wrote harmless where the line is to stand.
+    """
     troubles = [
         *against.troubles(verdict),
-        _count(len(verdict.over), "value over budget", "values over budget"),
-        _count(len(verdict.undeclared), "undeclared outcome", "undeclared outcomes"),
-        _count(len(verdict.not_measured), "thing not measured", "things not measured"),
+        count(len(verdict.over), "value over budget", "values over budget"),
+        count(len(verdict.undeclared), "undeclared outcome", "undeclared outcomes"),
+        *_lock_troubles(verdict),
+        count(len(verdict.not_measured), "thing not measured", "things not measured"),
     ]
     decision = {"pass": "pass", "over": "fail", "not_measured": "not measured"}[verdict.decision]
-    held = (
-        f"{_count(len(verdict.checks), 'value', 'values') or '0 values'} of "
-        f"{_count(verdict.cases_held, 'case', 'cases') or '0 cases'} held against "
-        f"{_count(verdict.budgets, 'budget', 'budgets') or '0 budgets'}"
-    )
-    if verdict.cases_without_budget:
-        held += f"; {_count(verdict.cases_without_budget, 'case has', 'cases have')} no budget"
-    if verdict.against is not None:
-        held = "; ".join([against.compared(verdict), *([held] if verdict.budgets else [])])
-    return f"{decision}: {'; '.join([*(filter(None, [', '.join(filter(None, troubles))])), held])}"
+    if verdict.warn_only and verdict.decision != "pass":
+        decision = f"{decision}, and only a warning"
+    held = [against.compared(verdict, shown)] if verdict.against is not None else []
+    if verdict.budgets or not (held or verdict.lock):
+        held.append(
+            f"{count(len(verdict.checks), 'value', 'values') or '0 values'} of "
+            f"{count(verdict.cases_held, 'case', 'cases') or '0 cases'} held against "
+            f"{count(verdict.budgets, 'budget', 'budgets') or '0 budgets'}"
+        )
+        if verdict.cases_without_budget:
+            held.append(f"{count(verdict.cases_without_budget, 'case has', 'cases have')} no budget")
+    if verdict.lock is not None:
+        of_all = f" of {verdict.lock.cases:,}" if verdict.lock.held < verdict.lock.cases else ""
+        held.append(f"{verdict.lock.held:,}{of_all} locked case{'s' * (verdict.lock.cases != 1)} compared")
+    waived = sum(use.findings for use in verdict.waivers if use.state == "applied")
+    if waived:
+        held.append(f"{waived:,} waived")
+    return f"{decision}: {'; '.join([*(filter(None, [', '.join(filter(None, troubles))])), *held])}"
+
+
+def _lock_troubles(verdict: Verdict) -> list[str]:
+    kinds = Counter(difference.kind for difference in verdict.lock_differences if difference.fails)
+    return [
+        count(kinds["larger"], "value larger than locked", "values larger than locked"),
+        count(kinds["smaller"], "value smaller than locked", "values smaller than locked"),
+        count(kinds["changed"], "case not as locked", "cases not as locked"),
+        count(kinds["unlocked"], "case not locked", "cases not locked"),
+    ]
+
+
+def _finding_line(finding: Finding) -> str:
+    place = (f"[{_plain(finding.place)}]",) if finding.place else ()
+    names = filter(None, (finding.case, finding.metric))
+    return _columns(finding.word, *names, *finding.said, *place)
 
 
 def _over_line(check: Check) -> str:
@@ -102,25 +107,13 @@ def comparison_line(word: str, name: str, metric: str, limit: int, value: int, p
         place: where the limit is stated.
         caveats: what keeps the value from being certain.
     """
-    budget, shown, excess = _sizes(limit, value)
+    budget, shown, excess = compared(limit, value)
     over = [f"excess {excess}"] if value > limit else []
     columns = (word, *([name] if name else []), metric, f"budget {budget}", f"value {shown}", *over)
     return _columns(*columns, f"[{_plain(place)}]", *caveats)
 
 
-def _sizes(limit_bytes: int, value_bytes: int) -> tuple[str, str, str]:
-    """Budget, value and excess; in bytes where rounding would make budget and value look equal."""
-    limit, value = format_bytes(limit_bytes), format_bytes(value_bytes)
-    if limit == value and limit_bytes != value_bytes:
-        limit, value = f"{limit_bytes:,} B", f"{value_bytes:,} B"
-    excess = format_bytes(value_bytes - limit_bytes)
-    if limit_bytes:
-        percent = 100 * (value_bytes - limit_bytes) / limit_bytes
-        excess += f" (+{percent:,.1f} %)" if percent >= 0.1 else " (+<0.1 %)"
-    return limit, value, excess
-
-
-def _uncertain(verdict: Verdict) -> list[tuple[str, str, str]]:
+def uncertain(verdict: Verdict) -> list[tuple[str, str, str]]:
     """Cases within budget whose values are not certain: name, metrics, why."""
     groups: dict[str, list[Check]] = {}
     for check in verdict.checks:
@@ -133,20 +126,17 @@ def _uncertain(verdict: Verdict) -> list[tuple[str, str, str]]:
     return sorted(found)
 
 
-def _missing(entry: NotMeasured, shown: Callable[[str], str]) -> list[str]:
+def _missing(entry: NotMeasured) -> list[str]:
     columns: list[str] = []
     if entry.case is not None:
-        columns.append(shown(entry.case.name))
+        columns.append(entry.case.name)
     elif entry.budget is not None:
-        columns.append(f"budget {shown(entry.budget.pattern)}")
-    columns.append(shown(entry.reason))
-    if entry.budget is not None:
-        columns.append(_place(entry.budget) if shown is _plain else shown(entry.budget.place))
+        columns.append(f"budget {entry.budget.pattern}")
+    columns.append(entry.reason)
+    stated = entry.budget or entry.lock
+    if stated is not None:
+        columns.append(f"[{_plain(stated.place)}]")
     return columns
-
-
-def _place(budget: BudgetName) -> str:
-    return f"[{_plain(budget.place)}]"
 
 
 def _columns(*columns: str) -> str:
@@ -155,12 +145,3 @@ def _columns(*columns: str) -> str:
 
 def _plain(text: str) -> str:
     return printable(text, _NAME_LIMIT)
-
-
-def _code(text: str) -> str:
-    return against.code(text)
-
-
-def _count(count: int, one: str, many: str) -> str:
-    """``"1 case"``, ``"2 cases"``, and nothing for 0."""
-    return f"{count:,} {one if count == 1 else many}" if count else ""

@@ -1,4 +1,4 @@
-"""What a verdict says of a comparison with another commit, as text and as Markdown. Names come from strangers' files.
+"""What a verdict says of a comparison with another commit, as text. Names come from strangers' files.
 
 Changes of limits stand first. Then each case that regressed: its values, and below them the lines that hold the
 difference, once for all values that have the same ones. What is better, new or gone comes last.
@@ -6,15 +6,16 @@ difference, once for all values that have the same ones. What is better, new or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 from fragscope.errors import printable
+from fragscope.gate.sizes import compared as in_words
 from fragscope.gate.verdict import Change, CodePlace, OutcomeChange, PolicyChange, StackChange, Verdict
 from fragscope.units import format_bytes
 
 _NAME_LIMIT = 300
 _SHOWN_STACKS = 6
+_Shown = Callable[[str], str]
 _WHY = {
     "larger": "each is larger",
     "smaller": "each is smaller",
@@ -36,9 +37,9 @@ def regression_lines(verdict: Verdict) -> list[str]:
     for outcome in verdict.outcomes:
         if outcome.regressed:
             lines.append("  ".join(("regressed", *_outcome(outcome, plain))))
-            lines += _indented(_stack_texts(outcome.stacks, plain))
-    for group in _by_case(verdict.regressions):
-        for change, details in _with_details(group, plain):
+            lines += _indented(stack_texts(outcome.stacks, plain))
+    for group in by_case(verdict.regressions):
+        for change, details in with_details(group, plain):
             lines.append("  ".join(("regressed", *_change(change, plain))))
             lines += _indented(details)
     return lines
@@ -55,50 +56,6 @@ def other_lines(verdict: Verdict) -> list[str]:
     return lines
 
 
-def policy_markdown(verdict: Verdict) -> list[str]:
-    """Changes of budgets and lock, before everything else."""
-    if not verdict.policy:
-        return []
-    return ["", "**Limits changed:**", "", *(f"- {', '.join(_policy(change, code))}" for change in verdict.policy)]
-
-
-def regression_markdown(verdict: Verdict) -> list[str]:
-    """A table of what regressed, and the lines that hold it."""
-    lines = []
-    broken = [o for o in verdict.outcomes if o.regressed]
-    if broken:
-        lines += ["", "Ends otherwise than before:", ""]
-    for outcome in broken:
-        lines.append(f"- {', '.join(_outcome(outcome, code))}")
-        lines += [f"  - {text}" for text in _stack_texts(outcome.stacks, code)]
-    if verdict.regressions:
-        lines += ["", "| case | metric | before | now | difference | |", "|---|---|--:|--:|--:|---|"]
-    for change in verdict.regressions:
-        before, after, more = sizes(change.before, change.after)
-        cells = [code(change.case.name), code(change.metric), before, after, more]
-        cells.append(code("; ".join(change.caveats)) if change.caveats else "")
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    for group in _by_case(verdict.regressions):
-        found = [(change, details) for change, details in _with_details(group, code) if details]
-        if found:
-            lines += ["", f"What {code(group[0].case.name)} holds otherwise:", ""]
-        for change, details in found:
-            lines.append(f"- {code(change.metric)}")
-            lines += [f"  - {text}" for text in details]
-    return lines
-
-
-def other_markdown(verdict: Verdict) -> list[str]:
-    """What is better, what only one side has, and what was done."""
-    lines = [f"- improved: {', '.join(_outcome(o, code))}" for o in verdict.outcomes if not o.regressed]
-    lines += [f"- improved: {', '.join(_change(change, code))}" for change in verdict.changes if change.improved]
-    for word, found in (("new", verdict.appeared), ("removed", verdict.removed)):
-        lines += [f"- {word}: {code(one.case.name)}: {code(one.reason)}" for one in found]
-    if verdict.against is not None:
-        lines += [f"- {code(note)}" for note in verdict.against.notes]
-    return ["", *lines] if lines else []
-
-
 def troubles(verdict: Verdict) -> list[str]:
     """What regressed, by number, for the summary."""
     values, ends = len(verdict.regressions), sum(o.regressed for o in verdict.outcomes)
@@ -108,27 +65,24 @@ def troubles(verdict: Verdict) -> list[str]:
     ]
 
 
-def compared(verdict: Verdict) -> str:
+def compared(verdict: Verdict, shown: _Shown) -> str:
     """Which trees were compared, and in how many cases, for the summary."""
     against = verdict.against
     if against is None:
         return ""
-    tree = f"{against.current[:7] or 'the working tree'}{' with changes that are not committed' * against.dirty}"
+    tree = shown(against.current[:7]) if against.current else "the working tree"
+    dirty = " with changes that are not committed" * against.dirty
+    ref = shown(printable(against.ref, 100))
     return (
-        f"{against.compared:,} case{'s' * (against.compared != 1)} of {tree} compared with "
-        f"{printable(against.ref, 100)} ({against.commit[:7]})"
+        f"{against.compared:,} case{'s' * (against.compared != 1)} of {tree}{dirty} compared with "
+        f"{ref} ({shown(against.commit[:7])})"
     )
 
 
 def sizes(before_bytes: int, after_bytes: int) -> tuple[str, str, str]:
-    """Two sizes and by how much the second is larger; in bytes where rounding would make them look equal."""
-    before, after = format_bytes(before_bytes), format_bytes(after_bytes)
-    if before == after and before_bytes != after_bytes:
-        before, after = f"{before_bytes:,} B", f"{after_bytes:,} B"
-    more = signed(after_bytes - before_bytes)
-    if before_bytes > 0:
-        more += f" ({100 * (after_bytes - before_bytes) / before_bytes:+,.1f} %)"
-    return before, after, more
+    """Two sizes and by how much the second is larger, with its sign."""
+    before, after, more = in_words(before_bytes, after_bytes)
+    return before, after, f"{'+' if after_bytes > before_bytes else ''}{more}"
 
 
 def signed(size: int) -> str:
@@ -141,33 +95,22 @@ def plain(text: str) -> str:
     return printable(text, _NAME_LIMIT)
 
 
-def code(text: str) -> str:
-    """A code span: nothing inside is markup, a link or a mention."""
-    clean = printable(text, _NAME_LIMIT)
-    longest = max((len(run) for run in re.findall("`+", clean)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
-    return f"{fence}{pad}{clean}{pad}{fence}"
-
-
-_Shown = Callable[[str], str]
-
-
-def _by_case(changes: list[Change]) -> list[list[Change]]:
+def by_case(changes: list[Change]) -> list[list[Change]]:
+    """Changes of one case together, in the order in which each is first met."""
     groups: dict[str, list[Change]] = {}
     for change in changes:
         groups.setdefault(change.case.id, []).append(change)
     return list(groups.values())
 
 
-def _with_details(group: list[Change], shown: _Shown) -> Iterator[tuple[Change, list[str]]]:
+def with_details(group: list[Change], shown: _Shown) -> Iterator[tuple[Change, list[str]]]:
     """Each change with its lines, below the last of those that have the same places."""
     for number, change in enumerate(group):
         following = group[number + 1] if number + 1 < len(group) else None
         if following is not None and _places(following) == _places(change):
             yield change, []
         else:
-            yield change, [*_stack_texts(change.stacks, shown), *_peak(change, shown)]
+            yield change, [*stack_texts(change.stacks, shown), *_peak(change, shown)]
 
 
 def _places(change: Change) -> tuple[object, ...]:
@@ -196,7 +139,8 @@ def _change(change: Change, shown: _Shown) -> list[str]:
     return [shown(change.case.name), shown(change.metric), more, f"before {before}", f"now {after}", *allowed, *caveats]
 
 
-def _stack_texts(stacks: list[StackChange], shown: _Shown) -> list[str]:
+def stack_texts(stacks: list[StackChange], shown: _Shown) -> list[str]:
+    """The places in the code that make a difference, one a line; ``shown`` makes what strangers wrote harmless."""
     lines = [_stack(stack, shown) for stack in stacks[:_SHOWN_STACKS]]
     rest = stacks[_SHOWN_STACKS:]
     if rest:

@@ -58,6 +58,50 @@ class BudgetName(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.file}:{self.line}"
 
 
+class LockPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the lock states something.
+
+    Attributes:
+        file: the lock as it is shown to people.
+        line: counted from 1.
+    """
+
+    file: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """``fragscope.lock:12``."""
+        return f"{self.file}:{self.line}"
+
+
+class WaiverName(msgspec.Struct, frozen=True, kw_only=True):
+    """Which waiver is meant, and who answers for it.
+
+    Attributes:
+        pattern: the cases it is for: a glob over scenario/preset/variant.
+        metrics: keys of budgets.
+        owner, reason: as written.
+        expires: the last day on which it applies, UTC, ISO 8601.
+        limit: bytes up to which a value is waived; None where any is.
+        file, line: of its table in the budgets file.
+    """
+
+    pattern: str
+    metrics: list[str]
+    owner: str
+    reason: str
+    expires: str
+    file: str
+    line: int
+    limit: int | None = None
+
+    @property
+    def place(self) -> str:
+        """``budgets.toml:12``."""
+        return f"{self.file}:{self.line}"
+
+
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """One value held against one limit.
 
@@ -72,6 +116,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         estimated_ops: operators whose hidden temporaries are missing from the value.
         assumptions: codes of assumptions whose effect on the value is unknown.
         caveats: everything that keeps the value from being certain, for people; empty for an exact value.
+        waiver: under which an excess does not fail the gate; None where none applies.
     """
 
     case: CaseName
@@ -85,6 +130,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     estimated_ops: list[str] = []
     assumptions: list[str] = []
     caveats: list[str] = []
+    waiver: WaiverName | None = None
 
 
 class Undeclared(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,17 +143,80 @@ class Undeclared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotMeasured(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that a budget asked for and nobody measured.
+    """Something that a budget or the lock asked for and nobody measured.
 
     Attributes:
         case: the case without figures; None where no case matches, or where the whole run is meant.
-        budget: the budget that asks; None where the whole run is meant.
+        budget: the budget that asks; None where the lock does, or the whole run is meant.
         reason: why there is nothing to compare.
+        lock: where the lock has the case.
     """
 
     case: CaseName | None = None
     budget: BudgetName | None = None
     reason: str
+    lock: LockPlace | None = None
+
+
+class LockDifference(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is not as it is locked.
+
+    Attributes:
+        case: whose it is.
+        kind: larger or smaller than locked; changed, of what has no size; or unlocked: a case that the lock lacks.
+        metric: a key of budgets, ``outcome``, or ``exactness``; ``""`` for an unlocked case.
+        locked, value: bytes, or words for ``outcome`` and ``exactness``; None for an unlocked case.
+        lock: the line that states it; the first one for an unlocked case.
+        allowed: the repository lets this kind pass (``[lock]`` of the budgets file).
+        reason: why, where it can be told.
+        caveats: everything that keeps the value from being certain.
+        waiver: under which it does not fail the gate; None where none applies.
+    """
+
+    case: CaseName
+    kind: Literal["larger", "smaller", "changed", "unlocked"]
+    metric: str
+    locked: int | str | None
+    value: int | str | None
+    lock: LockPlace
+    allowed: bool = False
+    reason: str = ""
+    caveats: list[str] = []
+    waiver: WaiverName | None = None
+
+    @property
+    def fails(self) -> bool:
+        """Neither allowed nor waived."""
+        return not self.allowed and self.waiver is None
+
+
+class LockUse(msgspec.Struct, frozen=True, kw_only=True):
+    """The lock that results were held against.
+
+    Attributes:
+        file: as it is shown to people.
+        cases: how many it has.
+        held: how many of them were compared.
+        note: what it was made with, where that is not what these results were made with.
+    """
+
+    file: str
+    cases: int
+    held: int
+    note: str = ""
+
+
+class WaiverUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one waiver.
+
+    Attributes:
+        state: applied; exceeded: what it is for is above its limit; expired; or unused: nothing needs it.
+        findings: how many it waives; of one that does not apply, how many it is for.
+    """
+
+    waiver: WaiverName
+    state: Literal["applied", "exceeded", "expired", "unused"]
+    findings: int
 
 
 class StackChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +279,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         peak_before, peak_after: the request at which the peak was reached; None for values of the end.
         peak_moved: these are different lines, and not one that moved.
         caveats: everything that keeps the values from being certain.
+        waiver: under which a regression does not fail the gate; None where none applies.
     """
 
     case: CaseName
@@ -184,6 +294,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     peak_after: CodePlace | None = None
     peak_moved: bool = False
     caveats: list[str] = []
+    waiver: WaiverName | None = None
 
 
 class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,13 +374,13 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """Results held against budgets.
+    """Results held against budgets, and against a lock where there is one.
 
     Where values are over budget *and* others were not measured, the verdict is ``over``: measuring again cannot
     make that better, so it is what the author of a change has to know first. Both lists are there in any case.
 
     Attributes:
-        decision: pass, over (or an undeclared outcome), or not_measured.
+        decision: pass, over (also an undeclared outcome, a regression, or a difference from the lock), or not_measured.
         exit_code: what the command ends with.
         budgets: how many budgets the file holds.
         cases: how many cases the results hold.
@@ -278,6 +389,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         checks: every comparison; those over budget first, worst excess first.
         undeclared: outcomes that nobody declared.
         not_measured: what was asked for and is missing.
+        lock: what results were held against; None where there is no lock.
+        lock_differences: everything that is not as locked; larger values first, largest difference first.
+        waivers: what became of each waiver, in the order of the file.
+        warn_only: the repository only wants to be told: ``exit_code`` is 0 whatever the decision.
         against: which trees were compared; None where none were. What follows is empty then.
         policy: changes of budgets and lock.
         changes: every value that differs; regressions first, then improvements, then what is allowed.
@@ -295,6 +410,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[Check]
     undeclared: list[Undeclared]
     not_measured: list[NotMeasured]
+    lock: LockUse | None = None
+    lock_differences: list[LockDifference] = []
+    waivers: list[WaiverUse] = []
+    warn_only: bool = False
     against: Against | None = None
     policy: list[PolicyChange] = []
     changes: list[Change] = []
@@ -304,20 +423,26 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def over(self) -> list[Check]:
-        """The comparisons that failed, worst first."""
-        return [check for check in self.checks if check.over]
+        """The values over their budgets that no waiver covers, worst first."""
+        return [check for check in self.checks if check.over and check.waiver is None]
 
     @property
     def regressions(self) -> list[Change]:
-        """The values that are larger than a comparison allows, worst first."""
-        return [change for change in self.changes if change.regressed]
+        """The values that a change of the code made larger and no waiver covers."""
+        return [change for change in self.changes if change.regressed and change.waiver is None]
 
 
-def decide(checks: list[Check], undeclared: list[Undeclared], not_measured: list[NotMeasured]) -> tuple[Decision, int]:
-    """The decision and its exit code."""
+def decided(verdict: Verdict) -> Verdict:
+    """The verdict with the decision and the exit code that its lists call for."""
     decision: Decision = "pass"
-    if undeclared or any(check.over for check in checks):
+    fails = (
+        bool(verdict.undeclared or verdict.over or verdict.regressions)
+        or any(outcome.regressed for outcome in verdict.outcomes)
+        or any(difference.fails for difference in verdict.lock_differences)
+    )
+    if fails:
         decision = "over"
-    elif not_measured:
+    elif verdict.not_measured:
         decision = "not_measured"
-    return decision, _EXIT_CODES[decision]
+    code = EXIT_PASS if verdict.warn_only else _EXIT_CODES[decision]
+    return msgspec.structs.replace(verdict, decision=decision, exit_code=code)

@@ -36,25 +36,26 @@ class TomlFile:
         return InputFileError(self.file, f"line {self.lines.of(*path)}: {reason}")
 
 
-def read_toml(path: Path, shown: str, what: str) -> TomlFile:
+def read_toml(path: Path, shown: str, what: str, most: int = _FILE_LIMIT) -> TomlFile:
     """Read a TOML file.
 
     Args:
         path: the file.
         shown: what to call it in messages.
         what: what it should be, in the plural without an article: ``"budgets"``.
+        most: bytes that it may hold.
 
     Raises:
-        InputFileError: unreadable, larger than 1 MiB, not UTF-8, not TOML, or nested deeply; names the line.
+        InputFileError: unreadable, larger than ``most``, not UTF-8, not TOML, or nested deeply; names the line.
     """
     try:
         with path.open("rb") as f:
-            raw = f.read(_FILE_LIMIT + 1)
+            raw = f.read(most + 1)
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else None
         raise InputFileError(shown, (reason or type(e).__name__).lower()) from None
-    if len(raw) > _FILE_LIMIT:
-        raise InputFileError(shown, f"holds more than {format_bytes(_FILE_LIMIT)}; that is not a {what} file")
+    if len(raw) > most:
+        raise InputFileError(shown, f"holds more than {format_bytes(most)}; that is not a {what} file")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -87,6 +88,8 @@ def _syntax_error(message: str, text: str, lines: KeyLines) -> str:
     # What is missing at the end of the file belongs to the declaration that was never closed.
     line = int(found[1]) if found[1] else lines.stopped or text.count("\n") + 1
     reason = _SYNTAX_LINE.sub("", message)
+    if re.match("<{7} |={7}$|>{7} ", text.split("\n")[line - 1]):
+        reason = f"holds a merge conflict ({reason})"
     if line in lines.twice:
         reason = f"stands twice, first in line {lines.twice[line]} ({reason})"
     return f"line {line}: {reason}"

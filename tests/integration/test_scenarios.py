@@ -17,7 +17,7 @@ import pytest
 from request_digest import counted_and_digested
 
 from fragscope.gate import evaluate, load_budgets
-from fragscope.gate.budgets import Budgets
+from fragscope.gate import Budgets
 from fragscope.results import Case, Results, load_results
 from fragscope.trace import RequestKind, load_trace
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fragscope.gate import evaluate, load_budgets
-from fragscope.gate.budgets import Budgets
+from fragscope.gate import Budgets
 from fragscope.results import Case, Results, load_results
 
 pytest.importorskip("torch")

@@ -20,12 +20,14 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
     root = _project(
         tmp_path,
         '[tool.fragscope]\nscenarios = ["scenarios", "more/one.py"]\nbudgets = "ci/budgets.toml"\n'
-        'card = "h100-80gb"\ntorch = "2.11"\nout = "build/mem"\n',
+        'card = "h100-80gb"\ntorch = "2.11"\nout = "build/mem"\nlock = "ci/memory.lock"\nwarn_only = true\n',
     )
     assert load_config(tmp_path) == Config(
         root=root,
         scenarios=(root / "scenarios", root / "more/one.py"),
         budgets=root / "ci/budgets.toml",
+        lock=root / "ci/memory.lock",
+        warn_only=True,
         card="h100-80gb",
         torch="2.11",
         out=root / "build/mem",
@@ -63,9 +65,10 @@ def test_no_project_file_is_an_empty_config(tmp_path, monkeypatch):
     ("table", "message"),
     [
         ('budget = "b.toml"', "did you mean 'budgets'?"),
-        ("zebra = 1", "known keys: scenarios, budgets, card, cards, torch, out"),
+        ("zebra = 1", "known keys: scenarios, budgets, lock, warn_only, card, cards, torch, out"),
         ('scenarios = "scenarios"', "scenarios: 'scenarios' is not a list of paths"),
         ('scenarios = ["a", 3]', "scenarios[1]: 3 is not a non-empty string"),
+        ("warn_only = 1", "warn_only: 1 is neither true nor false"),
         ("torch = 2.11", "torch: 2.11 is not a non-empty string"),
         ('card = ""', "card: '' is not a non-empty string"),
         ('out = "a\\u0000b"', "out: 'a\\x00b' is not a non-empty string"),
