@@ -215,7 +215,9 @@ class Values:
     def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
         """A scenario says what a followed tensor holds, of whatever size."""
         entry = self._storages.find(tensor)
-        if entry is None or (entry.values is None and not self._covers(tensor, entry)):
+        if entry is None or entry.place is not Place.CARD:
+            return False
+        if entry.values is None and not self._covers(tensor, entry):
             return False
         if entry.values is None:
             self._storages.remember(entry)
