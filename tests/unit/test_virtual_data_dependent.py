@@ -67,8 +67,7 @@ NEEDS_DATA = {
     "dlpack": lambda x: torch.utils.dlpack.to_dlpack(x),  # noqa: PLW0108 - looked up when it is called
     "bytes of a storage": lambda x: bytes(x.cpu().untyped_storage()),
     "storage as a list": lambda x: x.untyped_storage().tolist(),
-    "autocast": lambda x: torch.autocast("cuda").__enter__(),
-    "type name": lambda x: x.type("torch.cuda.HalfTensor"),
+    "array interface": lambda x: x.__cuda_array_interface__,
 }
 
 

@@ -528,8 +528,7 @@ def test_dropout_inside_attention_is_one_kernel(card):
 @pytest.mark.parametrize(
     ("code", "operator"),
     [
-        (lambda x: functional.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention"),
-        (lambda x: nn.Linear(32, 8).cuda()(x.transpose(0, 1)), "linear with a bias on a strided tensor"),
+        (lambda x: functional.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention (math)"),
         (lambda x: (x.requires_grad_() * 2 + x * 3).backward(torch.ones_like(x)), "accumulation of gradients"),
         (lambda x: nn.LSTM(32, 8).cuda()(x)[0], "lstm"),
         (lambda x: nn.GRU(32, 8).cuda()(x)[0], "gru"),
@@ -556,11 +555,17 @@ def torch_state() -> dict[str, object]:
     from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
     owners = (
-        torch, torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams, torch.cuda.nvtx, torch.accelerator,
-        torch.Tensor, torch.UntypedStorage, torch.autocast, torch.testing, torch.utils.dlpack, torch.nn.RNNBase,
-        torch.autograd.graph.saved_tensors_hooks, torch.version, threading.Thread,
+        torch, torch._C, torch._C._nn, torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams,
+        torch.cuda.nvtx, torch.cuda.graphs, torch.cuda.graphs.graph, torch.cuda.profiler, torch.cuda.tunable,
+        torch.cuda.jiterator, torch.cuda.nccl, torch.cuda.gds, torch.accelerator, torch.Tensor, torch.UntypedStorage,
+        torch.autocast, torch.amp.GradScaler, torch.testing, torch.utils.dlpack, torch.nn.Module, torch.nn.RNNBase,
+        torch.nn.parallel.comm, torch.distributed.distributed_c10d, torch.autograd.graph.saved_tensors_hooks,
+        torch.version, threading.Thread,
     )  # fmt: skip
     state: dict[str, object] = {f"{o!r}.{k}": v for o in owners for k, v in vars(o).items()}
+    state["casts"] = [torch._C._dispatch_dump(f"aten::{op}") for op in ("linear", "softmax.int", "norm.Scalar")]
+    state["in the casting layer"] = torch._C._dispatch_tls_is_dispatch_key_included("AutocastCUDA")
+    state["default device"] = torch.get_default_device()
     state["function modes"] = len(_get_current_function_mode_stack())
     state["dispatch modes"] = _len_torch_dispatch_stack()
     state["meta path"] = list(sys.meta_path)
@@ -573,8 +578,11 @@ def test_torch_is_what_it_was(failing):
     try:
         with h100():
             kept = torch.ones(3, device="cuda")
-            if failing:
-                raise KeyError("theirs")
+            torch.set_default_device("cuda")
+            with torch.autocast("cuda"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.ones(3, 3) @ torch.ones(3, 3)
+                if failing:
+                    raise KeyError("theirs")
     except KeyError:
         pass
     after = torch_state()

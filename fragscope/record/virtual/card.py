@@ -14,10 +14,13 @@ from torch.overrides import TorchFunctionMode
 from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
 from fragscope.record.device_memory import DeviceMemory, How
+from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_WORKSPACE
+from fragscope.record.virtual.footprints import GEMM_WORKSPACE, LT_WORKSPACE
+from fragscope.record.virtual.pinned import Pinned
+from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.values import Values
 from fragscope.trace import Trace
@@ -36,6 +39,9 @@ class VirtualCard:
     Attributes:
         memory: the allocator model and the log of requests.
         values: real values of small tensors.
+        autocast: what operators cast while ``torch.autocast`` is on.
+        pinned: host tensors that the program pinned.
+        scopes: which requests go to private pools.
         refused: what was asked for and cannot be known: times and first place, by description.
         estimated: operators whose hidden temporaries are unknown: calls and first place, by name.
     """
@@ -46,10 +52,13 @@ class VirtualCard:
         self.sites = CallSites(root)
         self.storages = Storages(self.memory.free)
         self.values = Values(self.storages, self.sites.where)
+        self.pinned = Pinned()
+        self.autocast = Autocast(self.storages)
         self.estimated: dict[str, tuple[int, str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
+        self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
-        self.gemm_workspaces: dict[int, int] = {}  # stream -> lifetime id
+        self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -84,6 +93,8 @@ class VirtualCard:
         Raises:
             RuntimeError: as CUDA does.
         """
+        if isinstance(device, str):
+            device = torch.device(device)
         index = device if isinstance(device, int) else getattr(device, "index", None)
         if index not in (None, 0, -1):
             shown = f"cuda:{index}"
@@ -95,17 +106,17 @@ class VirtualCard:
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
-    def allocate(self, size: int) -> int | None:
-        """Allocate on the current stream; None for no bytes.
+    def allocate(self, size: int, stream: int | None = None) -> int | None:
+        """Allocate on a stream by its handle, or on the current one; None for no bytes.
 
         Raises:
             torch.OutOfMemoryError: as on the card.
         """
         if size == 0:
             return None
-        stack = self.sites.stack()
+        stack, stream = self.sites.stack(), self.stream if stream is None else stream
         try:
-            return self.memory.alloc(size, self.stream, stack)
+            return self.memory.alloc(size, stream, stack, self.scopes.pool_of(stream))
         except OutOfMemoryError as e:
             raise torch.OutOfMemoryError(self._oom_message(e)) from None
 
@@ -201,15 +212,21 @@ class VirtualCard:
         if id_ is not None:
             self.memory.free(id_)
 
-    def take_gemm_workspace(self) -> None:
-        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept."""
-        if self.stream in self.gemm_workspaces:
-            return
-        size = GEMM_WORKSPACE.get(self.card.capability[0])
-        if size is None:
-            self.estimate("cuBLAS workspace")
-            return
-        self.gemm_workspaces[self.stream] = self.allocate(size) or 0
+    def take_gemm_workspace(self, *, adds_bias: bool = False) -> None:
+        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept.
+
+        cuBLASLt, which adds a bias in the same kernel, has another one besides. On a card backward passes run in a
+        thread of their own, which has its own of both (recorded for ``linear_forward_backward``).
+        """
+        user = self.stream, torch._C._current_graph_task_id() != -1
+        if ("cuBLAS", *user) not in self.gemm_workspaces:
+            size = GEMM_WORKSPACE.get(self.card.capability[0])
+            if size is None:
+                self.estimate("cuBLAS workspace")
+                return
+            self.gemm_workspaces["cuBLAS", *user] = self.allocate(size) or 0
+        if adds_bias and ("cuBLASLt", *user) not in self.gemm_workspaces:
+            self.gemm_workspaces["cuBLASLt", *user] = self.allocate(LT_WORKSPACE) or 0
 
     # --- order of work --------------------------------------------------------------------------------------------
 

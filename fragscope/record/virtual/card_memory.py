@@ -18,7 +18,9 @@ from fragscope.record.virtual.extent import Extent
 from fragscope.record.virtual.ordering import Ordering
 from fragscope.record.virtual.shadow import Clock, Place
 from fragscope.trace import (
+    DEFAULT_POOL,
     Observation,
+    PoolId,
     RequestKind,
     RequestLog,
     Settings,
@@ -79,17 +81,19 @@ class CardMemory:
         self.phases: list[str] = [""]
         self._phase = 0
         self.observations: list[Observation] = []
+        self.pools: list[PoolId] = [DEFAULT_POOL]
         self._streams: dict[int, int] = {}  # of live allocations
         self._uses: list[_Use] = []
         self._recorded_uses: dict[int, set[int]] = {}
         self._next_id = 0
-        self._lock = _Turn(self._free)
+        self._lock = _Turn()
         self.ordering = Ordering()
         self.ordered = False
         self.clock = 0  # counts allocations, frees and event records: the order that events refer to
+        self._over: dict[int | None, int] = {}  # by stream, None for all: up to where the host knows that work is done
 
-    def alloc(self, size: int, stream: int, stack: Stack) -> int:
-        """Allocate ``size`` bytes (more than 0) on a stream and return the lifetime id.
+    def alloc(self, size: int, stream: int, stack: Stack, pool: int = 0) -> int:
+        """Allocate ``size`` bytes (more than 0) on a stream, from a pool, and return the lifetime id.
 
         Raises:
             OutOfMemoryError: as on the card; the failed request stays in the log.
@@ -99,11 +103,17 @@ class CardMemory:
             self._next_id += 1
             self.clock += 1
             self.allocator.row = self.requests.append(
-                RequestKind.ALLOC, id=id_, size=size, stream=stream, stack=self.stacks.add(stack), phase=self._phase
+                RequestKind.ALLOC,
+                id=id_,
+                size=size,
+                stream=stream,
+                pool=pool,
+                stack=self.stacks.add(stack),
+                phase=self._phase,
             )
             released = self.allocator.calls.free if self.ordered else 0
             try:
-                self.allocator.malloc(id_, size, stream)
+                self.allocator.malloc(id_, size, stream, pool)
             except OutOfMemoryError:
                 self._observe("OutOfMemoryError", stack)
                 raise
@@ -115,7 +125,7 @@ class CardMemory:
 
     def free(self, id_: int) -> None:
         """The last reference to an allocation is gone. This may come at any point of the program."""
-        self._lock.later(id_)
+        self._lock.later(lambda: self._free(id_))
 
     def _free(self, id_: int) -> None:
         stream = self._streams.pop(id_)
@@ -170,6 +180,11 @@ class CardMemory:
         stack = self.stacks[int(requests.stack[rows[0]])] if len(rows) else ()
         return f"{stack[0].file}:{stack[0].line}" if stack else ""
 
+    def requested_by_address(self) -> dict[int, int]:
+        """Bytes asked for, of what the program holds, by address."""
+        blocks = (self.allocator.block(id_) for id_ in self._streams)
+        return {b.addr: b.requested for b in blocks}
+
     def record_stream(self, id_: int, stream: int) -> None:
         """Another stream uses the allocation."""
         with self._lock:
@@ -191,10 +206,10 @@ class CardMemory:
         with self._lock:
             self.ordering.launch(stream, what, where(), reads, writes)
 
-    def record_event(self, stream: int) -> Recorded:
-        """An event is recorded on a stream."""
+    def record_event(self, stream: int, *, counts: bool = True) -> Recorded:
+        """An event is recorded on a stream; one that does not count only tells where the stream is."""
         with self._lock:
-            self.clock += 1
+            self.clock += int(counts)
             return Recorded(stream, self.clock, self.ordering.record(stream) if self.ordered else [])
 
     def wait(self, stream: int, event: Recorded) -> None:
@@ -236,7 +251,12 @@ class CardMemory:
         if self.allocator.calls.free != before:
             self.ordering.host_waits_for_all()
 
+    def is_over(self, event: Recorded) -> bool:
+        """Whether the host has waited for what came before an event."""
+        return event.at <= max(self._over.get(event.stream, 0), self._over.get(None, 0))
+
     def _finished(self, stream: int | None = None, until: int | None = None) -> None:
+        self._over[stream] = max(self._over.get(stream, 0), self.clock if until is None else until)
         if not self._uses:
             return
         done = [u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)]
@@ -246,6 +266,57 @@ class CardMemory:
             if id_ not in waiting:
                 self.allocator.row = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
                 self.allocator.uses_done(id_)
+
+    # --- private pools --------------------------------------------------------------------------------------------
+
+    def create_pool(self, name: PoolId, *, use_on_oom: bool = False, no_split: bool = False) -> int:
+        """``MemPool(...)`` makes a private pool with one user; returns its number."""
+        with self._lock:
+            pool = self._new_pool(name)
+            self._append(RequestKind.POOL_CREATE, pool, size=int(use_on_oom) + 2 * int(no_split))
+            self.allocator.create_pool(pool, use_on_oom=use_on_oom, no_split=no_split)
+            return pool
+
+    def open_scope(self, name: PoolId) -> int:
+        """``use_mem_pool`` or a capture begins: the pool has one user more; returns its number."""
+        with self._lock:
+            pool = self.pools.index(name) if name in self.pools else self._new_pool(name)
+            self._append(RequestKind.SCOPE_OPEN, pool)
+            self.allocator.open_scope(pool)
+            return pool
+
+    def close_scope(self, pool: int) -> None:
+        """It ends; its user stays until the pool is released."""
+        with self._lock:
+            self._append(RequestKind.SCOPE_CLOSE, pool)
+            self.allocator.close_scope()
+
+    def release_pool(self, pool: int, *, empties: bool = False) -> None:
+        """A pool has one user less, and may return what is idle in it. This may come at any point of the program."""
+
+        def release() -> None:
+            self._append(RequestKind.POOL_RELEASE, pool)
+            self.allocator.release_pool(pool)
+            if empties:
+                self._append(RequestKind.EMPTY_CACHE, pool)
+                self.allocator.empty_cache(pool)
+
+        self._lock.later(release)
+
+    def capture(self, *, begins: bool) -> None:
+        """A stream begins, or ceases, to be captured into a CUDA graph."""
+        with self._lock:
+            self._append(RequestKind.CAPTURE_BEGIN if begins else RequestKind.CAPTURE_END, 0)
+            (self.allocator.begin_capture if begins else self.allocator.end_capture)()
+
+    def _new_pool(self, name: PoolId) -> int:
+        self.pools.append(name)
+        return len(self.pools) - 1
+
+    def _append(self, kind: RequestKind, pool: int, size: int = 0) -> None:
+        self.allocator.row = self.requests.append(kind, pool=pool, size=size, phase=self._phase)
+
+    # --- what else programs call ----------------------------------------------------------------------------------
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``."""
@@ -299,6 +370,7 @@ class CardMemory:
             decisions=self.allocator.decisions(),
             stacks=self.stacks,
             phases=tuple(self.phases),
+            pools=tuple(self.pools),
             observations=tuple(self.observations),
             settings=Settings(conf=s.conf, memory_fraction=s.memory_fraction, capacity=s.capacity),
             torch=s.rules.torch,
@@ -316,14 +388,11 @@ class _Turn:
     operation, or, when a garbage collection strikes, in the middle of one of this thread's own. Such frees wait until
     the operation is over.
 
-    Args:
-        free: carries out one free.
     """
 
-    def __init__(self, free: Callable[[int], None]) -> None:
-        self._free = free
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[int] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -332,9 +401,9 @@ class _Turn:
         self._release()
         self._drain()
 
-    def later(self, id_: int) -> None:
-        """Free now, or when the operation under way is over."""
-        self._waiting.append(id_)
+    def later(self, free: Callable[[], None]) -> None:
+        """Carry out a free now, or when the operation under way is over."""
+        self._waiting.append(free)
         self._drain()
 
     def _drain(self) -> None:
@@ -345,6 +414,6 @@ class _Turn:
     def _release(self) -> None:
         try:
             while self._waiting:
-                self._free(self._waiting.popleft())
+                self._waiting.popleft()()
         finally:
             self._lock.release()

@@ -1,16 +1,11 @@
-"""``torch.cuda`` as the chosen card answers it, patched in while a virtual device is active.
-
-Queries of memory state are observations: the program may act on what it reads, so a replay under other settings would
-have to be recorded anew.
-"""
+"""``torch.cuda`` as the chosen card answers it, patched in while a virtual device is active."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
+import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,52 +14,122 @@ from unittest import mock
 import torch
 import torch.cuda
 import torch.cuda.memory
+import torch.cuda.tunable
+import torch.nn.parallel
 import torch.testing
 import torch.utils.dlpack
 from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
 from fragscope.record.virtual.card import VirtualCard
-from fragscope.record.virtual.card_memory import Recorded
+from fragscope.record.virtual.memory_api import Memory
+from fragscope.record.virtual.pools_api import Pools
+from fragscope.record.virtual.streams_api import Streams
+from fragscope.units import KIB
+
+_MODULES: tuple[Any, ...] = (
+    torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams, torch.cuda.graphs, torch.cuda.profiler,
+)  # fmt: skip
+REFUSED = {
+    "CUDAPluggableAllocator": "an allocator of the program's own takes memory that the model does not see",
+    "change_current_allocator": "an allocator of the program's own takes memory that the model does not see",
+    "caching_allocator_enable": "without the caching allocator there is nothing to model",
+    "caching_allocator_disabled": "without the caching allocator there is nothing to model",
+    "_snapshot": "the case's own trace holds every request, with its stack",
+    "_dump_snapshot": "the case's own trace holds every request, with its stack",
+    "host_memory_stats": "pinned memory of the host is not modelled",
+    "host_memory_stats_as_nested_dict": "pinned memory of the host is not modelled",
+    "reset_accumulated_host_memory_stats": "pinned memory of the host is not modelled",
+    "reset_peak_host_memory_stats": "pinned memory of the host is not modelled",
+    "utilization": "no card is there to be measured",
+    "memory_usage": "no card is there to be measured",
+    "device_memory_used": "no card is there to be measured",
+    "list_gpu_processes": "no card is there to be measured",
+    "temperature": "no card is there to be measured",
+    "power_draw": "no card is there to be measured",
+    "clock_rate": "no card is there to be measured",
+    "current_blas_handle": "no library runs that it could be a handle of",
+    "current_solver_handle": "no library runs that it could be a handle of",
+    "GreenContext": "parts of a card are not modelled",
+}
+"""Functions of ``torch.cuda`` that are refused, and why."""
+REFUSED_MODULES = ("tunable", "jiterator", "nccl", "gds", "green_contexts")
+"""Modules of ``torch.cuda`` whose functions are all refused."""
+_JITERATOR = ("_create_jit_fn", "_create_multi_output_jit_fn")  # public in all but name
 
 
 @contextlib.contextmanager
 def patched_cuda(device: VirtualCard) -> Iterator[None]:
     """Replace the functions of ``torch.cuda`` and ``torch.accelerator`` that a program asks, until the end."""
     api = _Cuda(device)
+    streams, memory = Streams(device), Memory(device)
+    pools = Pools(device, memory.memory_snapshot)
+    owners: tuple[Any, ...] = (api, streams, memory, pools)
     module: Any
     with contextlib.ExitStack() as stack:
-        for name in _Cuda.NAMES:
-            for module in (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams):
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, getattr(api, name)))
+
+        def replace(owner: Any, name: str, new: Any, *, create: bool = False) -> None:
+            stack.enter_context(mock.patch.object(owner, name, new, create=create))
+
+        for owner in owners:
+            for name in owner.NAMES:
+                for module in _MODULES:
+                    if hasattr(module, name):
+                        replace(module, name, getattr(owner, name))
         for name, target in _Cuda.ACCELERATOR.items():
+            answer = next(getattr(o, target) for o in owners if hasattr(o, target))
             for module in (torch.accelerator, getattr(torch.accelerator, "memory", torch.accelerator)):
                 if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, getattr(api, target)))
+                    replace(module, name, answer)
+        for name, why in REFUSED.items():
+            for module in _MODULES:
+                if hasattr(module, name):
+                    replace(module, name, api.refuse(f"torch.cuda.{name}", why))
+        for group in REFUSED_MODULES:
+            module = getattr(torch.cuda, group, None)
+            for name in (*_functions(module), *(n for n in _JITERATOR if hasattr(module, n))):
+                replace(module, name, api.refuse(f"torch.cuda.{group}.{name}"))
+        for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
+            replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
+        replace(torch._C, "_scatter", api.scatter, create=True)
+        replace(torch.cuda, "default_generators", (_Generator("cuda"),))
+        replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
+        replace(torch._C, "_host_emptyCache", api.init, create=True)
         # The method parses its argument as a real stream before any mode is asked.
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", api.record_stream))
-        stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(mock.patch.object(torch.autocast, "__enter__", api.refuse_autocast()))
-        stack.enter_context(mock.patch.object(torch, "compile", api.refuse("torch.compile")))
+        replace(torch.Tensor, "record_stream", streams.record_stream)
+        replace(torch.version, "cuda", "13.0")
+        replace(torch, "compile", api.compile(torch.compile))
+        if torch.distributed.is_available():
+            c10d = torch.distributed.distributed_c10d
+            helper = api.new_group(c10d._new_process_group_helper)
+            replace(c10d, "_new_process_group_helper", helper)
         hooks = torch.autograd.graph.saved_tensors_hooks
-        stack.enter_context(mock.patch.object(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__)))
-        pickled = api.reduce(torch.Tensor.__reduce_ex__)
-        stack.enter_context(mock.patch.object(torch.Tensor, "__reduce_ex__", pickled))
+        replace(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__))
+        replace(torch.Tensor, "__reduce_ex__", api.reduce(torch.Tensor.__reduce_ex__))
         for module in (torch.utils.dlpack, torch):
-            stack.enter_context(mock.patch.object(module, "to_dlpack", api.to_dlpack(torch._C._to_dlpack)))
+            replace(module, "to_dlpack", api.to_dlpack(torch._C._to_dlpack))
         for module in (torch.testing, torch.testing._comparison):
-            checked = api.assert_close(torch.testing.assert_close)
-            stack.enter_context(mock.patch.object(module, "assert_close", checked))
+            replace(module, "assert_close", api.assert_close(torch.testing.assert_close))
         for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
-            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, lambda *args, **kwargs: 0))
+            replace(torch.cuda.nvtx, name, lambda *args, **kwargs: 0)
         rnn = torch.nn.RNNBase
-        flatten = api.flatten_parameters(rnn.flatten_parameters)
-        stack.enter_context(mock.patch.object(rnn, "flatten_parameters", flatten))
-        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        stack.enter_context(mock.patch.object(torch, "Stream", api.Stream))
-        stack.enter_context(mock.patch.object(torch, "Event", api.Event))
+        replace(rnn, "flatten_parameters", api.flatten_parameters(rnn.flatten_parameters))
+        replace(torch.amp.GradScaler, "_maybe_opt_step", api.optimizer_step())
+        replace(torch._C._nn, "_parse_to", api.parse_to(torch._C._nn._parse_to))
+        replace(torch, "get_device_module", api.get_device_module(torch.get_device_module))
+        replace(torch, "Generator", _Generator)
+        replace(torch, "Stream", streams.Stream)
+        replace(torch, "Event", streams.Event)
         yield
+
+
+def _functions(module: Any) -> list[str]:
+    """Names of a module's public functions."""
+    return [
+        name
+        for name, value in vars(module or object()).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
+    ]
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,89 +152,27 @@ class _Generator(torch.Generator):
         return self._shown
 
 
-class _Stream:
-    """A CUDA stream of the virtual card."""
-
-    _handles = itertools.count(0x5500_0000_1000, 0x1000)
-
-    def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
-        self._api.check(device)
-        if _handle is None:
-            _handle = next(self._handles)
-            self._api.memory.ordering.independent(_handle)
-        self.cuda_stream = _handle
-        self.stream_id = _handle
-        self.priority = priority
-        self.device = torch.device("cuda", 0)
-        self.device_index = 0
-
-    _api: _Cuda  # set on the subclass that belongs to one virtual device
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream) and other.cuda_stream == self.cuda_stream
-
-    def __hash__(self) -> int:
-        return hash(self.cuda_stream)
-
-    def __enter__(self) -> _Stream:
-        self._api.push(self)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._api.pop()
-
-    def synchronize(self) -> None:
-        self._api.memory.finished(self.cuda_stream)
-
-    def wait_stream(self, stream: _Stream) -> None:
-        self.wait_event(stream.record_event())
-
-    def wait_event(self, event: _Event) -> None:
-        event.wait(self)
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        event = event if event is not None else self._api.Event()
-        event.record(self)
-        return event
-
-    def query(self) -> bool:
-        return False
-
-    def is_capturing(self) -> bool:
-        return False
-
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return 0, -5
+def _multiprocessor(threads: int, shared: int, for_block: int) -> dict[str, int]:
+    return {
+        "max_threads_per_multi_processor": threads,
+        "shared_memory_per_multiprocessor": shared * KIB,
+        "shared_memory_per_block_optin": for_block * KIB,
+    }
 
 
-class _Event:
-    """A CUDA event of the virtual card."""
-
-    _api: _Cuda
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self._recorded: Recorded | None = None
-
-    def record(self, stream: _Stream | None = None) -> None:
-        self._recorded = self._api.memory.record_event(self._handle(stream))
-
-    def synchronize(self) -> None:
-        if self._recorded is not None:
-            self._api.memory.finished_event(self._recorded)
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        if self._recorded is not None:
-            self._api.memory.wait(self._handle(stream), self._recorded)
-
-    def _handle(self, stream: _Stream | None) -> int:
-        return stream.cuda_stream if stream is not None else self._api.device.stream
-
-    def query(self) -> bool:
-        return self._recorded is None
-
-    def elapsed_time(self, end: _Event) -> float:
-        raise self._api.device.unsupported("Event.elapsed_time: a virtual device has no time")
+_BY_CAPABILITY = {
+    (8, 0): _multiprocessor(2048, 164, 163),
+    (8, 6): _multiprocessor(1536, 100, 99),
+    (8, 9): _multiprocessor(1536, 100, 99),
+    (9, 0): _multiprocessor(2048, 228, 227),
+    (10, 0): _multiprocessor(2048, 228, 227),
+    (12, 0): _multiprocessor(1536, 100, 99),
+}
+"""Source: "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide."""
+_UNKNOWN_PROPERTIES = (
+    "clock_rate", "memory_clock_rate", "memory_bus_width", "pci_bus_id", "pci_device_id", "pci_domain_id",
+    "max_threads_per_multi_processor", "shared_memory_per_multiprocessor", "shared_memory_per_block_optin",
+)  # fmt: skip
 
 
 class _Properties(SimpleNamespace):
@@ -185,22 +188,31 @@ class _Properties(SimpleNamespace):
         self._device.observe("torch.cuda.get_device_properties().total_memory")
         return self._device.memory.settings.total
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _UNKNOWN_PROPERTIES:
+            raise self._device.unsupported(f"torch.cuda.get_device_properties().{name} is not known of this card")
+        raise AttributeError(f"'_CudaDeviceProperties' object has no attribute {name!r}")
 
-class _Statistics(dict[str, int]):
-    """``torch.cuda.memory_stats``; a statistic that is not kept is refused, never 0."""
+
+class _Runtime:
+    """``torch.cuda.cudart()``."""
+
+    cudaError = SimpleNamespace(success=0)  # noqa: N815 - CUDA's name
 
     def __init__(self, device: VirtualCard) -> None:
-        super().__init__()
         self._device = device
 
-    def __missing__(self, key: str) -> int:
-        raise self._device.unsupported(f"torch.cuda.memory_stats()[{key!r}] is not kept on the virtual device")
+    def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802 - CUDA's name
+        return torch.cuda.mem_get_info(device)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a statistic that is kept; the default for names that torch does not know either."""
-        if key not in self and key.count(".") == 2:
-            return self[key]
-        return super().get(key, default)
+    def cudaProfilerStart(self) -> int:  # noqa: N802 - CUDA's name
+        return 0
+
+    def cudaProfilerStop(self) -> int:  # noqa: N802 - CUDA's name
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._device.unsupported(f"torch.cuda.cudart().{name} is not supported on the virtual device")
 
 
 class _Cuda:
@@ -210,18 +222,9 @@ class _Cuda:
         "is_available", "is_initialized", "init", "_lazy_init", "_lazy_call", "_is_in_bad_fork", "device_count",
         "current_device", "set_device", "get_device_name", "get_device_capability", "get_device_properties",
         "_exchange_device", "_maybe_exchange_device", "is_bf16_supported", "get_arch_list", "can_device_access_peer",
-        "synchronize", "current_stream", "default_stream", "set_stream", "stream", "Stream", "Event", "ipc_collect",
-        "is_current_stream_capturing", "ExternalStream", "get_stream_from_external", "StreamContext",
-        "get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all", "initial_seed",
-        "get_allocator_backend", "host_memory_stats", "_record_memory_history", "_snapshot", "_dump_snapshot",
-        "utilization", "memory_usage", "device_memory_used", "list_gpu_processes", "temperature", "power_draw",
-        "clock_rate", "get_sync_debug_mode", "set_sync_debug_mode", "graph_pool_handle", "make_graphed_callables",
-        "change_current_allocator", "CUDAPluggableAllocator", "is_tf32_supported", "check_error",
-        "empty_cache", "mem_get_info", "memory_allocated", "max_memory_allocated", "memory_reserved",
-        "max_memory_reserved", "memory_stats", "memory_stats_as_nested_dict", "memory_summary", "memory_snapshot",
-        "reset_peak_memory_stats", "reset_accumulated_memory_stats", "set_per_process_memory_fraction",
-        "get_per_process_memory_fraction", "manual_seed", "manual_seed_all", "seed", "seed_all", "MemPool",
-        "use_mem_pool", "CUDAGraph", "graph", "caching_allocator_alloc", "caching_allocator_delete", "cudart",
+        "ipc_collect", "get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all", "initial_seed",
+        "get_sync_debug_mode", "set_sync_debug_mode", "is_tf32_supported", "check_error", "manual_seed",
+        "manual_seed_all", "seed", "seed_all", "cudart", "_compile_kernel",
     )  # fmt: skip
     ACCELERATOR = {  # noqa: RUF012 - a constant table
         "is_available": "is_available", "device_count": "device_count", "current_accelerator": "current_accelerator",
@@ -238,42 +241,94 @@ class _Cuda:
 
     def __init__(self, device: VirtualCard) -> None:
         self.device = device
-        self.memory = device.memory
-        self._allocator = device.memory.allocator
-        self.Stream: type[_Stream] = type("Stream", (_Stream,), {"_api": self})
-        self.Event: type[_Event] = type("Event", (_Event,), {"_api": self})
-        self._default = self.Stream(_handle=0)
-        self._local = threading.local()
-        self.StreamContext = self.stream
-        for name in self._REFUSED:
-            setattr(self, name, self.refuse(f"torch.cuda.{name}"))
 
-    _REFUSED = (
-        "MemPool", "use_mem_pool", "CUDAGraph", "graph", "caching_allocator_alloc", "caching_allocator_delete",
-        "cudart", "graph_pool_handle", "make_graphed_callables", "change_current_allocator", "CUDAPluggableAllocator",
-        "_record_memory_history", "_snapshot", "_dump_snapshot", "memory_snapshot", "memory_stats_as_nested_dict",
-        "host_memory_stats", "utilization", "memory_usage", "device_memory_used", "list_gpu_processes", "temperature",
-        "power_draw", "clock_rate",
-    )  # fmt: skip
-
-    def refuse(self, what: str) -> Callable[..., Any]:
+    def refuse(self, what: str, why: str = "") -> Callable[..., Any]:
         """A stand-in for something the virtual device does not do."""
 
         def refused(*args: Any, **kwargs: Any) -> Any:
-            raise self.device.unsupported(f"{what} is not supported on the virtual device")
+            raise self.device.unsupported(f"{what} is not supported on the virtual device{': ' if why else ''}{why}")
 
         return refused
 
-    def refuse_autocast(self) -> Callable[[Any], Any]:
-        """``torch.autocast("cuda")``: metadata tensors take no part in it, so its casts would go uncounted."""
-        device, original = self.device, torch.autocast.__enter__
+    def compile(self, original: Any) -> Callable[..., Any]:
+        """``torch.compile``: what is only decorated, or runs with the compiler disabled, is no obstacle."""
 
-        def enter(context: Any) -> Any:
-            if context.device == "cuda" and context._enabled:
-                raise device.unsupported("torch.autocast is not supported on the virtual device")
-            return original(context)  # type: ignore[no-untyped-call]
+        def compile(model: Any = None, **kwargs: Any) -> Any:
+            if kwargs.get("disable") or torch._dynamo.config.disable:
+                return original(model, **kwargs) if model is not None else lambda function: function
+            if model is None:
+                return lambda function: compile(function, **kwargs)
+            if isinstance(model, torch.nn.Module):
+                raise self._compiled()
 
-        return enter
+            def compiled(*args: Any, **kwargs: Any) -> Any:
+                raise self._compiled()
+
+            return functools.wraps(model)(compiled)
+
+        return compile
+
+    def _compiled(self) -> UnsupportedError:
+        return self.device.unsupported(
+            "torch.compile is not supported on the virtual device, since what compiled code allocates is not known "
+            "(TORCH_COMPILE_DISABLE=1 runs it as it is written)"
+        )
+
+    def optimizer_step(self) -> Callable[..., Any]:
+        """``GradScaler`` leaves a step out when it finds infinities, which nobody knows: here it finds none."""
+
+        def step(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+            self.device.estimate("GradScaler.step: taken to find no infinities")
+            return optimizer.step(*args, **kwargs)
+
+        return step
+
+    def new_group(self, original: Any) -> Callable[..., Any]:
+        """What every process group is made by; those of NCCL need cards, one a process."""
+
+        def new_group(size: int, rank: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                if "nccl" not in str(backend):
+                    return original(size, rank, ranks, backend, *args, **kwargs)
+            except RuntimeError as e:
+                if "NCCL" not in str(e):
+                    raise
+            raise self.device.unsupported(
+                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over gloo"
+            )
+
+        return new_group
+
+    def parse_to(self, original: Any) -> Callable[..., Any]:
+        """What ``Module.to`` reads its arguments with; a number is a card."""
+
+        def parse_to(*args: Any, **kwargs: Any) -> Any:
+            if args and type(args[0]) is int:
+                args = (torch.device("cuda", args[0]), *args[1:])
+            if args and isinstance(args[0], torch.Tensor):
+                args = (args[0].device, args[0].dtype, *args[1:])
+            if isinstance(kwargs.get("tensor"), torch.Tensor):
+                tensor = kwargs.pop("tensor")
+                args = (tensor.device, tensor.dtype, *args)
+            if type(kwargs.get("device")) is int:
+                kwargs["device"] = torch.device("cuda", kwargs["device"])
+            return original(*args, **kwargs)
+
+        return parse_to
+
+    def get_device_module(self, original: Any) -> Callable[[Any], Any]:
+        """The module of the card, which is the accelerator here."""
+        return lambda device=None: torch.cuda if device is None else original(device)
+
+    def scatter(self, tensor: torch.Tensor, devices: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+        """What ``DataParallel`` hands to its only card."""
+        for index in devices:
+            self.device.check_index(index)
+        return (tensor.cuda(),)
+
+    def cudart(self) -> _Runtime:
+        """Calls of the CUDA runtime that programs make themselves."""
+        return _Runtime(self.device)
 
     def to_dlpack(self, original: Any) -> Callable[..., Any]:
         """Hands out memory, which is not there."""
@@ -369,12 +424,11 @@ class _Cuda:
     def current_accelerator(self, check_available: bool = False) -> torch.device:
         return torch.device("cuda")
 
-    def set_device(self, device: Any) -> None:
-        self.check(device)
-
     def check(self, device: Any) -> None:
         """Refuse cards that are not there."""
-        self.device.check_index(torch.device(device) if isinstance(device, str) else device)
+        self.device.check_index(device)
+
+    set_device = check
 
     def _exchange_device(self, device: int) -> int:
         self.check(device)
@@ -393,13 +447,15 @@ class _Cuda:
     def accelerator_capability(self, device: Any = None) -> dict[str, Any]:
         raise self.device.unsupported("torch.accelerator.get_device_capability is not supported on the virtual device")
 
+    def _compile_kernel(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.device.unsupported(
+            "torch.cuda._compile_kernel: what a kernel of the program's own touches is told with case.kernel"
+        )
+
     @contextlib.contextmanager
     def device_index(self, device: int | None) -> Iterator[None]:
         self.check(device)
         yield
-
-    def get_allocator_backend(self) -> str:
-        return "native"
 
     def is_tf32_supported(self) -> bool:
         return self.device.card.capability[0] >= 8
@@ -424,13 +480,14 @@ class _Cuda:
             multi_processor_count=card.multiprocessors,
             L2_cache_size=card.l2,
             warp_size=32,
-            max_threads_per_multi_processor=2048,
+            max_threads_per_block=1024,
             regs_per_multiprocessor=65536,
-            shared_memory_per_block=49152,
+            shared_memory_per_block=48 * KIB,
             is_integrated=0,
             is_multi_gpu_board=0,
             gcnArchName="",
             uuid="virtual",
+            **_BY_CAPABILITY.get(card.capability, {}),
         )
 
     def get_arch_list(self) -> list[str]:
@@ -443,143 +500,8 @@ class _Cuda:
     def can_device_access_peer(self, device: Any, peer: Any) -> bool:
         return False
 
-    # --- streams --------------------------------------------------------------------------------------------------
-
-    def synchronize(self, device: Any = None) -> None:
-        self.check(device)
-        self.memory.finished()
-
-    def current_stream(self, device: Any = None) -> _Stream:
-        self.check(device)
-        return self._streams[-1]
-
-    @property
-    def _streams(self) -> list[_Stream]:
-        """The running thread's nested current streams."""
-        if not hasattr(self._local, "streams"):
-            self._local.streams = [self._default]
-        return self._local.streams  # type: ignore[no-any-return]
-
-    def ExternalStream(self, stream_ptr: int, device: Any = None, **_: Any) -> _Stream:  # noqa: N802 - torch's name
-        return self.Stream(device, _handle=stream_ptr)
-
-    def get_stream_from_external(self, data_ptr: int, device: Any = None) -> _Stream:
-        return self.Stream(device, _handle=data_ptr)
-
-    def default_stream(self, device: Any = None) -> _Stream:
-        self.check(device)
-        return self._default
-
-    def set_stream(self, stream: _Stream | None) -> None:
-        if stream is not None:
-            self._streams[-1] = stream
-            self.device.stream = stream.cuda_stream
-
-    @contextlib.contextmanager
-    def stream(self, stream: _Stream | None) -> Iterator[None]:
-        if stream is None:
-            yield
-            return
-        self.push(stream)
-        try:
-            yield
-        finally:
-            self.pop()
-
-    def push(self, stream: _Stream) -> None:
-        self._streams.append(stream)
-        self.device.stream = stream.cuda_stream
-
-    def pop(self) -> None:
-        self._streams.pop()
-        self.device.stream = self._streams[-1].cuda_stream
-
-    def is_current_stream_capturing(self) -> bool:
-        return False
-
-    @property
-    def record_stream(self) -> Callable[[torch.Tensor, _Stream], None]:
-        """A stand-in for ``Tensor.record_stream``."""
-        device = self.device
-
-        def record_stream(tensor: torch.Tensor, stream: _Stream) -> None:
-            entry = device.storages.find(tensor)
-            if entry is None and tensor.device.type == "cpu":
-                raise NotImplementedError("record_stream is for tensors on a card; this one is on the host")
-            if entry is not None and entry.id is not None:
-                device.memory.record_stream(entry.id, stream.cuda_stream)
-
-        return record_stream
-
-    # --- memory ---------------------------------------------------------------------------------------------------
-
-    def empty_cache(self) -> None:
-        self.memory.empty_cache()
-
     def ipc_collect(self) -> None:
         """No memory is shared between processes."""
-
-    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        self.check(device)
-        self.device.observe("torch.cuda.mem_get_info")
-        return self._allocator.free_memory, self.memory.settings.total
-
-    def memory_allocated(self, device: Any = None) -> int:
-        self.check(device)
-        self.device.observe("torch.cuda.memory_allocated")
-        return self._allocator.now.allocated
-
-    def memory_reserved(self, device: Any = None) -> int:
-        self.check(device)
-        self.device.observe("torch.cuda.memory_reserved")
-        return self._allocator.now.reserved
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        self.check(device)
-        self.device.observe("torch.cuda.max_memory_allocated")
-        return self._allocator.peaks(self._allocator.program_peaks).allocated
-
-    def max_memory_reserved(self, device: Any = None) -> int:
-        self.check(device)
-        self.device.observe("torch.cuda.max_memory_reserved")
-        return self._allocator.peaks(self._allocator.program_peaks).reserved
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        self.check(device)
-        self._allocator.reset_program_peaks()
-
-    def reset_accumulated_memory_stats(self, device: Any = None) -> None:
-        """Accumulated statistics are not kept."""
-
-    def memory_stats(self, device: Any = None) -> dict[str, int]:
-        self.check(device)
-        self.device.observe("torch.cuda.memory_stats")
-        a = self._allocator
-        out = _Statistics(self.device)
-        for key, figures in a.statistics().items():
-            name = key.replace(".small", ".small_pool").replace(".large", ".large_pool")
-            for part, value in zip(("current", "peak", "allocated", "freed"), figures, strict=True):
-                out[f"{name}.{part}"] = value
-        out.update(num_alloc_retries=a.retries, num_ooms=a.ooms, num_oom_rejections=a.rejections)
-        out.update(num_device_alloc=a.calls.alloc, num_device_free=a.calls.free, num_sync_all_streams=a.calls.sync)
-        return out
-
-    def memory_summary(self, device: Any = None, abbreviated: bool = False) -> str:
-        self.check(device)
-        self.device.observe("torch.cuda.memory_summary")
-        now = self._allocator.now
-        return f"virtual {self.device.card.name}: allocated {now.allocated}, reserved {now.reserved} bytes"
-
-    def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
-        self.memory.set_memory_fraction(fraction)
-        self._fraction = fraction
-
-    _fraction = 1.0
-
-    def get_per_process_memory_fraction(self, device: Any = None) -> float:
-        return self._fraction
 
     # --- random numbers: nobody sees them -------------------------------------------------------------------------
 

@@ -17,11 +17,13 @@ import torch
 
 from fragscope.allocator import Card, ReplaySettings
 from fragscope.errors import UsageError
+from fragscope.record.virtual.autocast import entering_autocast, patched_autocast
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.cuda_api import patched_cuda
 from fragscope.record.virtual.custom_ops import patched_custom_ops
 from fragscope.record.virtual.dispatch import DispatchMode
 from fragscope.record.virtual.functions import FunctionMode
+from fragscope.record.virtual.legacy_types import patched_types
 from fragscope.record.virtual.ordering import LEGACY
 from fragscope.record.virtual.storage_api import patched_storages
 from fragscope.record.virtual.storages import Place
@@ -55,9 +57,12 @@ class VirtualDevice(VirtualCard):
         # it would keep what is patched, and the import's caught errors would keep the frames of all callers alive.
         importlib.import_module("torch._dynamo")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_kept_default_device())
             stack.enter_context(patched_cuda(self))
+            stack.enter_context(patched_types())
             stack.enter_context(patched_storages(self))
             stack.enter_context(patched_custom_ops(self))
+            stack.enter_context(patched_autocast(self.autocast))
             stack.enter_context(patched_threads(self.in_thread))
             stack.enter_context(self.in_thread())
             self._stack = stack.pop_all()
@@ -103,8 +108,19 @@ class VirtualDevice(VirtualCard):
         state.inside = True
         state.function_mode = FunctionMode(self)
         try:
-            with state.function_mode, DispatchMode(self):
+            with entering_autocast(), state.function_mode, DispatchMode(self):
                 yield
         finally:
             state.inside = False
             state.function_mode = None
+
+
+@contextlib.contextmanager
+def _kept_default_device() -> Iterator[None]:
+    """A default device that the program sets would outlive the card, and ask for a real one."""
+    before = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    try:
+        yield
+    finally:
+        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not before:
+            torch.set_default_device(None if before is None else before.device)

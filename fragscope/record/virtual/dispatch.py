@@ -15,6 +15,7 @@ from fragscope.record.virtual.footprints import (
     NO_KERNEL,
     OUTPUT_ORDER,
     SHAPE_OF_INPUT,
+    adds_bias,
     copy_temporaries,
     is_known,
     needs_copies,
@@ -100,6 +101,10 @@ class DispatchMode(TorchDispatchMode):
                 device.values.lose(tensor, name)
             return None
         except (RuntimeError, AssertionError) as e:  # torch's Python shape rules assert where a kernel raises
+            if "no fake impl registered" in str(e):
+                raise device.unsupported(
+                    f"{name}: what it allocates is not known without a fake kernel (torch.library.register_fake)"
+                ) from None
             raise _as_on_card(RuntimeError(str(e)) if isinstance(e, AssertionError) else e, args) from None
         if made_on_card or on_card:
             self._account(func, trait, args, kwargs, out)
@@ -171,7 +176,7 @@ class DispatchMode(TorchDispatchMode):
         for tensor in outputs:
             device.register(tensor)
         if trait.is_gemm:
-            device.take_gemm_workspace()
+            device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:
             for tensor in _tensors((*args, *kwargs.values())):
                 entry = device.storages.find(tensor)

@@ -59,8 +59,15 @@ GEMM_WORKSPACE = {9: 32 * MIB}
 """Bytes of that workspace by major compute capability. Source: ``getChosenWorkspaceSize`` in
 aten/src/ATen/cuda/CublasHandlePool.cpp, recorded on an H100; other cards make matrix products ``estimated``."""
 
-OUTPUT_ORDER = {"aten::native_dropout": (1, 0)}
-"""Outputs that are allocated in another order than they are returned: the mask comes first."""
+LT_WORKSPACE = MIB
+"""Bytes of cuBLASLt's, recorded on an H100. Source: ``_getWorkspaceSize`` in aten/src/ATen/cuda/CUDABlas.cpp."""
+
+OUTPUT_ORDER = {
+    "aten::native_dropout": (1, 0),  # the mask comes first
+    "aten::_scaled_dot_product_cudnn_attention": (2, 3, 0, 1),  # seed and offset come first
+    "aten::_scaled_dot_product_efficient_attention": (0, 1),  # seed and offset stay on the host
+}
+"""Outputs that are allocated in another order than they are returned, or of which some are not on the card."""
 
 # Handled by the dispatch mode itself, with their temporaries.
 MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::resize_"})
@@ -70,6 +77,18 @@ def is_known(func: Any) -> bool:
     """Whether an operator's allocations are its outputs and nothing else, or are modelled."""
     name = func._schema.name
     return name in OUTPUTS_ONLY or name in MODELLED or name in GEMMS or torch.Tag.pointwise in func.tags
+
+
+def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a matrix product goes to cuBLASLt, which adds the bias in the same kernel.
+
+    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp.
+    """
+    if func._schema.name != "aten::addmm" or kwargs.get("beta", 1) != 1:
+        return False
+    bias, _, matrix = args[:3]
+    is_vector = bias.dim() == 1 and bias.is_contiguous() and bias.shape[0] == matrix.shape[1]
+    return bool(is_vector and min(matrix.shape) > 1)
 
 
 _CONTIGUOUS_ONLY = frozenset(

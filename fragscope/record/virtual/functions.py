@@ -10,7 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from fragscope.record.virtual.attention import Attention
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.legacy_types import CudaType, named
 from fragscope.record.virtual.storages import Place
 
 _META = torch.device("meta")
@@ -29,6 +31,7 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self, device: VirtualCard) -> None:
         super().__init__()
         self._device = device
+        self._attends = Attention(device)
         self._bodies: dict[Any, _Handler | None] = {}
         self._running: set[Any] = set()
         self._grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # see _set_data
@@ -59,7 +62,7 @@ class FunctionMode(TorchFunctionMode):
             torch.log_softmax: self._softmax(torch.log_softmax),
             torch._C._nn.one_hot: self._one_hot,
             torch._C._nn.linear: self._linear,
-            torch.nn.functional.scaled_dot_product_attention: self._estimated("scaled_dot_product_attention"),
+            torch.nn.functional.scaled_dot_product_attention: self._attention,
             torch.dropout: self._dropout,
             torch.nn.functional.dropout: self._functional_dropout,
             torch.rms_norm: self._rms_norm,
@@ -68,6 +71,7 @@ class FunctionMode(TorchFunctionMode):
         }
         for refused in (tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__):
             self._handlers[refused] = self._needs_data(refused)
+        self._handlers[tensor.__cuda_array_interface__.__get__] = self._array_interface
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
             for module in (torch, torch._C._VariableFunctions):
                 self._handlers[getattr(module, name)] = self._estimated(name)
@@ -106,7 +110,10 @@ class FunctionMode(TorchFunctionMode):
             self._running.discard(func)
 
     def _with_device(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kwargs.pop("pin_memory", None)  # pinned memory is host memory, and this host has no driver to pin it
+        if kwargs.pop("pin_memory", False):  # pinned memory is host memory, and this host has no driver to pin it
+            if _is_cuda(_parse(kwargs.get("device"))):
+                raise RuntimeError("Only dense CPU tensors can be pinned")
+            return self._device.pinned.add(self._with_device(func, args, kwargs))
         wanted = _parse(kwargs.get("device"))
         if wanted is None:
             return self._call(func, args, kwargs)
@@ -156,11 +163,13 @@ class FunctionMode(TorchFunctionMode):
             if self._place(tensor) is Place.CARD:
                 return str(func(torch.empty(0, dtype=tensor.dtype))).replace("torch.", "torch.cuda.", 1)
             return func(tensor)
-        if isinstance(args[0] if args else kwargs.get("dtype"), str):
-            raise self._device.unsupported(
-                "Tensor.type with a type name is not supported on the virtual device; use .to"
-            )
-        return func(tensor, *args, **kwargs)
+        kind = args[0] if args else kwargs.get("dtype")
+        wanted = named(kind) if isinstance(kind, str) else None
+        if isinstance(kind, CudaType):
+            wanted = _CUDA, kind.dtype
+        if wanted is None:
+            return func(tensor, *args, **kwargs)
+        return self._to(torch.Tensor.to, tensor, *wanted, *args[1:])
 
     # --- moving ---------------------------------------------------------------------------------------------------
 
@@ -179,6 +188,7 @@ class FunctionMode(TorchFunctionMode):
             self._device.check_index(wanted)
         if self._place(tensor) is Place.CARD:
             return tensor
+        self._refuse_meta(tensor)
         return self._move(tensor, to_card=True, non_blocking=non_blocking, memory_format=memory_format)
 
     def _cpu(
@@ -187,6 +197,11 @@ class FunctionMode(TorchFunctionMode):
         if self._place(tensor) is not Place.CARD:
             return tensor
         return self._move(tensor, to_card=False, memory_format=memory_format)
+
+    def _refuse_meta(self, tensor: torch.Tensor) -> None:
+        """A meta tensor that the program itself made has nothing to copy, which ``Module.to`` relies on."""
+        if tensor.device.type == "meta" and self._place(tensor) is None:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
     def _move(self, tensor: torch.Tensor, *, to_card: bool, **kwargs: Any) -> torch.Tensor:
         """Across the host's border; autograd sees an ordinary copy."""
@@ -220,6 +235,7 @@ class FunctionMode(TorchFunctionMode):
                 self._device.explicit_meta = False
         if wanted.type == "cuda":
             self._device.check_index(wanted)
+            self._refuse_meta(tensor)
             wanted = _META
             if place is Place.HOST:
                 kwargs["copy"] = True
@@ -237,8 +253,9 @@ class FunctionMode(TorchFunctionMode):
 
     def _from_data(self, made: Any) -> _Handler:
         def build(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.pop("pin_memory", False):
+                return self._device.pinned.add(build(func, *args, **kwargs))
             wanted = _parse(kwargs.pop("device", None))
-            kwargs.pop("pin_memory", None)
             if wanted is None and made is torch.Tensor.new_tensor and self._place(args[0]) is Place.CARD:
                 wanted = _CUDA
             if wanted is None and made is not torch.Tensor.new_tensor:
@@ -285,10 +302,12 @@ class FunctionMode(TorchFunctionMode):
     def _pin_memory(self, func: Any, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
         if self._place(tensor) is Place.CARD:
             raise RuntimeError("cannot pin 'torch.cuda.Tensor' only dense CPU tensors can be pinned")
-        return tensor.clone()
+        if self._is_pinned(func, tensor):
+            return tensor
+        return self._device.pinned.add(tensor.clone())
 
     def _is_pinned(self, func: Any, tensor: torch.Tensor, device: Any = None) -> bool:
-        return False
+        return self._device.pinned.has(tensor.untyped_storage())
 
     def _share_memory(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._place(tensor) is Place.CARD else func(tensor)
@@ -328,6 +347,8 @@ class FunctionMode(TorchFunctionMode):
 
         def softmax(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+            if dtype is None and self._device.autocast.dtype() is not None:
+                dtype = torch.float32
             if self._place(tensor) is Place.CARD and tensor.dtype == torch.half and dtype == torch.float32:
                 if torch.is_grad_enabled() and tensor.requires_grad:
                     self._device.estimate(f"{plain.__name__} from float16 to float32 with gradients")
@@ -346,11 +367,16 @@ class FunctionMode(TorchFunctionMode):
     ) -> torch.Tensor:
         """What is not one product with the bias in it adds the bias in place, but not while a dispatch mode is active.
 
-        Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it.
+        Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it; ``attention_layer``
+        of tests/data/footprints.
         """
-        if bias is not None and input.dim() > 2 and not input.is_contiguous() and self._place(input) is Place.CARD:
-            self._device.estimate("linear with a bias on a strided tensor")
-        return func(input, weight, bias)  # type: ignore[no-any-return]
+        is_one = bias is None or input.dim() <= 2 or input.is_contiguous()
+        if is_one or self._place(input) is not Place.CARD:
+            return func(input, weight, bias)  # type: ignore[no-any-return]
+        lower = self._device.autocast.dtype()
+        if lower is not None:
+            bias, weight, input = (self._device.autocast.cast(t, lower) for t in (bias, weight, input))
+        return torch.matmul(input, weight.t()).add_(bias)
 
     def _one_hot(self, func: Any, tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         """Zeros and a scatter on a card, a comparison for metadata."""
@@ -377,6 +403,11 @@ class FunctionMode(TorchFunctionMode):
 
         return note
 
+    def _attention(self, func: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._place(query) is not Place.CARD:
+            return func(query, *args, **kwargs)  # type: ignore[no-any-return]
+        return self._attends(func, query, *args, **kwargs)
+
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
@@ -395,6 +426,8 @@ class FunctionMode(TorchFunctionMode):
         """One kernel on a card, which also writes a value a row for the backward pass; several operators elsewhere."""
         if self._place(input) is not Place.CARD:
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        if self._device.autocast.dtype() is not None:
+            input, weight = self._device.autocast.cast((input, weight), torch.float32)
         if torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
             self._device.estimate("aten::rms_norm with gradients")
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
@@ -453,6 +486,13 @@ class FunctionMode(TorchFunctionMode):
         self._grads.pop(id(tensor), None)
         func(tensor, grad)
 
+    def _array_interface(self, func: Any, tensor: torch.Tensor, *rest: Any) -> Any:
+        if self._place(tensor) is Place.CARD:
+            raise self._device.unsupported(
+                "__cuda_array_interface__ hands out memory, which a virtual card does not have"
+            )
+        return func(tensor, *rest)
+
     def _needs_data(self, refused: Any) -> _Handler:
         name = getattr(refused, "__name__", str(refused))
 
@@ -474,6 +514,10 @@ def _parse(device: Any) -> torch.device | None:
     if isinstance(device, int):
         return torch.device("cuda", device)
     return torch.device(device)
+
+
+def _is_cuda(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
 
 
 def _default_device() -> torch.device | None:

@@ -37,6 +37,7 @@ def patched_storages(device: VirtualCard) -> Iterator[None]:
         for name in _CONTENTS:
             if hasattr(cls, name):
                 stack.enter_context(mock.patch.object(cls, name, api.method(getattr(cls, name), api.refuse(name))))
+        stack.enter_context(mock.patch.object(cls, "__new__", api.new(cls.__new__)))
         real_device, real_cuda = cls.device.__get__, cls.is_cuda.fget  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(cls, "device", property(lambda s: api.device_of(s, real_device))))
         stack.enter_context(mock.patch.object(cls, "is_cuda", property(lambda s: api.on_card(s) or bool(real_cuda(s)))))
@@ -51,7 +52,7 @@ class _Storages:
 
     def method(self, original: Any, ours: Callable[..., Any]) -> Callable[..., Any]:
         """``ours`` for followed storages and for moves to the card, the original for all others."""
-        moves = getattr(original, "__name__", "") in ("to", "cuda", "copy_")
+        moves = getattr(original, "__name__", "") in ("to", "cuda", "copy_", "is_pinned")
 
         def call(storage: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:
             entry = self._device.storages.of(storage)
@@ -60,6 +61,20 @@ class _Storages:
             return ours(original, storage, entry, *args, **kwargs)
 
         return call
+
+    def new(self, original: Any) -> Callable[..., Any]:
+        """Storages that the program makes on the card."""
+
+        def new(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+            wanted = None if device is None else torch.device(device)
+            if wanted is None or wanted.type != "cuda":
+                return original(cls, *args, **kwargs, **({} if device is None else {"device": device}))
+            size = args[0] if args else kwargs.get("size", 0)
+            if not isinstance(size, int):
+                raise self._device.unsupported("a storage on the card made of numbers needs somewhere to keep them")
+            return torch.empty(size, dtype=torch.uint8, device=wanted).untyped_storage()
+
+        return new
 
     def on_card(self, storage: torch.UntypedStorage) -> bool:
         """Whether the storage stands for memory on the card."""
@@ -79,8 +94,8 @@ class _Storages:
     def get_device(self, original: Any, storage: torch.UntypedStorage, entry: Entry) -> int:
         return 0 if entry.place is Place.CARD else -1
 
-    def is_pinned(self, original: Any, storage: torch.UntypedStorage, entry: Entry, device: Any = None) -> bool:
-        return False
+    def is_pinned(self, original: Any, storage: torch.UntypedStorage, entry: Entry | None, device: Any = None) -> bool:
+        return self._device.pinned.has(storage)
 
     def to(
         self,

@@ -1,0 +1,220 @@
+"""``scaled_dot_product_attention``: the kernel that a card would pick, and what that one allocates.
+
+Torch picks by the device of its tensors, and for metadata takes the one that multiplies matrices, whose scores are the
+largest tensor of all. So the choice is made here, by the card's capability, and the kernel's own operator is called.
+What kernels take besides their outputs depends on their launch, so that all of them are estimated.
+
+Source: ``select_sdp_backend`` and the ``can_use_*`` functions of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
+``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp; the order of cuDNN's allocations,
+and that an H100 takes it, recorded with torch 2.11 (``sdpa`` of tests/data/footprints).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fragscope.record.virtual.card import VirtualCard
+
+_META = torch.device("meta")  # of the card, where operators of the program run
+_HALF = (torch.float16, torch.bfloat16)
+_CUDNN_WORKSPACE = 256
+"""Bytes that cuDNN's kernel took in every recording so far; a lower bound elsewhere."""
+_CUDNN_FIRST = (2, 11)
+"""From this torch on an H100 was seen to take cuDNN's kernel; a 2.9 was seen not to."""
+_NAMES = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}  # of SDPBackend in torch/nn/attention
+_PLAIN = [1, 2, 0, 3]
+
+
+class Attention:
+    """Attention on one virtual card."""
+
+    def __init__(self, device: VirtualCard) -> None:
+        self._device = device
+
+    def __call__(
+        self,
+        plain: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """As ``torch.nn.functional.scaled_dot_product_attention``; ``plain`` is that function."""
+        autocast = self._device.autocast
+        lower = autocast.dtype()
+        if lower is not None:  # the kernel is picked after the casts, of which the last argument's comes first
+            attn_mask, value, key, query = (autocast.cast(t, lower) for t in (attn_mask, value, key, query))
+        kernel = self.pick(query, key, value, attn_mask, dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
+        self._device.estimate(f"scaled_dot_product_attention ({kernel})")
+        scaled = {"scale": scale}
+        if kernel == "math":
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        tensors = [t for t in (query, key, value, attn_mask) if t is not None]
+        keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        bias = _additive(attn_mask, query.dtype)
+        if kernel == "flash":
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if kernel == "mem_efficient":
+            bias = _aligned(bias, query, key)
+            run = torch.ops.aten._scaled_dot_product_efficient_attention
+            out: torch.Tensor = run(query, key, value, bias, keeps_sums, dropout_p, is_causal, **scaled)[0]
+            return out
+        if keeps_sums:
+            run = torch.ops.aten._scaled_dot_product_cudnn_attention
+            out = run(query, key, value, bias, True, dropout_p, is_causal, False, **scaled)[0]
+            self._take_workspace()
+            return out
+        # Without gradients it writes no sums, which torch's rule for its shapes makes all the same.
+        with self._device.temporaries([8, 8]):  # seed and offset of the random numbers
+            out = _like(query, (*query.shape[:3], value.shape[-1]))
+            self._device.launched("aten::_scaled_dot_product_cudnn_attention", tensors, [out])
+            self._take_workspace()
+        return out
+
+    def _take_workspace(self) -> None:
+        with self._device.temporaries([_CUDNN_WORKSPACE]):
+            pass
+
+    def pick(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        *,
+        is_causal: bool,
+        enable_gqa: bool,
+    ) -> str:
+        """``flash``, ``mem_efficient``, ``cudnn`` or ``math``."""
+        call = _Call(self._device.card.capability, query, key, value, mask, dropout, is_causal, enable_gqa)
+        order = torch._C._get_sdp_priority_order()
+        is_recent = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= _CUDNN_FIRST
+        if order[:4] == _PLAIN and call.capability in ((9, 0), (10, 0)) and is_recent:
+            order = [3, 1, 2, 0]
+        for number in order:
+            name = _NAMES.get(number)
+            if name is not None and name != "math" and _is_enabled(name) and getattr(call, f"fits_{name}")():
+                return name
+        return "math"
+
+
+class _Call:
+    """One call, as the kernels' conditions see it."""
+
+    def __init__(
+        self,
+        capability: tuple[int, int],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        is_causal: bool,
+        enable_gqa: bool,
+    ) -> None:
+        self.capability = capability
+        self._tensors = (query, key, value)
+        self._mask, self._dropout, self._is_causal = mask, dropout, is_causal
+        self._is_plain = all(t.dim() == 4 and t.shape[2] > 0 for t in self._tensors)
+        if not self._is_plain:
+            return
+        self._dims = (query.shape[3], key.shape[3], value.shape[3])
+        same_heads = query.shape[1] == key.shape[1] == value.shape[1]
+        shares_heads = enable_gqa and query.shape[1] % key.shape[1] == 0 and key.shape[1] == value.shape[1]
+        self._same_heads, self._fits_heads = same_heads, same_heads or shares_heads
+        same_batch = query.shape[0] == key.shape[0] == value.shape[0]
+        same_dtype = query.dtype == key.dtype == value.dtype
+        is_dense = all(t.stride(3) == 1 or t.shape[3] == 1 for t in self._tensors)
+        self._is_plain = same_batch and same_dtype and is_dense
+        self._dtype = query.dtype
+
+    def fits_flash(self) -> bool:
+        if not self._is_plain or not self._fits_heads or self._mask is not None:
+            return False
+        head = self._dims[0]
+        if len(set(self._dims)) > 1 or head > 256 or self._dtype not in _HALF:
+            return False
+        if not (8, 0) <= self.capability <= (12, 1):
+            return False
+        is_small = (8, 6) <= self.capability <= (8, 9) or (12, 0) <= self.capability <= (12, 1)
+        trains = any(t.requires_grad for t in self._tensors)
+        if trains and is_small and (192 < head <= 224 or (head > 224 and self._dropout > 0)):
+            return False
+        return not self._is_causal or self._tensors[0].shape[2] == self._tensors[1].shape[2]
+
+    def fits_mem_efficient(self) -> bool:
+        if not self._is_plain or not self._same_heads or not (5, 0) <= self.capability <= (12, 1):
+            return False
+        if self._dtype not in (*_HALF, torch.float32) or (self._dtype == torch.bfloat16 and self.capability < (8, 0)):
+            return False
+        is_half = self._dtype in _HALF
+        uses_tensor_cores = self.capability >= (8, 0) or (self.capability >= (7, 0) and is_half)
+        alignment = 4 if self.capability >= (8, 0) else 1
+        if uses_tensor_cores:
+            alignment = max(alignment, 8 if is_half else 4)
+        head, of_key, of_value = self._dims
+        return head == of_key and all(n > 0 and n % alignment == 0 for n in (head, of_value))
+
+    def fits_cudnn(self) -> bool:
+        if not self._is_plain or not self._fits_heads or self._dtype not in _HALF:
+            return False
+        if not (8, 0) <= self.capability <= (12, 1):
+            return False
+        limit = 256 if self.capability == (9, 0) else 128
+        rows, columns = self._tensors[0].shape[2], self._tensors[1].shape[2]
+        if columns == 1 or (rows == 1 and self._dropout > 0):
+            return False
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            return False
+        return all(n <= limit and n % 8 == 0 for n in self._dims)
+
+
+def _like(query: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A new tensor whose dimensions lie in memory in the order of the query's."""
+    strides, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=query.stride().__getitem__):
+        strides[dim], step = step, step * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=query.dtype, device=_META)
+
+
+def _is_enabled(name: str) -> bool:
+    return bool(getattr(torch._C, f"_get_{name}_sdp_enabled")())
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Kernels add masks to scores: one of booleans becomes numbers of the query's type."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+
+
+def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Rows of a mask begin at multiples of eight elements."""
+    if bias is None:
+        return None
+    if any(stride % 8 for stride in bias.stride()[:-1]):
+        length = bias.shape[-1]
+        bias = torch.nn.functional.pad(bias, (0, 8 - length % 8))[..., :length]
+    return bias.expand(*query.shape[:3], key.shape[2])
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """Heads are padded to a multiple of eight."""
+    head = query.shape[-1]
+    scale = scale if scale is not None else 1 / math.sqrt(head)
+    if head % 8:
+        query, key, value = (torch.nn.functional.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
+    run: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    out: torch.Tensor = run(query, key, value, dropout, is_causal, False, scale=scale)[0]
+    return out[..., :head]

@@ -1,0 +1,230 @@
+"""Streams and events of the virtual card, each thread's current stream, and ``Tensor.record_stream``."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.card_memory import Recorded
+
+_CUDA = 1  # of c10::DeviceType
+
+
+class Stream:
+    """A CUDA stream of the virtual card."""
+
+    _handles = itertools.count(0x5500_0000_1000, 0x1000)
+    _api: Streams  # set on the subclass that belongs to one virtual device
+    device_type = _CUDA
+
+    def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
+        self._api.device.check_index(device)
+        if _handle is None:
+            _handle = next(self._handles)
+            self._api.memory.ordering.independent(_handle)
+        self.cuda_stream = self.native_handle = _handle
+        self.stream_id = _handle
+        self.priority = priority
+        self.device = torch.device("cuda", 0)
+        self.device_index = 0
+        self._asked: Recorded | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.cuda_stream == self.cuda_stream
+
+    def __hash__(self) -> int:
+        return hash(self.cuda_stream)
+
+    def __repr__(self) -> str:
+        return f"<torch.cuda.Stream device=cuda:0 cuda_stream={self.cuda_stream:#x}>"
+
+    def __enter__(self) -> Stream:
+        self._api.push(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._api.pop()
+
+    @property
+    def _as_parameter_(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.cuda_stream)
+
+    def synchronize(self) -> None:
+        self._api.not_captured("cudaStreamSynchronize")
+        self._api.memory.finished(self.cuda_stream)
+
+    def wait_stream(self, stream: Stream) -> None:
+        self.wait_event(stream.record_event())
+
+    def wait_event(self, event: Event) -> None:
+        event.wait(self)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event if event is not None else self._api.Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        """Whether its work is done: no at first, unless the host has waited for it, and yes when asked again."""
+        if self._asked is None or self._api.memory.is_over(self._asked):
+            self._asked = self._api.memory.record_event(self.cuda_stream, counts=False)
+            if self._api.memory.is_over(self._asked):
+                return True
+            self._api.device.estimate("Stream.query")
+            return False
+        self._api.memory.finished_event(self._asked)
+        return True
+
+    def is_capturing(self) -> bool:
+        return self._api.device.scopes.is_captured(self.cuda_stream)
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, -5
+
+
+class Event:
+    """A CUDA event of the virtual card."""
+
+    _api: Streams
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._recorded: Recorded | None = None
+        self._asked = False
+        self.device = torch.device("cuda", 0)
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._recorded, self._asked = self._api.memory.record_event(self._handle(stream)), False
+
+    def synchronize(self) -> None:
+        self._api.not_captured("cudaEventSynchronize")
+        if self._recorded is not None:
+            self._api.memory.finished_event(self._recorded)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        if self._recorded is not None:
+            self._api.memory.wait(self._handle(stream), self._recorded)
+            self._api.device.scopes.joins(self._handle(stream), self._recorded.stream)
+
+    def _handle(self, stream: Stream | None) -> int:
+        return stream.cuda_stream if stream is not None else self._api.device.stream
+
+    def query(self) -> bool:
+        """Whether its work is done: no at first, unless the host has waited for it, and yes when asked again."""
+        if self._recorded is None or self._api.memory.is_over(self._recorded):
+            return True
+        if not self._asked:
+            self._asked = True
+            self._api.device.estimate("Event.query")
+            return False
+        self._api.memory.finished_event(self._recorded)
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        raise self._api.device.unsupported("Event.elapsed_time: a virtual device has no time")
+
+    def ipc_handle(self) -> bytes:
+        raise self._api.device.unsupported("Event.ipc_handle: a virtual card is seen by one process")
+
+    @property
+    def cuda_event(self) -> int:
+        """A handle, by which nothing can be done."""
+        return id(self)
+
+
+class Streams:
+    """Streams of one virtual device; each method replaces the function of its name."""
+
+    NAMES = (
+        "Stream", "Event", "ExternalStream", "get_stream_from_external", "StreamContext", "stream", "current_stream",
+        "default_stream", "set_stream", "synchronize",
+    )  # fmt: skip
+
+    def __init__(self, device: VirtualCard) -> None:
+        self.device = device
+        self.memory = device.memory
+        self.Stream: type[Stream] = type("Stream", (Stream,), {"_api": self})
+        self.Event: type[Event] = type("Event", (Event,), {"_api": self})
+        self._default = self.Stream(_handle=0)
+        self._local = threading.local()
+        self.StreamContext = self.stream
+
+    def not_captured(self, call: str) -> None:
+        """Refuse what waits for a stream that is only captured.
+
+        Raises:
+            RuntimeError: as CUDA does.
+        """
+        if self.device.scopes.is_captured(self.device.stream):
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({call})")
+
+    def synchronize(self, device: Any = None) -> None:
+        self.device.check_index(device)
+        self.not_captured("cudaDeviceSynchronize")
+        self.memory.finished()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        self.device.check_index(device)
+        return self._streams[-1]
+
+    @property
+    def _streams(self) -> list[Stream]:
+        """The running thread's nested current streams."""
+        if not hasattr(self._local, "streams"):
+            self._local.streams = [self._default]
+        return self._local.streams  # type: ignore[no-any-return]
+
+    def ExternalStream(self, stream_ptr: int, device: Any = None, **_: Any) -> Stream:  # noqa: N802 - torch's name
+        return self.Stream(device, _handle=stream_ptr)
+
+    def get_stream_from_external(self, data_ptr: int, device: Any = None) -> Stream:
+        return self.Stream(device, _handle=data_ptr)
+
+    def default_stream(self, device: Any = None) -> Stream:
+        self.device.check_index(device)
+        return self._default
+
+    def set_stream(self, stream: Stream | None) -> None:
+        if stream is not None:
+            self._streams[-1] = stream
+            self.device.stream = stream.cuda_stream
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream | None) -> Iterator[None]:
+        if stream is None:
+            yield
+            return
+        self.push(stream)
+        try:
+            yield
+        finally:
+            self.pop()
+
+    def push(self, stream: Stream) -> None:
+        self._streams.append(stream)
+        self.device.stream = stream.cuda_stream
+
+    def pop(self) -> None:
+        self._streams.pop()
+        self.device.stream = self._streams[-1].cuda_stream
+
+    @property
+    def record_stream(self) -> Callable[[torch.Tensor, Stream], None]:
+        """A stand-in for ``Tensor.record_stream``."""
+        device = self.device
+
+        def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
+            entry = device.storages.find(tensor)
+            if entry is None and tensor.device.type == "cpu":
+                raise NotImplementedError("record_stream is for tensors on a card; this one is on the host")
+            if entry is not None and entry.id is not None:
+                device.memory.record_stream(entry.id, stream.cuda_stream)
+
+        return record_stream

@@ -1,0 +1,116 @@
+"""The attention kernel that a card would pick, and what it allocates."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch.nn import functional  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from virtual_cards import h100  # noqa: E402
+
+from fragscope.allocator import ReplaySettings, card_named, rules_for  # noqa: E402
+from fragscope.record.virtual import VirtualDevice  # noqa: E402
+from fragscope.trace import RequestKind  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+
+pytestmark = pytest.mark.torch
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+IS_RECENT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)
+FIRST = "cudnn" if IS_RECENT else "flash"
+
+
+def picked(device, **options) -> str:
+    """The kernel for one call on 2 x 4 x 16 x 64, changed as the options say."""
+    shape = options.pop("shape", (2, 4, 16, 64))
+    keys = options.pop("keys", shape)
+    dtype = options.pop("dtype", BFLOAT)
+    mask = options.pop("mask", None)
+    q, k = torch.zeros(shape, dtype=dtype, device="cuda"), torch.zeros(keys, dtype=dtype, device="cuda")
+    if mask is not None:
+        mask = torch.zeros(mask, dtype=torch.bool, device="cuda")
+    device.estimated.clear()
+    out = functional.scaled_dot_product_attention(q, k, k, attn_mask=mask, **options)
+    assert out.shape == q.shape
+    return next(iter(device.estimated)).partition("(")[2].rstrip(")")
+
+
+# Source of the expectations: the conditions in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+CALLS = {
+    "half": ({"dtype": HALF}, FIRST),
+    "float": ({"dtype": FLOAT}, "mem_efficient"),
+    "double": ({"dtype": torch.float64}, "math"),
+    "masked": ({"mask": (16, 16)}, "cudnn" if IS_RECENT else "mem_efficient"),
+    "masked float": ({"mask": (16, 16), "dtype": FLOAT}, "mem_efficient"),
+    "one key": ({"shape": (2, 4, 1, 64), "keys": (2, 4, 1, 64)}, "flash"),
+    "head of 12": ({"shape": (2, 4, 16, 12)}, "flash"),
+    "head of 300": ({"shape": (2, 4, 16, 304)}, "mem_efficient"),
+    "float head of 6": ({"shape": (2, 4, 16, 6), "dtype": FLOAT}, "math"),
+    "shared heads": ({"keys": (2, 2, 16, 64), "enable_gqa": True}, FIRST),
+    "shared heads of float": ({"keys": (2, 2, 16, 64), "enable_gqa": True, "dtype": FLOAT}, "math"),
+    "three dimensions": ({"shape": (4, 16, 64)}, "math"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_kernel_is_that_of_the_card(name):
+    options, kernel = CALLS[name]
+    with h100() as device:
+        assert picked(device, **options) == kernel
+
+
+def test_another_card_takes_another_kernel():
+    profile = replace(card_named("h100-80gb"), capability=(8, 9))
+    settings = ReplaySettings(rules_for("2.11.0"), profile.name, profile.total, profile.free)
+    with VirtualDevice(profile, settings) as device:
+        assert picked(device) == "flash"
+        assert picked(device, mask=(16, 16)) == "mem_efficient"
+
+
+def test_the_programs_choice_counts():
+    with h100() as device:
+        with sdpa_kernel(SDPBackend.MATH):
+            assert picked(device) == "math"
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            assert picked(device) == "mem_efficient"
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            assert picked(device) == "mem_efficient"
+        with torch.autocast("cuda"):
+            assert picked(device, dtype=FLOAT) == FIRST
+
+
+@pytest.mark.skipif(not IS_RECENT, reason="an older torch takes another kernel than the recorded one")
+def test_allocations_are_those_of_the_recording():
+    import test_footprints
+
+    events, estimated, _ = test_footprints.events_on_virtual_card(test_footprints.footprint_cases.CASES["sdpa"])
+    assert events == test_footprints.RECORDED["sdpa"]["second"]
+    assert estimated == ["scaled_dot_product_attention (cudnn)"]
+
+
+@pytest.mark.skipif(not IS_RECENT, reason="an older torch takes another kernel than the recorded one")
+def test_with_gradients_sums_are_kept():
+    """As events 178 to 183 of tests/data/traces/train_vit-default: seed, offset, result, sums, workspace."""
+    with h100() as device:
+        q = torch.zeros(18, 3, 101, 64, dtype=BFLOAT, device="cuda", requires_grad=True)
+        before = len(device.memory.requests)
+        out = functional.scaled_dot_product_attention(q, q, q)
+        rows = device.memory.requests.finish()
+        kinds = [RequestKind(k).name for k in rows.kind[before:]]
+        assert kinds == ["ALLOC"] * 5 + ["FREE"]
+        assert rows.size[before:].tolist()[:5] == [8, 8, 698_112, 21_816, 256]
+        assert rows.id[-1] == rows.id[-2]
+        out.backward(out.detach())
+        assert q.grad.is_cuda
+
+
+def test_host_tensors_attend_as_ever():
+    with h100() as device:
+        q = torch.ones(1, 2, 3, 4)
+        assert functional.scaled_dot_product_attention(q, q, q).sum().item() == 24
+        assert device.estimated == {}

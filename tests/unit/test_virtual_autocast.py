@@ -1,0 +1,163 @@
+"""``torch.autocast("cuda")`` on the virtual card."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from virtual_cards import h100  # noqa: E402
+
+from fragscope.record.virtual import autocast  # noqa: E402
+from fragscope.trace import RequestKind  # noqa: E402
+
+pytestmark = pytest.mark.torch
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def card():
+    with h100() as device:
+        yield device
+
+
+def of_header(name: str) -> set[str]:
+    """Operators of a list in torch's own header."""
+    header = (Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h").read_text()
+    text = re.search(rf"#define {name}\(_\)(.*?)\n\n", header, re.DOTALL)[1]
+    return {".".join(filter(None, m)) for m in re.findall(r"_\((\w+)(?:, (\w+))?\)", text)}
+
+
+def test_the_lists_are_those_of_the_installed_torch():
+    lower = of_header("AT_FORALL_LOWER_PRECISION_FP") | {"cudnn_convolution", "cudnn_convolution_transpose"}
+    assert set(autocast.LOWER) == lower
+    assert set(autocast.FLOAT32) == of_header("AT_FORALL_FP32")
+    assert set(autocast.FLOAT32_RESULT) == of_header("AT_FORALL_FP32_SET_OPT_DTYPE")
+    assert set(autocast.WIDEST) == of_header("AT_FORALL_PROMOTE")
+
+
+def test_every_operator_that_torch_casts_on_a_card_is_in_a_list():
+    registered = {n.removeprefix("aten::") for n in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")}
+    lists = (autocast.LOWER, autocast.FLOAT32, autocast.FLOAT32_RESULT, autocast.WIDEST, autocast.BANNED)
+    assert registered == {*autocast.NORMS, *(name for names in lists for name in names)}
+
+
+# What each operator returns is documented: "CUDA Op-Specific Behavior" of docs.pytorch.org/docs/stable/amp.html.
+RESULTS = {
+    "matmul of float": (lambda x, h: x @ x, HALF),
+    "linear": (lambda x, h: functional.linear(x, x), HALF),
+    "convolution": (lambda x, h: functional.conv1d(x[None], x[:, :, None]), HALF),
+    "einsum": (lambda x, h: torch.einsum("ij,jk->ik", x, x), HALF),
+    "exp of half": (lambda x, h: h.exp(), FLOAT),
+    "power": (lambda x, h: h**2, FLOAT),
+    "layer norm": (lambda x, h: functional.layer_norm(h, (8,)), FLOAT),
+    "rms norm": (lambda x, h: functional.rms_norm(h, (8,)), FLOAT),
+    "softmax": (lambda x, h: h.softmax(-1), FLOAT),
+    "softmax of a type of its own": (lambda x, h: h.softmax(-1, dtype=HALF), HALF),
+    "sum": (lambda x, h: h.sum(), FLOAT),
+    "norm": (lambda x, h: torch.norm(h, dim=0), FLOAT),
+    "cross entropy": (lambda x, h: functional.cross_entropy(h, h.softmax(-1)), FLOAT),
+    "widest of both": (lambda x, h: torch.addcmul(h, h, x), FLOAT),
+    "widest of half": (lambda x, h: torch.addcmul(h, h, h), HALF),
+    "what is not listed": (lambda x, h: functional.gelu(h), HALF),
+    "what is not listed, of both": (lambda x, h: h + x, FLOAT),
+    "double": (lambda x, h: x.double() @ x.double(), torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_are_of_the_documented_type(card, name):
+    run, dtype = RESULTS[name]
+    x = torch.zeros(8, 8, device="cuda")
+    with torch.autocast("cuda"):
+        assert run(x, x.half()).dtype == dtype
+
+
+def test_the_innermost_context_counts(card):
+    x, host = torch.zeros(8, 8, device="cuda"), torch.zeros(8, 8)
+    with torch.autocast("cuda"):
+        assert torch.is_autocast_enabled()
+        with torch.autocast("cuda", dtype=BFLOAT):
+            assert (x @ x).dtype == BFLOAT
+        with torch.autocast("cuda", enabled=False):
+            assert (x @ x).dtype == FLOAT
+        assert (x @ x).dtype == HALF
+        assert (host @ host).dtype == FLOAT
+        with pytest.raises(RuntimeError, match="unsafe to autocast"):
+            functional.binary_cross_entropy(x.half(), x.half())
+    assert (x @ x).dtype == FLOAT
+    with torch.autocast("cpu"):
+        assert (host @ host).dtype == BFLOAT
+        assert (x @ x).dtype == FLOAT
+
+
+def test_casts_come_in_the_order_of_the_recording(card):
+    """Of a linear layer and of a convolution: tests/data/traces/train_vit-default, events 153 to 156 and 172 to 175."""
+    layer, patches = nn.Linear(192, 576).cuda(), nn.Conv2d(3, 192, 16, 16).cuda()
+    images, tokens = torch.zeros(9, 3, 160, 160, device="cuda"), torch.zeros(18, 101, 192, device="cuda")
+    assert asked(card, lambda: amp(layer)(tokens))[:4] == [1152, 221_184, 698_112, 2_094_336]
+    assert asked(card, lambda: amp(patches)(images)) == [384, 294_912, 1_382_400, 345_600]
+
+
+def amp(module):
+    return torch.autocast("cuda", dtype=BFLOAT)(module.forward)
+
+
+def asked(device, code) -> list[int]:
+    before = len(device.memory.requests)
+    code()
+    rows = device.memory.requests.finish()
+    return [int(s) for s, k in zip(rows.size[before:], rows.kind[before:], strict=True) if k == RequestKind.ALLOC]
+
+
+def test_weights_are_cast_once_and_gradients_come_back(card):
+    layer, x = nn.Linear(64, 64, bias=False).cuda(), torch.zeros(8, 64, device="cuda")
+    with torch.autocast("cuda"):
+        first = asked(card, lambda: layer(x))
+        assert first.count(64 * 64 * 2) == 1
+        assert asked(card, lambda: layer(x)) == [8 * 64 * 2, 8 * 64 * 2]  # the input's cast and the result
+        torch.clear_autocast_cache()
+        assert asked(card, lambda: layer(x)).count(64 * 64 * 2) == 1
+        y = layer(x)
+    y.backward(torch.ones_like(y))
+    assert layer.weight.grad.dtype == FLOAT
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_casts_again(card, reentrant):
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False)).cuda()
+    x = torch.zeros(4, 8, device="cuda", requires_grad=True)
+    with torch.autocast("cuda"):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+    y.backward(torch.ones_like(y))
+    assert (y.dtype, x.grad.dtype) == (HALF, FLOAT)
+
+
+def test_casts_of_modules_of_their_own(card):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type="cuda", cast_inputs=FLOAT)
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type="cuda")
+        def backward(ctx, grad):
+            return grad * 2
+
+    with torch.autocast("cuda"):
+        assert Scaled.apply(torch.zeros(4, dtype=HALF, device="cuda")).dtype == FLOAT
+
+
+def test_nothing_is_said_on_the_way():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with h100():
+            pass
+    assert [str(w.message) for w in caught] == []
