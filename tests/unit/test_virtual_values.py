@@ -194,6 +194,24 @@ def test_kernels_that_torch_does_not_see_leave_nothing_known() -> None:
         assert device.values.of(y) is None
 
 
+def test_a_captured_graph_computes_when_it_is_replayed() -> None:
+    with h100() as device:
+        static, steps = torch.zeros(3, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = static + 1
+            steps.add_(1)
+        assert device.values.of(static) is not None
+        assert device.values.of(out) is None
+        steps.fill_(5)
+        static.copy_(torch.ones(3))
+        assert (steps.item(), static.tolist()) == (5, [1, 1, 1])
+        graph.replay()
+        assert static.tolist() == [1, 1, 1]  # the graph reads it
+        with pytest.raises(UnsupportedError, match="CUDAGraph.replay"):
+            steps.item()
+
+
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
