@@ -70,6 +70,7 @@ class _Fp4Module:
     def block_scale_interleave_sm100_out(self, unswizzled_sf: torch.Tensor, out: torch.Tensor) -> None:
         """Writes into memory the caller owns."""
         self._device.launched("block_scale_interleave", [unswizzled_sf], [out])
+        self._device.values.lose(out, "block_scale_interleave")
 
     def __getattr__(self, name: str) -> Any:
         raise self._device.unsupported(f"flashinfer's {name} has no known footprint on the virtual device")

@@ -94,6 +94,8 @@ class VirtualDevice(VirtualCard):
         for tensor in (*reads, *writes):
             if self.storages.place(tensor) is not Place.CARD:
                 raise UsageError(f"kernel {what!r}: one of its tensors is not on the card")
+        for tensor in writes:
+            self.values.lose(tensor, what)
         self.launched(what, reads, writes, LEGACY if stream is None else stream.cuda_stream)
 
     @contextlib.contextmanager

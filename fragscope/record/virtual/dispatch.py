@@ -124,6 +124,8 @@ class DispatchMode(TorchDispatchMode):
         tensors = list(_tensors((*args, *kwargs.values())))
         if result is None and name == "aten::_local_scalar_dense":
             result = device.values.number(tensors[0])
+        elif result is None and name == "aten::masked_select":
+            result = self._chosen(*tensors)
         if result is None:
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
@@ -138,6 +140,14 @@ class DispatchMode(TorchDispatchMode):
             return made[0]
         return tuple(made) if isinstance(result, tuple) else result
 
+    def _chosen(self, data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """As many elements as a known mask picks from data that is not known."""
+        known = self._device.values.on_host(mask)
+        if known.device.type != "cpu":
+            return None
+        shape = torch.broadcast_shapes(data.shape, mask.shape)
+        return torch.empty(int(known.expand(shape).count_nonzero()), dtype=data.dtype, device=_META)
+
     def _made(self, func: Any, values: torch.Tensor) -> torch.Tensor:
         """A tensor on the card that holds values."""
         strides = values.stride()
@@ -145,7 +155,8 @@ class DispatchMode(TorchDispatchMode):
             strides = (1, max(1, values.shape[0]))
         out = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=_META)
         self._device.register(out)
-        self._device.values.attach(out, values)
+        if values.device.type != "meta":
+            self._device.values.attach(out, values)
         return out
 
     def _account(self, func: Any, trait: _Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

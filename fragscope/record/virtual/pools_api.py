@@ -14,6 +14,7 @@ from typing import Any
 
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.scopes import Scope
+from fragscope.record.virtual.storages import Entry
 from fragscope.trace import PoolId
 
 
@@ -58,6 +59,7 @@ class CUDAGraph:
         self._scope: Scope | None = None
         self._pool: PoolId | None = None
         self._held: int | None = None  # number of the pool, once captured
+        self._written: list[Entry] = []
 
     def capture_begin(
         self, pool: PoolId | None = None, capture_error_mode: str = "global", check_input_liveness: bool = False
@@ -77,6 +79,7 @@ class CUDAGraph:
         self._pool = tuple(pool) if pool is not None else self._pools.handle()  # type: ignore[assignment]
         number = device.memory.open_scope(self._pool)  # type: ignore[arg-type]
         device.memory.capture(begins=True)
+        device.values.begin_capture()
         self._scope = device.scopes.begin(Scope(number, streams={device.stream}))
 
     def capture_end(self) -> None:
@@ -86,6 +89,7 @@ class CUDAGraph:
         device, scope, self._scope = self._pools.device, self._scope, None
         device.scopes.end(scope)
         device.memory.capture(begins=False)
+        self._written = device.values.end_capture()
         device.memory.close_scope(scope.pool)
         self._held = scope.pool
 
@@ -93,6 +97,7 @@ class CUDAGraph:
         """What was captured runs once more, in the same memory."""
         if self._held is None:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
+        self._pools.device.values.replayed(self._written)
 
     def reset(self) -> None:
         """The graph is gone."""

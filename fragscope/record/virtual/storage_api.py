@@ -31,7 +31,7 @@ def patched_storages(device: VirtualCard) -> Iterator[None]:
     cls = torch.UntypedStorage
     api = _Storages(device)
     with contextlib.ExitStack() as stack:
-        for name in ("data_ptr", "to", "cuda", "cpu", "clone", "resize_", "copy_", "get_device", "is_pinned"):
+        for name in ("data_ptr", "to", "cuda", "cpu", "clone", "resize_", "copy_", "fill_", "get_device", "is_pinned"):
             replacement = api.method(getattr(cls, name), getattr(api, name))
             stack.enter_context(mock.patch.object(cls, name, replacement))
         for name in _CONTENTS:
@@ -110,11 +110,11 @@ class _Storages:
         if wanted.type == "cuda":
             self._device.check_index(wanted)
             here = entry is not None and entry.place is Place.CARD
-            return storage if here else self._made(storage, Place.CARD)
+            return storage if here else self._made(storage, Place.CARD, entry)
         if entry is None:
             return original(storage, device=device, non_blocking=non_blocking)  # type: ignore[no-any-return]
         if wanted.type == "cpu":
-            return storage if entry.place is Place.HOST else self._made(storage, Place.HOST)
+            return storage if entry.place is Place.HOST else self._made(storage, Place.HOST, entry)
         raise self._device.unsupported(f"moving a storage from the card to {wanted}")
 
     def cuda(
@@ -131,7 +131,7 @@ class _Storages:
         return self.to(original, storage, entry, device="cpu")
 
     def clone(self, original: Any, storage: torch.UntypedStorage, entry: Entry) -> torch.UntypedStorage:
-        return self._made(storage, entry.place)
+        return self._made(storage, entry.place, entry)
 
     def copy_(
         self,
@@ -147,6 +147,10 @@ class _Storages:
         if self._device.storages.of(source) is not None:
             raise self._device.unsupported("copying a storage from the card into a host storage needs its contents")
         return original(storage, source, non_blocking)  # type: ignore[no-any-return]
+
+    def fill_(self, original: Any, storage: torch.UntypedStorage, entry: Entry, value: Any) -> torch.UntypedStorage:
+        self._device.storages.forget(entry)
+        return storage
 
     def resize_(self, original: Any, storage: torch.UntypedStorage, entry: Entry, size: int) -> torch.UntypedStorage:
         out: torch.UntypedStorage = original(storage, size)
@@ -164,10 +168,13 @@ class _Storages:
 
         return refused
 
-    def _made(self, like: torch.UntypedStorage, place: Place) -> torch.UntypedStorage:
+    def _made(self, like: torch.UntypedStorage, place: Place, source: Entry | None) -> torch.UntypedStorage:
         tensor = torch.empty(like.nbytes(), dtype=torch.uint8, device="cuda" if place is Place.CARD else _META)
         if place is Place.HOST:
             self._device.storages.follow(tensor, Place.HOST, None)
         else:
             self._device.memory.finished(self._device.stream)
+            bytes_ = like if source is None else source.values
+            if bytes_ is not None:
+                self._device.values.attach(tensor, torch.empty(0, dtype=torch.uint8).set_(bytes_))  # type: ignore[call-overload]
         return tensor.untyped_storage()

@@ -60,6 +60,7 @@ class Values:
         self._where = where
         self._rules: dict[Any, Rule | None] = {}
         self.supplied: list[Supplied] = []
+        self._captured: list[Entry] | None = None
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -121,6 +122,9 @@ class Values:
             writes: the tensors among its arguments that it writes to.
         """
         name = func._schema.name
+        if self._captured is not None:
+            self._capture(name, (*_tensors((out,)), *writes))
+            return
         rule = self._rule(func)
         unknown = next((e for e in entries if e.values is None), None)
         if name in FILLED or name in _OVERWRITTEN:
@@ -145,6 +149,33 @@ class Values:
                 entry.origin = origin or Origin(name, entry.id, "", tuple(tensor.shape), reason)
         if self.supplied:
             self._supply(name, out)
+
+    # --- CUDA graphs ----------------------------------------------------------------------------------------------
+
+    def begin_capture(self) -> None:
+        """Operators are captured from here on: they compute nothing until the graph is replayed."""
+        self._captured = []
+
+    def end_capture(self) -> list[Entry]:
+        """Operators compute again; returns the storages that a replay writes to."""
+        captured, self._captured = self._captured, None
+        return captured or []
+
+    def replayed(self, written: Iterable[Entry]) -> None:
+        """A graph ran, from whatever its inputs hold now."""
+        for entry in written:
+            if entry.values is not None:
+                self._storages.forget(entry)
+                entry.origin = Origin("CUDAGraph.replay", None, self._where() or "", ())
+
+    def _capture(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
+        assert self._captured is not None
+        for tensor in tensors:
+            entry = self._storages.find(tensor)
+            if entry is not None:
+                self._captured.append(entry)
+                self._storages.forget(entry)
+                entry.origin = Origin(name, entry.id, "", tuple(tensor.shape), "it is captured into a CUDA graph")
 
     def _rule(self, func: Any) -> Rule | None:
         if func not in self._rules:
@@ -215,7 +246,9 @@ class Values:
     def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
         """A scenario says what a followed tensor holds, of whatever size."""
         entry = self._storages.find(tensor)
-        if entry is None or (entry.values is None and not self._covers(tensor, entry)):
+        if entry is None or entry.place is not Place.CARD:
+            return False
+        if entry.values is None and not self._covers(tensor, entry):
             return False
         if entry.values is None:
             self._storages.remember(entry)

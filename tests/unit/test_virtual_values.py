@@ -1,0 +1,339 @@
+"""What is known of small tensors on the virtual card, what is not, and what is said of the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from virtual_cards import h100  # noqa: E402
+
+import fragscope  # noqa: E402
+from fragscope.errors import UnsupportedError, UsageError  # noqa: E402
+from fragscope.record.virtual.values import LARGEST  # noqa: E402
+from fragscope.trace import RequestKind  # noqa: E402
+
+pytestmark = pytest.mark.torch
+Make = Callable[[str], "torch.Tensor"]
+NAN, INF = float("nan"), float("inf")
+
+
+def floats(device: str, *numbers: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(numbers or (0.5, -1.25, 3.0, 1e-30), dtype=dtype, device=device)
+
+
+KNOWN: dict[str, Make] = {
+    "float product": lambda d: floats(d) * floats(d),
+    "float quotient": lambda d: floats(d) / 3,
+    "quotient of integers": lambda d: torch.arange(7, device=d) / 3,
+    "float difference": lambda d: floats(d, dtype=torch.float64) - 0.1,
+    "conversion to bfloat16": lambda d: floats(d).to(torch.bfloat16),
+    "bfloat16 moved": lambda d: floats(d, dtype=torch.bfloat16)[torch.tensor([2, 0], device=d)],
+    "comparison of floats": lambda d: floats(d) > 0.1,
+    "largest float": lambda d: floats(d).max().reshape(1),
+    "float to integer": lambda d: floats(d, -1.9, 2.9).long(),
+    "no number to bool": lambda d: floats(d, NAN, 0.0).bool(),
+    "stable sort of equals": lambda d: floats(d, 1, 0, 1, 0).sort(stable=True)[1],
+    "sort of unequals": lambda d: floats(d, 3, 1, 2).sort()[1],
+    "largest two": lambda d: floats(d, 3, 1, 2).topk(2)[1],
+    "largest of equal rest": lambda d: floats(d, 1, 3, 1).topk(1)[1],
+    "once each, with places": lambda d: torch.unique(torch.tensor([3, 1, 3], device=d), return_inverse=True)[1],
+    "steps of a range": lambda d: torch.arange(0.0, 5.0, device=d),
+    "embedding": lambda d: torch.nn.functional.embedding(torch.tensor([1, 0], device=d), torch.eye(3, device=d)),
+    "written by places": lambda d: torch.zeros(4, device=d).index_put_(
+        (torch.tensor([1, 3], device=d),), torch.tensor([5.0, 6.0], device=d)
+    ),
+    "filled by copy": lambda d: torch.empty(3, device=d).copy_(torch.tensor([1.0, 2.0, 3.0])),
+    "zeroed": lambda d: torch.empty(3, device=d).zero_(),
+    "integer overflow": lambda d: torch.tensor([2**31 - 1], dtype=torch.int32, device=d) + 1,
+    "classes": lambda d: torch.nn.functional.one_hot(torch.tensor([2, 0], device=d)),
+    "made of numbers on the card": lambda d: torch.tensor([torch.tensor(3, device=d), torch.tensor(4, device=d)]),
+    "clone of a storage": lambda d: torch.empty(0, dtype=torch.int64, device=d).set_(
+        torch.arange(3, device=d).untyped_storage().clone()
+    ),
+    "nothing": lambda d: torch.cat([torch.empty(0, device=d), floats(d)]),
+}
+UNKNOWN: dict[str, Make] = {
+    "sum of floats": lambda d: floats(d).sum(),
+    "mean": lambda d: floats(d).mean(),
+    "exp": lambda d: floats(d).exp(),
+    "bfloat16 product": lambda d: floats(d, dtype=torch.bfloat16) * 3,
+    "random": lambda d: torch.rand(3, device=d),
+    "random integers": lambda d: torch.randint(5, (3,), device=d),
+    "zeros made random": lambda d: torch.zeros(3, device=d).normal_(),
+    "uninitialised": lambda d: torch.empty(3, device=d),
+    "partly written": lambda d: torch.empty(3, device=d)[:2].fill_(1),
+    "places of equals, unsorted": lambda d: floats(d, 1, 0, 1, 0).sort()[1],
+    "places of equals, largest": lambda d: floats(d, 1, 1, 0).topk(1)[1],
+    "two values for one place": lambda d: torch.zeros(4, device=d).index_put_(
+        (torch.tensor([1, 1], device=d),), torch.tensor([5.0, 6.0], device=d)
+    ),
+    "two values scattered to one place": lambda d: torch.zeros(4, dtype=torch.int64, device=d).scatter_(
+        0, torch.tensor([1, 1], device=d), torch.tensor([5, 6], device=d)
+    ),
+    "too large for an integer": lambda d: floats(d, 1e20).int(),
+    "no number to integer": lambda d: floats(d, NAN).long(),
+    "division by zero": lambda d: torch.arange(3, device=d) // torch.zeros(3, dtype=torch.int64, device=d),
+    "index out of range": lambda d: torch.arange(3, device=d)[torch.tensor([5], device=d)],
+    "large": lambda d: torch.zeros(LARGEST + 1, dtype=torch.uint8, device=d),
+    "made larger": lambda d: torch.zeros(3, device=d).resize_(100),
+    "written as a storage": lambda d: _with_storage(torch.zeros(3, device=d), torch.ones(3)),
+    "product of matrices": lambda d: torch.eye(3, device=d) @ torch.eye(3, device=d),
+}
+
+
+def _with_storage(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().copy_(source.untyped_storage())
+    return tensor
+
+
+@pytest.mark.parametrize("make", KNOWN.values(), ids=KNOWN)
+def test_known_values_are_those_of_the_host(make: Make) -> None:
+    expected = make("cpu")
+    with h100():
+        found = make("cuda")
+        moved = found.cpu()
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("make", UNKNOWN.values(), ids=UNKNOWN)
+def test_what_a_card_might_compute_otherwise_is_unknown(make: Make) -> None:
+    with h100() as device:
+        tensor = make("cuda")
+        assert device.values.of(tensor) is None
+        with pytest.raises(UnsupportedError):
+            tensor.flatten()[0].item()
+
+
+def test_views_and_writes_share_values() -> None:
+    with h100():
+        base = torch.arange(12, device="cuda").view(3, 4)
+        column, row = base[:, 1], base[1]
+        base.t()[2].fill_(100)
+        row.add_(1)
+        alias = base.view(torch.int32)
+        assert base.tolist() == [[0, 1, 100, 3], [5, 6, 101, 8], [8, 9, 100, 11]]
+        assert column.tolist() == [1, 6, 9]
+        assert alias[1, ::2].tolist() == [5, 6, 101, 8]
+
+
+def test_control_flow_follows_values() -> None:
+    with h100():
+        lengths = torch.tensor([3, 0, 2]).cuda()
+        assert [int(n) for n in lengths] == [3, 0, 2]
+        assert list(range(lengths[0])) == [0, 1, 2]
+        assert f"{lengths[2]:03d}" == "002"
+        assert (lengths == 0).any()
+        assert not (lengths < 0).any()
+        rows = torch.rand(3, 5, device="cuda")
+        assert rows[lengths > 0].shape == (2, 5)
+        assert rows.repeat_interleave(lengths, dim=0).shape == (5, 5)
+        assert rows.masked_select(torch.eye(3, 5, dtype=torch.bool, device="cuda")).shape == (3,)
+        assert rows.masked_select((lengths > 0)[:, None]).shape == (10,)
+        assert [x.tolist() for x in torch.where(lengths > 0)] == [[0, 2]]
+        host = torch.zeros(3, dtype=torch.int64)
+        host.copy_(lengths)
+        assert host.tolist() == [3, 0, 2]
+
+
+def test_places_are_strided_as_a_card_returns_them() -> None:
+    """Source: ``nonzero_cuda_out_impl`` in aten/src/ATen/native/cuda/Nonzero.cu: rows of the transpose."""
+    with h100():
+        assert torch.eye(3, device="cuda").nonzero().stride() == (1, 3)
+
+
+def test_values_allocate_nothing_on_the_card() -> None:
+    with h100() as device:
+        x = torch.tensor([4, 5, 6], device="cuda")
+        y = x * 2 + x
+        assert (y > 14).any()
+        assert y[1].item() == 15
+        requests = device.trace().requests
+        sizes = requests.size[requests.kind == RequestKind.ALLOC].tolist()
+        # the numbers, the product, the sum, the comparison, and whether any is true
+        assert sizes == [24, 24, 24, 3, 1]
+
+
+def test_values_die_with_their_tensors() -> None:
+    with h100() as device:
+        x = torch.arange(1000, device="cuda")
+        assert device.storages.valued == 8000
+        x.add_(torch.randint(5, (1000,), device="cuda"))
+        assert device.storages.valued == 0
+        x = torch.arange(10, device="cuda")
+        assert device.storages.valued == 80
+        del x
+        assert device.storages.valued == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_reading_a_number_makes_the_host_wait(reads: bool) -> None:
+    """What comes after it is ordered behind the stream that it was read on."""
+    with h100() as device:
+        device.memory.begin_phase("measure")
+        side = torch.cuda.Stream()
+        x = torch.zeros(1000, dtype=torch.int64, device="cuda")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.add_(1)
+            if reads:
+                assert x[0].item() == 1
+        x.clone()
+        device.memory.end_phase()
+        assert bool(device.memory.ordering.hazards) is not reads
+
+
+def test_kernels_that_torch_does_not_see_leave_nothing_known() -> None:
+    with h100() as device:
+        x, y = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda")
+        device.kernel("fused", [x], [y])
+        assert device.values.of(x) is not None
+        assert device.values.of(y) is None
+
+
+def test_a_captured_graph_computes_when_it_is_replayed() -> None:
+    with h100() as device:
+        static, steps = torch.zeros(3, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = static + 1
+            steps.add_(1)
+        assert device.values.of(static) is not None
+        assert device.values.of(out) is None
+        steps.fill_(5)
+        static.copy_(torch.ones(3))
+        assert (steps.item(), static.tolist()) == (5, [1, 1, 1])
+        graph.replay()
+        assert static.tolist() == [1, 1, 1]  # the graph reads it
+        with pytest.raises(UnsupportedError, match="CUDAGraph.replay"):
+            steps.item()
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_the_message_names_what_made_the_values_unknown() -> None:
+    with h100():
+        w = torch.rand(8, 4, device="cuda"); line = _here()  # noqa: E702 - the line of the tensor is what is tested
+        mask = (w.sum(-1) > 0) & torch.tensor([True] * 8, device="cuda")
+        with pytest.raises(UnsupportedError) as caught:
+            mask.any().item()
+    text = str(caught.value)
+    assert re.search(rf"derive from those of aten::rand at \S*test_virtual_values\.py:{line} \(8 x 4\)", text), text
+    assert caught.value.location is not None
+    assert caught.value.location.endswith(f"test_virtual_values.py:{line + 3}")
+
+
+def test_the_message_says_that_a_tensor_is_too_large() -> None:
+    with h100():
+        large = torch.zeros(LARGEST + 8, dtype=torch.uint8, device="cuda")
+        with pytest.raises(UnsupportedError, match="values are kept of tensors up to 1"):
+            large.nonzero()
+
+
+def test_the_message_names_a_write_into_known_memory() -> None:
+    with h100():
+        x = torch.zeros(4, device="cuda")
+        line = _here() + 1
+        x.uniform_()
+        with pytest.raises(UnsupportedError, match=rf"aten::uniform_ at \S*test_virtual_values\.py:{line}"):
+            bool(x[0])
+
+
+def _here() -> int:
+    import inspect
+
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return frame.f_back.f_lineno
+
+
+# --- what a scenario supplies -----------------------------------------------------------------------------------------
+
+
+def test_a_scenario_supplies_the_values_of_a_tensor() -> None:
+    with h100() as device:
+        mask = torch.rand(4, 4, device="cuda") > 0.5
+        before = device.memory.live
+        fragscope.supply(mask, torch.eye(4, dtype=torch.bool))
+        assert device.memory.live == before
+        assert mask.nonzero().shape == (4, 2)
+        fragscope.supply(mask[0], True)
+        assert mask.sum().item() == 7
+
+
+def test_a_scenario_supplies_what_an_operator_returns() -> None:
+    with h100():
+        logits = torch.rand(2, 100, device="cuda")
+        with fragscope.supplied("argmax", 17):
+            assert logits.argmax(-1).tolist() == [17, 17]
+            with fragscope.supplied("aten::argmax", lambda result: torch.arange(result.numel())):
+                assert logits.argmax(-1).tolist() == [0, 1]
+            assert torch.tensor([1, 5, 2], device="cuda").argmax().item() == 1  # this is known
+        with pytest.raises(UnsupportedError):
+            logits.argmax(-1).tolist()
+
+
+def test_a_scenario_supplies_the_routing_of_experts() -> None:
+    with h100():
+        scores = torch.rand(6, 4, device="cuda")
+        balanced = lambda r: None if r.dtype.is_floating_point else torch.arange(12).view(6, 2) % 4  # noqa: E731
+        with fragscope.supplied("topk", balanced):
+            weights, chosen = scores.softmax(-1).topk(2)
+        assert (chosen == 1).nonzero().shape == (3, 2)
+        with pytest.raises(UnsupportedError):
+            weights.tolist()
+
+
+def test_a_scenario_supplies_numbers_that_the_host_reads() -> None:
+    with h100():
+        loss = torch.rand(3, device="cuda").sum()
+        with fragscope.supplied("item", 0.25):
+            assert loss.item() == 0.25
+            assert float(loss.cpu()) == 0.25
+            assert f"{loss:.2f}" == "0.25"
+
+
+def test_without_a_virtual_device_nothing_is_supplied() -> None:
+    x = torch.tensor([3, 1])
+    fragscope.supply(x, [7, 7])
+    with fragscope.supplied("argmax", 1):
+        assert (x.tolist(), x.argmax().item()) == ([3, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x: fragscope.supply(x, torch.zeros(5)), r"the values have the shape \(5,\), the tensor \(4,\)"),
+        (lambda x: fragscope.supply(x[:2], 1), "a part of memory whose rest is unknown"),
+        (lambda x: fragscope.supply(torch.zeros(4), 1), "not on the card"),
+        (lambda x: fragscope.supply(x, x), "a tensor on the host, a list or a number"),
+        (lambda x: fragscope.supplied("armax", 1).__enter__(), "torch has no operator 'armax'"),
+        (lambda x: fragscope.supplied("nonzero", 1).__enter__(), "supply those that it reads"),
+    ],
+)
+def test_what_cannot_be_supplied_is_said(wrong: Callable[[torch.Tensor], object], words: str) -> None:
+    with h100(), pytest.raises(UsageError, match=words):
+        wrong(torch.rand(4, device="cuda"))
+
+
+# --- inference mode ---------------------------------------------------------------------------------------------------
+
+
+def test_inference_mode_asks_for_the_same_memory() -> None:
+    """In it torch hands over whole composite operators, which a card takes apart like everywhere else."""
+
+    def sizes(mode: Callable[[], object]) -> list[int]:
+        with h100() as device, mode():  # type: ignore[attr-defined]
+            x = torch.rand(4, 16, 64, device="cuda")
+            layer = torch.nn.Linear(64, 32).cuda()
+            y = torch.nn.functional.layer_norm(layer(x), (32,)).reshape(-1).to(torch.float16)
+            y = torch.nn.functional.pad(y, (1, 1)).matmul(y.new_ones(y.numel() + 2, 3))
+            requests = device.trace().requests
+            return requests.size[requests.kind == RequestKind.ALLOC].tolist()
+
+    assert sizes(torch.inference_mode) == sizes(torch.no_grad)
