@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_generators_of_the_card(card):
     [
         *(lambda n=n: getattr(torch.cuda, n)() for n in ("host_memory_stats", "utilization", "power_draw")),
         lambda: torch.compile(lambda x: x)(1), lambda: torch.compile(torch.nn.Linear(2, 2)),
-        lambda: torch.compile(mode="max-autotune")(lambda x: x)(1), lambda: torch.cuda.memory._snapshot(),
+        lambda: torch.compile(mode="max-autotune")(lambda x: x)(1), lambda: torch.cuda.memory._dump_snapshot("x"),
         lambda: torch.cuda.memory.CUDAPluggableAllocator("a.so", "b", "c"),
         lambda: torch.cuda.MemPool(allocator=object()), lambda: torch.cuda.jiterator._create_jit_fn("T f() {}"),
         lambda: torch.cuda.cudart().cudaHostRegister(0, 0, 0), lambda: torch.cuda.nccl.all_reduce([]),
@@ -321,3 +322,52 @@ def test_an_operator_without_a_fake_kernel_is_refused(card):
 
     with pytest.raises(UnsupportedError, match="register_fake"):
         bare(torch.ones(3, device="cuda"))
+
+
+def test_what_was_compiled_before_is_refused_when_it_is_called():
+    added = torch.compile(lambda x: x + 1, backend="eager")  # the default one takes long to import
+    layer = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    disabled = torch.compile(lambda x: x + 1, disable=True)
+    with h100():
+        x = torch.ones(2, 2, device="cuda")
+        for compiled in (added, layer.cuda()):
+            with pytest.raises(UnsupportedError, match=r"TORCH_COMPILE_DISABLE=1 .*test_virtual_cuda_api\.py"):
+                compiled(x)
+        assert disabled(x).is_cuda
+        assert torch.compile(lambda x: x + 1, disable=True)(x).is_cuda
+
+        @torch.compiler.disable
+        def plain(x):
+            return x + 1
+
+        assert plain(x).is_cuda
+
+
+def test_kernels_of_triton_are_refused(tmp_path, monkeypatch):
+    """A stand-in for the package, whose kernels are launched by ``JITFunction.run``."""
+    runtime = tmp_path / "triton" / "runtime"
+    runtime.mkdir(parents=True)
+    for folder in (tmp_path / "triton", runtime):
+        (folder / "__init__.py").write_text("")
+    (runtime / "jit.py").write_text(
+        "class JITFunction:\n"
+        "    def __init__(self, fn):\n"
+        "        self.fn = fn\n"
+        "    def __getitem__(self, grid):\n"
+        "        return lambda *args: self.run(*args, grid=grid)\n"
+        "    def run(self, *args, grid):\n"
+        "        return 'launched'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("triton", "triton.runtime", "triton.runtime.jit"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with h100():
+        from triton.runtime.jit import JITFunction
+
+        def add_kernel(): ...
+
+        with pytest.raises(UnsupportedError, match=r"add_kernel .*case\.kernel.*test_virtual_cuda_api\.py"):
+            JITFunction(add_kernel)[(1,)](torch.ones(3, device="cuda"))
+    assert JITFunction(add_kernel)[(1,)]() == "launched"
+    for name in ("triton", "triton.runtime", "triton.runtime.jit"):
+        del sys.modules[name]
