@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from virtual_cards import h100  # noqa: E402
 
+from fragscope.allocator import ReplaySettings, card_named, replay, rules_for  # noqa: E402
 from fragscope.errors import UnsupportedError  # noqa: E402
 from fragscope.trace import RequestKind  # noqa: E402
 
@@ -220,6 +221,7 @@ def test_generators_of_the_card(card):
     assert torch.ones(3, device="cuda").normal_(generator=generator).is_cuda
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     "use",
     [
@@ -230,6 +232,8 @@ def test_generators_of_the_card(card):
         lambda: torch.cuda.MemPool(allocator=object()), lambda: torch.cuda.jiterator._create_jit_fn("T f() {}"),
         lambda: torch.cuda.cudart().cudaHostRegister(0, 0, 0), lambda: torch.cuda.nccl.all_reduce([]),
         lambda: torch.cuda.Event().ipc_handle(), lambda: torch.cuda.get_device_properties().pci_bus_id,
+        lambda: torch.jit.script(torch.nn.Linear(2, 2)).cuda(),
+        lambda: torch.cuda.memory._set_allocator_settings("graph_capture_record_stream_reuse:True"),
         lambda: torch.nn.parallel.comm.broadcast(torch.ones(1, device="cuda"), [0]),
     ],
 )  # fmt: skip
@@ -283,6 +287,38 @@ def test_statistics_have_the_keys_of_the_release(card):
     nested = torch.cuda.memory_stats_as_nested_dict()
     assert nested["allocated_bytes"]["all"]["current"] == 0
     assert nested["oversize_segments"]["peak"] == 0
+
+
+def test_a_program_changes_the_allocators_settings(card):
+    """By the allocator's description: with expandable segments a large block is mapped in pages of 20 MiB."""
+    first = torch.empty(12 << 20, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() == 12 << 20
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    second = torch.empty(12 << 20, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() == (12 + 20) << 20
+    with pytest.raises(RuntimeError, match="no_such_key"):
+        torch.cuda.memory._set_allocator_settings("no_such_key:1")
+    trace = card.trace()
+    assert trace.confs == ("expandable_segments:True",)
+    profile = card_named("h100-80gb")
+    settings = ReplaySettings(rules_for("2.11.0"), profile.name, profile.total, profile.free)
+    assert replay(trace, settings, verify=True).verify.mismatches == 0
+    del first, second
+
+
+def test_every_name_of_torch_accelerator_is_answered(card):
+    answers = {
+        name: getattr(torch.accelerator, name)
+        for name in torch.accelerator.__all__
+        if name not in ("device_index", "Graph", "get_device_capability")
+    }
+    for name, answer in answers.items():
+        if name.startswith("set_"):
+            answer(torch.cuda.current_stream() if name == "set_stream" else 0)
+        else:
+            answer()
+    with torch.accelerator.device_index(0):
+        assert torch.accelerator.current_device_index() == 0
 
 
 def test_accumulated_statistics_start_over(card):

@@ -93,6 +93,11 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
         replace(torch._C, "_scatter", api.scatter, create=True)
+        replace(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings, create=True)
+        script = api.refuse("moving a module of TorchScript", "its weights are out of sight of Python")
+        replace(torch.jit.RecursiveScriptModule, "_apply", script, create=True)
+        if hasattr(torch.accelerator, "Graph"):
+            replace(torch.accelerator, "Graph", api.refuse("torch.accelerator.Graph", "write torch.cuda.CUDAGraph"))
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))
         replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
         replace(torch._C, "_host_emptyCache", api.init, create=True)
