@@ -43,7 +43,9 @@ def test_the_lists_are_those_of_the_installed_torch():
 
 
 def test_every_operator_that_torch_casts_on_a_card_is_in_a_list():
-    registered = {n.removeprefix("aten::") for n in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")}
+    registered = {
+        n.removeprefix("aten::") for n in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")
+    }
     lists = (autocast.LOWER, autocast.FLOAT32, autocast.FLOAT32_RESULT, autocast.WIDEST, autocast.BANNED)
     assert registered == {*autocast.NORMS, *(name for names in lists for name in names)}
 

@@ -44,6 +44,6 @@ def test_each_row_is_what_happens(code, outcome, recwarn):
             if isinstance(e, UnsupportedError):
                 assert str(e).endswith("(at guide.py:1)")
     if ended == "runs" and device.estimated:
-        assert all(where == "guide.py:1" or where == "<string>:1" for _, where in device.estimated.values())
+        assert all(where in ("guide.py:1", "<string>:1") for _, where in device.estimated.values())
         ended = f"estimated: {next(iter(device.estimated))}"
     assert ended == outcome

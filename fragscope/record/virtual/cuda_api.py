@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -92,6 +93,11 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
         replace(torch._C, "_scatter", api.scatter, create=True)
+        replace(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings, create=True)
+        script = api.refuse("moving a module of TorchScript", "its weights are out of sight of Python")
+        replace(torch.jit.RecursiveScriptModule, "_apply", script, create=True)
+        if hasattr(torch.accelerator, "Graph"):
+            replace(torch.accelerator, "Graph", api.refuse("torch.accelerator.Graph", "write torch.cuda.CUDAGraph"))
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))
         replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
         replace(torch._C, "_host_emptyCache", api.init, create=True)
@@ -99,6 +105,8 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
         replace(torch, "compile", api.compile(torch.compile))
+        dynamo: Any = importlib.import_module("torch._dynamo.eval_frame")
+        replace(dynamo, "_callback_from_stance", api.compiled_before(dynamo._callback_from_stance))
         if torch.distributed.is_available():
             c10d = torch.distributed.distributed_c10d
             helper = api.new_group(c10d._new_process_group_helper)
@@ -268,6 +276,16 @@ class _Cuda:
 
         return compile
 
+    def compiled_before(self, original: Any) -> Callable[[Any], Any]:
+        """What every compiled function asks when it is called, also one that was made before the device was entered."""
+
+        def callback(callback: Any) -> Any:
+            if callable(callback):
+                raise self._compiled()
+            return original(callback)
+
+        return callback
+
     def _compiled(self) -> UnsupportedError:
         return self.device.unsupported(
             "torch.compile is not supported on the virtual device, since what compiled code allocates is not known "
@@ -294,7 +312,8 @@ class _Cuda:
                 if "NCCL" not in str(e):
                     raise
             raise self.device.unsupported(
-                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over gloo"
+                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over "
+                "gloo"
             )
 
         return new_group
@@ -318,7 +337,11 @@ class _Cuda:
 
     def get_device_module(self, original: Any) -> Callable[[Any], Any]:
         """The module of the card, which is the accelerator here."""
-        return lambda device=None: torch.cuda if device is None else original(device)
+
+        def get_device_module(device: Any = None) -> Any:
+            return torch.cuda if device is None else original(device)
+
+        return get_device_module
 
     def scatter(self, tensor: torch.Tensor, devices: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
         """What ``DataParallel`` hands to its only card."""
