@@ -29,12 +29,13 @@ ARROWS: dict[str, set[str]] = {
     "suite": BASE | {"trace", "allocator", "measure", "record", "results", "fragscope"},
     "gate": BASE | {"trace", "results", "config", "toml"},
     "thresholds": BASE | {"trace", "allocator", "toml"},
+    "starter": BASE | {"config", "toml"},
     "report": BASE | {"trace", "allocator", "measure", "results", "thresholds"},
     "testing": BASE | {"trace", "allocator", "measure", "gate", "record", "config", "toml"},
     "pytest_plugin": BASE | {"testing"},
     "cli": BASE
     | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report", "search", "record"}
-    | {"doctor", "thresholds"},
+    | {"doctor", "thresholds", "starter"},
     "fragscope": BASE | {"trace", "record", "suite"},  # the public face: fragscope/__init__.py
     "__main__": {"cli"},
 }
@@ -93,8 +94,11 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope",
         "fragscope.cli",
         "fragscope.cli.doctor",
+        "fragscope.cli.cards",
         "fragscope.cli.fit",
+        "fragscope.cli.fit_cards",
         "fragscope.cli.gate",
+        "fragscope.cli.init",
         "fragscope.cli.report",
         "fragscope.cli.record",
         "fragscope.cli.thresholds",
