@@ -67,4 +67,5 @@ def command(
         for line in plan.table.splitlines():
             click.echo(f"  {line}")
     run = "fragscope run" if write_config or not plan.run else f"fragscope run {plan.run}"
-    click.echo(f"next: {run} --device virtual, then fragscope gate")
+    there = "" if repository.root == Path.cwd().resolve() else f" in {printable(str(path), 300)}"
+    click.echo(f"next{there}: {run} --device virtual, then fragscope gate")

@@ -81,7 +81,7 @@ def look_at(root: Path) -> Repository:
     file = root / "pyproject.toml"
     content: dict[str, Any] = {}
     if file.is_file():
-        content = read_toml(file, "pyproject.toml", "projects").content
+        content = read_toml(file, "pyproject.toml", "project").content
     tool = content.get("tool")
     tool = tool if isinstance(tool, dict) else {}
     source, packages = _packages(root, _project_name(root, content))

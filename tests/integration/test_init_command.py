@@ -113,6 +113,16 @@ def test_what_a_function_needs_and_nobody_can_make_is_said_where_it_fails(tmp_pa
     assert fragscope(tmp_path, "gate").returncode == 4, "nothing was measured"
 
 
+def test_a_repository_elsewhere_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", "theirs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("next in theirs: fragscope run scenarios ")
+    assert files(tmp_path) == {"theirs/scenarios/scenario_loader.py", "theirs/budgets.toml"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
