@@ -38,7 +38,7 @@ def use_cards_of(pyproject: Path) -> None:
     """
     here = Path.cwd()
     shown = pyproject.relative_to(here) if pyproject.is_relative_to(here) else pyproject
-    toml = read_toml(pyproject, str(shown), "projects")
+    toml = read_toml(pyproject, str(shown), "project")
     tables = toml.content.get("tool", {}).get("fragscope", {}).get("cards", {})
     found: dict[str, Card] = {}
     define(())

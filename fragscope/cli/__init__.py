@@ -20,6 +20,7 @@ from fragscope.errors import (
 )
 
 _COMMANDS = {
+    "init": "write a scenario, budgets and a workflow for a repository",
     "run": "run scenarios and write results, traces and a report",
     "gate": "hold results against budgets and the lock, and say pass or fail",
     "lock": "write the exact figures of every case to a file that the gate holds results against",

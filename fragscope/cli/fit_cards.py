@@ -260,6 +260,9 @@ def _question(name: str, case: Case, cards: Sequence[Card], folder: Path, releas
         reason = e.reason if isinstance(e, InputFileError) else str(e)
         return _Question(name, printable(reason, 600), cards, conf=case.conf)
     subject = replace(subject, name=name)
+    if case.any_card:  # a trace that names no card is not held to be of another one
+        trace = replace(subject.tape.trace, card=None)
+        subject = replace(subject, tape=replace(subject.tape, trace=trace))
     estimated = tuple(op.op for op in case.estimated_ops)
     there_already = case.card == cards[0].name and case.device == "virtual" and _learned(subject)
     return _Question(name, subject, cards, there_already, estimated, case.conf)

@@ -169,6 +169,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         installed: the code that the variant ran as it is installed.
         exact: every allocation of the phase has a known size and nothing assumed can change the figures.
         estimated_ops: operators with unknown temporaries.
+        any_card: it ran on the virtual device, and neither it nor a library asked what the card is: on others it asks
+            for the same.
         base, end_live: allocated bytes when the phase began and ended.
         base_requested: requested bytes when the phase began.
         transient: peak allocated beyond base and end.
@@ -203,6 +205,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
+    any_card: bool = False
     base: Int64 = 0
     end_live: Int64 = 0
     base_requested: Int64 = 0

@@ -396,6 +396,7 @@ def _result(
         bare_case(task, wanted, outcome, message, str(torch.__version__)),
         missing=recording.missing,
         estimated_ops=recording.estimated,
+        any_card=recording.any_card,
         seconds=round(seconds, 3),
         sources=sources,
         **facts,

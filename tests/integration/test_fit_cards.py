@@ -210,9 +210,18 @@ def test_every_card_answers_for_itself(ran: dict[tuple[str, str], Any]) -> None:
         assert allocated("by-processor", card) == processors * MIB
         assert ran["by-processor", card]["exact"], "it was asked on that card"
         assert ran["plain", card]["exact"]
+        assert [ran[variant, card]["any_card"] for variant in ("plain", "by-processor", "product")] == [
+            True,
+            False,
+            False,
+        ]
     assert [op["op"] for op in ran["product", "l4"]["estimated_ops"]] == ["cuBLAS workspace"]
     assert not ran["product", "l4"]["exact"]
     assert ran["product", "h200"]["exact"], "matrix products were recorded on a card of that capability"
+
+
+def codes(found: dict[str, Any]) -> set[str]:
+    return {a["code"] for a in found["confs"][0]["assumptions"]}
 
 
 @pytest.mark.torch
@@ -227,9 +236,9 @@ def test_cases_of_a_run_are_held_against_cards(
     assert found["s/p/by-memory", "h200"]["runs"] is True
     assert found["s/p/by-memory", "a10"]["runs"] is None
     assert "torch.cuda.mem_get_info" in found["s/p/by-memory", "a10"]["reason"]
-    # A product's workspace was recorded elsewhere.
-    codes = {a["code"] for a in found["s/p/product", "a10"]["confs"][0]["assumptions"]}
-    assert "other_card" in codes
+    # A product's workspace was recorded elsewhere; what asked for nothing of the card is the same on all.
+    assert "other_card" in codes(found["s/p/product", "a10"])
+    assert "other_card" not in codes(found["s/p/plain", "a10"])
     assert found["s/p/product", "h200"]["exact"]
     assert run(["fit", ".fragscope/results.json"]) == 4, "without --card, all that are known"
     heading = next(line for line in capsys.readouterr().out.splitlines() if line.endswith("case (conf)"))

@@ -27,13 +27,17 @@ def blocks() -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def write(folder: Path, attributes: dict[str, str], text: str) -> None:
-    """A file as a block gives it, or with one method, its last, replaced."""
+    """A file as a block gives it, or with one method, its last, or one line replaced."""
     file = folder / attributes["file"]
     if "replace" in attributes:
         before = file.read_text()
         start = before.index(f"    def {attributes['replace']}(")
         assert "\n    def " not in before[start + 1 :], "the replaced method is the last one"
         text = before[:start] + text
+    if "line" in attributes:
+        lines = file.read_text().splitlines(keepends=True)
+        (at,) = (number for number, line in enumerate(lines) if line.startswith(attributes["line"]))
+        text = "".join([*lines[:at], text, *lines[at + 1 :]])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
 
@@ -77,7 +81,7 @@ def test_the_guide_as_written(tmp_path: Path):
             assert language == "console", "every block is a file, a part of one, or a session"
             assert [line.rstrip() for line in play(folder, text, environment)] == text.splitlines()
             played += 1
-    assert played == 8
+    assert played == 11
 
 
 def test_the_fix_computes_what_the_loader_computed(tmp_path: Path):

@@ -30,12 +30,13 @@ ARROWS: dict[str, set[str]] = {
     "gate": BASE | {"trace", "results", "config", "toml"},
     "against": BASE | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "fragscope"},
     "thresholds": BASE | {"trace", "allocator", "toml"},
+    "starter": BASE | {"config", "toml"},
     "report": BASE | {"trace", "allocator", "measure", "results", "thresholds"},
     "testing": BASE | {"trace", "allocator", "measure", "gate", "record", "config", "toml"},
     "pytest_plugin": BASE | {"testing"},
     "cli": BASE
     | {"trace", "allocator", "measure", "results", "config", "suite", "gate", "report", "search", "record"}
-    | {"doctor", "thresholds", "against"},
+    | {"doctor", "thresholds", "against", "starter"},
     "fragscope": BASE | {"trace", "record", "suite"},  # the public face: fragscope/__init__.py
     "__main__": {"cli"},
 }
@@ -97,8 +98,11 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.against.run",
         "fragscope.cli.against",
         "fragscope.cli.doctor",
+        "fragscope.cli.cards",
         "fragscope.cli.fit",
+        "fragscope.cli.fit_cards",
         "fragscope.cli.gate",
+        "fragscope.cli.init",
         "fragscope.cli.report",
         "fragscope.cli.record",
         "fragscope.cli.thresholds",

@@ -1,0 +1,283 @@
+"""What the files say: a scenario that runs as it is, budgets that it meets, a workflow that holds it to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fragscope.errors import UsageError, printable
+from fragscope.starter.loader import Loader, Parameter
+from fragscope.starter.repository import Repository
+
+SIZE = 16
+"""What sizes are in a scenario whose model nobody named: small enough for any loader."""
+ACTION = "fragscope/fragscope@main"
+"""Where this project's action.yml lies."""
+_LIMIT = "79 GiB"  # what a card of 80 GB has free, allocator/cards.py
+_TAKEN = {
+    "device",
+    "values",
+    "scenario",
+    "preset",
+    "variant",
+    "kernel",
+    "measure",
+    "measured",
+    "skip",
+    "end",
+    "overflow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be written.
+
+    Attributes:
+        files: content by path relative to the root, in the order they are told.
+        roles: what each is for, a few words for people.
+        table: lines of [tool.fragscope] for pyproject.toml; empty where there is one already.
+        run: what ``fragscope run`` is called with for these scenarios, ``""`` once the table is there.
+        left_out: what was not written and what to do instead, for people.
+    """
+
+    files: dict[str, str]
+    roles: dict[str, str]
+    table: str
+    run: str
+    left_out: tuple[str, ...]
+
+
+def plan_files(repository: Repository, loader: Loader | None, *, github: bool, action: str = ACTION) -> Plan:
+    """The files for a repository.
+
+    Args:
+        repository: what it is made of.
+        loader: what the scenario runs; None for a stand-in that is to be replaced.
+        github: write a workflow.
+        action: ``OWNER/REPOSITORY@REF`` of fragscope's action, for the workflow.
+    """
+    config, root = repository.config, repository.root
+    folder = _scenario_folder(repository)
+    subject = loader.function if loader is not None else (repository.packages[0] if repository.packages else "loader")
+    scenario = str(PurePosixPath(folder) / f"scenario_{_file_name(subject)}.py")
+    budgets = _inside(root, config.budgets) if config.budgets is not None else "budgets.toml"
+    name = _scenario_name(subject)
+    files = {
+        scenario: _scenario(repository, loader, name, scenario),
+        budgets: _budgets(name),
+    }
+    roles = {
+        scenario: f"runs {loader.module}:{loader.function}"
+        if loader is not None
+        else "a stand-in to put your loader in",
+        budgets: "what it may take",
+    }
+    left_out: tuple[str, ...] = ()
+    if github:
+        workflow = ".github/workflows/fragscope.yml"
+        files[workflow] = _workflow(repository, folder, budgets, action)
+        roles[workflow] = "both on every pull request"
+    else:
+        left_out = ("no workflow: nothing says that this lies on GitHub (--github writes one)",)
+    table = (
+        ""
+        if repository.has_table
+        else f"[tool.fragscope]\nscenarios = [{_quoted(folder)}]\nbudgets = {_quoted(budgets)}\n"
+    )
+    configured = repository.has_table and bool(config.scenarios)
+    return Plan(files, roles, table, "" if configured else folder, left_out)
+
+
+def _scenario_folder(repository: Repository) -> str:
+    """Where scenarios stand: the folder that is configured, beside the tests, or a folder of their own."""
+    for path in repository.config.scenarios:
+        if not path.suffix:
+            return _inside(repository.root, path)
+    return repository.tests or "scenarios"
+
+
+def _inside(root: Path, path: Path) -> str:
+    """A configured path relative to the root.
+
+    Raises:
+        UsageError: it lies elsewhere, or is not plain text.
+    """
+    try:
+        relative = path.resolve().relative_to(root).as_posix()
+    except (ValueError, OSError):
+        raise UsageError(
+            f"{printable(str(path), 200)}, named in [tool.fragscope], lies outside the repository"
+        ) from None
+    if not relative.isprintable() or relative in ("", "."):
+        raise UsageError(f"{printable(str(path), 200)}, named in [tool.fragscope], is no place for a file")
+    return relative
+
+
+def _file_name(subject: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "_", subject.lower()).strip("_")[:60] or "loader"
+
+
+def _scenario_name(subject: str) -> str:
+    return _file_name(subject).replace("_", "-")
+
+
+def _quoted(text: str) -> str:
+    """A string as TOML, YAML and JSON have it."""
+    return json.dumps(text)
+
+
+# --- the scenario -------------------------------------------------------------------------------------------------
+
+
+def _scenario(repository: Repository, loader: Loader | None, name: str, file: str) -> str:
+    up = len(PurePosixPath(file).parts) - 1
+    lines = [f'"""What loading costs in GPU memory: `fragscope run {file}` needs no GPU."""', ""]
+    imports = ["import fragscope"]
+    uses_torch = loader is None or any(p.kind in ("tensor", "tensors", "module", "dtype") for p in loader.parameters)
+    if repository.source and loader is not None:
+        lines += ["import sys", "from pathlib import Path", ""]
+        path = f'Path(__file__).parents[{up}] / "{repository.source}"'
+        imports = [f"sys.path.insert(0, str({path}))  # not needed where the package is installed", "", *imports]
+    if uses_torch:
+        imports.append("import torch")
+    if loader is not None:
+        called = _free(loader.function)
+        alias = "" if called == loader.function else f" as {called}"
+        imports.append(f"from {loader.module} import {loader.function}{alias}")
+    lines += [*imports, ""]
+    lines += [_presets(loader), ""] if loader is not None else [_STAND_IN_PRESETS, ""]
+    lines += [
+        "",
+        f'@fragscope.scenario("{name}", presets=PRESETS, variant="as-it-is")',
+        f"def {_file_name(name)}_memory(case):",
+    ]
+    lines += _body(loader) if loader is not None else _STAND_IN.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+_STAND_IN_PRESETS = """\
+# The shapes of one real model; each becomes an attribute of `case`. Full size costs nothing here.
+PRESETS = {"example": {"experts": 64, "rows": 2048, "columns": 2048}}"""
+
+_STAND_IN = """\
+    # What is there before: not measured. Code says "cuda" as it does on a card.
+    weights = [
+        torch.empty(case.rows, case.columns, dtype=torch.bfloat16, device="cuda") for _ in range(case.experts)
+    ]
+    with case.measure():
+        # Put the call of your loader here. This one makes a copy of every expert, and stacks the copies.
+        # What is made lives until the end, as in your program.
+        stacked = torch.stack([weight.t().contiguous() for weight in weights])  # noqa: F841"""
+
+
+def _presets(loader: Loader) -> str:
+    values: dict[str, int] = {}
+    for p in loader.parameters:
+        if p.kind == "size":
+            values[_value_name(p)] = SIZE
+        elif p.kind in ("tensor", "tensors", "module"):
+            values |= {"rows": SIZE, "columns": SIZE}
+    if not values:
+        values = {"rows": SIZE, "columns": SIZE}
+    pairs = ", ".join(f'"{name}": {value}' for name, value in values.items())
+    return (
+        "# Made up: put the shapes of one real model here. Full size costs nothing, tensors have no data.\n"
+        f'PRESETS = {{"example": {{{pairs}}}}}'
+    )
+
+
+def _value_name(p: Parameter) -> str:
+    """What a parameter is called as an attribute of ``case``."""
+    name = p.name.strip("_") or "size"
+    return f"{name}_" if name in _TAKEN or name in ("rows", "columns") else name
+
+
+def _free(name: str, *others: str) -> str:
+    """A name that the scenario does not use otherwise."""
+    while name in ("case", "fragscope", "loaded", "Path", "PRESETS", "sys", "torch", *others):
+        name += "_"
+    return name
+
+
+_TENSOR = 'torch.empty(case.rows, case.columns, dtype=torch.bfloat16, device="cuda")'
+
+
+def _body(loader: Loader) -> list[str]:
+    arguments, before, called = [], [], _free(loader.function)
+    for p in loader.parameters:
+        made = {
+            "tensor": _TENSOR,
+            "tensors": f"[{_TENSOR} for _ in range(4)]",
+            "module": 'torch.nn.Linear(case.columns, case.rows, bias=False, dtype=torch.bfloat16, device="cuda")',
+            "size": f"case.{_value_name(p)}",
+            "number": "1.0",
+            "flag": "False",
+            "text": '""',
+            "device": '"cuda"',
+            "dtype": "torch.bfloat16",
+            "other": "None",
+        }[p.kind]
+        variable = _free(p.name, called)
+        if p.kind in ("tensor", "tensors", "module"):
+            before.append(f"    {variable} = {made}")
+            made = variable
+        elif p.kind == "other":
+            before.append(f"    {variable} = None  # to be made: {printable(p.annotation, 60)}")
+            made = variable
+        arguments.append(f"{p.name}={made}" if p.by_name else made)
+    call = f"{called}({', '.join(arguments)})"
+    return [
+        *(["    # What is there before: not measured. Shapes are made up, too."] if before else []),
+        *before,
+        "    with case.measure():",
+        "        # What is returned lives until the end, as in your program.",
+        f"        loaded = {call}  # noqa: F841",
+    ]
+
+
+# --- budgets and workflow -----------------------------------------------------------------------------------------
+
+
+def _budgets(name: str) -> str:
+    return f"""\
+# What each case may take: a glob over scenario/preset/variant, and limits. `fragscope gate` ends with 3 where one is
+# exceeded. The table that `fragscope run` prints has the figures of today.
+
+[budget."{name}/*/*"]
+peak_reserved = "{_LIMIT}"  # what a card of 80 GB has free; put in what your model leaves
+# transient = "64 MiB"      # needed on the way only: what a fix of a loader makes smaller
+# retained = 0              # more at the end than at the beginning
+"""
+
+
+def _workflow(repository: Repository, folder: str, budgets: str, action: str) -> str:
+    installed = repository.pyproject is not None or (repository.root / "setup.py").is_file()
+    install = "      - run: pip install torch --index-url https://download.pytorch.org/whl/cpu\n"
+    if installed and repository.packages:
+        install += "      - run: pip install -e .\n"
+    return f"""\
+# GPU memory of this repository's own code, on a runner without a GPU.
+name: GPU memory
+on: pull_request
+permissions:
+  contents: read
+jobs:
+  fragscope:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v4
+        with:
+          fetch-depth: 0
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.12"
+{install}      - uses: {action}
+        with:
+          scenarios: {_quoted(folder)}
+          budgets: {_quoted(budgets)}
+          # against: ${{{{ github.event.pull_request.base.sha }}}}  # also say which change costs what
+          # warn-only: true
+"""
