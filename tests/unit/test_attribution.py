@@ -35,9 +35,7 @@ class Program:
         if library:
             frames.insert(0, Frame("/env/lib/python3.11/site-packages/einops/parts.py", 7, "rearrange"))
         self.count += 1
-        self.log.append(
-            RequestKind.ALLOC, id=self.count, size=mib * MIB, stack=self.stacks.add(tuple(frames)), phase=1
-        )
+        self.log.append(RequestKind.ALLOC, id=self.count, size=mib * MIB, stack=self.stacks.add(tuple(frames)), phase=1)
         return self.count
 
     def free(self, *numbers: int) -> None:
@@ -125,7 +123,13 @@ def test_values_of_the_end_are_compared_at_the_end(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("sizes", "why"),
-    [(([4], [6]), "larger"), (([4], [4, 4]), "more"), (([4], [5, 6]), ""), (([6], [4]), "smaller"), (([4, 4], [4]), "fewer")],
+    [
+        (([4], [6]), "larger"),
+        (([4], [4, 4]), "more"),
+        (([4], [5, 6]), ""),
+        (([6], [4]), "smaller"),
+        (([4, 4], [4]), "fewer"),
+    ],
 )
 def test_why_a_place_holds_otherwise(tmp_path: Path, sizes: tuple[list[int], list[int]], why: str):
     before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
@@ -184,7 +188,9 @@ def test_a_library_is_not_the_repository(tmp_path: Path):
 
 
 def test_lines_that_come_and_go(tmp_path: Path):
-    other = SOURCE.replace("    second = make(4)\n", "").replace("third", "    buffer = torch.zeros(n, device=d)\n    third")
+    other = SOURCE.replace("    second = make(4)\n", "").replace(
+        "third", "    buffer = torch.zeros(n, device=d)\n    third"
+    )
     before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", other)
     before.ask("second = make", mib=4)
     after.ask("buffer = torch", mib=3)

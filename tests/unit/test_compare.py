@@ -57,9 +57,7 @@ def peak(**changes: int) -> Peak:
 
 
 def judged(found: Comparison) -> dict[str, str]:
-    return {
-        c.metric: "regressed" if c.regressed else "improved" if c.improved else "allowed" for c in found.changes
-    }
+    return {c.metric: "regressed" if c.regressed else "improved" if c.improved else "allowed" for c in found.changes}
 
 
 def test_the_same_figures_are_no_change():
@@ -151,7 +149,9 @@ def test_an_outcome_that_is_not_declared_and_was_not_there_is_a_regression(outco
 
 def test_a_mended_outcome_is_none_and_says_what_it_was():
     found = compared(case(outcome="crash", message="TypeError"), case())
-    assert [(o.before, o.after, o.regressed, o.message) for o in found.outcomes] == [("crash", "ok", False, "TypeError")]
+    assert [(o.before, o.after, o.regressed, o.message) for o in found.outcomes] == [
+        ("crash", "ok", False, "TypeError")
+    ]
     assert (found.compared, found.changes) == (0, [])  # there is nothing to hold its values against
 
 
