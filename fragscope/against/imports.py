@@ -17,9 +17,10 @@ from urllib.parse import unquote, urlparse
 
 import msgspec
 
+import fragscope
 from fragscope.errors import printable
 
-_OWN_NAME = "fragscope"  # the tool itself is the same on both sides
+_TOOL = Path(fragscope.__file__).resolve().parent  # the same on both sides
 
 
 def folders_in_use(trees: Sequence[Path]) -> list[Path]:
@@ -47,7 +48,7 @@ def own_names(root: Path) -> set[str]:
         name = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    return {_normal(name)} - {_OWN_NAME} if isinstance(name, str) else set()
+    return {_normal(name)} - {_TOOL.name} if isinstance(name, str) else set()
 
 
 class Foreign(msgspec.Struct, frozen=True):
@@ -78,11 +79,13 @@ def foreign_modules(
     files = {
         name: Path(file).resolve()
         for name, module in list(modules.items())
-        if isinstance(file := getattr(module, "__file__", None), str) and name.partition(".")[0] != _OWN_NAME
+        if isinstance(file := getattr(module, "__file__", None), str)
     }
     own = installed_names(names)
     found = []
     for name, file in sorted(files.items()):
+        if file.is_relative_to(_TOOL):
+            continue
         outside = not file.is_relative_to(top) or is_environment(file)
         if (outside and name.partition(".")[0] in own) or is_of_another(file, top, others):
             found.append(Foreign(name, str(file), installed=is_environment(file)))

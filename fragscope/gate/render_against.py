@@ -15,6 +15,7 @@ from fragscope.units import format_bytes
 
 _NAME_LIMIT = 300
 _SHOWN_STACKS = 6
+_PLAIN_REF = re.compile(r"[A-Za-z0-9./-]{1,100}")
 _WHY = {
     "larger": "each is larger",
     "smaller": "each is smaller",
@@ -114,10 +115,9 @@ def compared(verdict: Verdict) -> str:
     if against is None:
         return ""
     tree = f"{against.current[:7] or 'the working tree'}{' with changes that are not committed' * against.dirty}"
-    return (
-        f"{against.compared:,} case{'s' * (against.compared != 1)} of {tree} compared with "
-        f"{printable(against.ref, 100)} ({against.commit[:7]})"
-    )
+    # Where this line is Markdown, a name must not be markup; one with other characters is left to the commit.
+    ref = f"{against.ref} ({against.commit[:7]})" if _PLAIN_REF.fullmatch(against.ref) else against.commit[:7]
+    return f"{against.compared:,} case{'s' * (against.compared != 1)} of {tree} compared with {ref}"
 
 
 def sizes(before_bytes: int, after_bytes: int) -> tuple[str, str, str]:
