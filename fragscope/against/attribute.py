@@ -15,6 +15,7 @@ programs allocate in one function of their own, whose line says nothing about wh
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ from fragscope.trace import Frame, Stack
 _SHOWN_FRAMES = 8
 _CODE_LIMIT = 200
 _TELLING = 6  # characters that a line must have to be known by its text alone
+_TARGET = re.compile(r"^(?:return\s+|[\w.]+(?:\s*:[^=]*)?\s*=\s*(?!=))")
+"""What takes the value of a line's expression, which renaming and extracting change."""
 
 
 _OwnFrame = tuple[str, int, str]
@@ -353,12 +356,12 @@ def _together(groups: list[_Group]) -> _Group:
 
 
 def _text(tree: Tree, stack: Stack, *, named: bool) -> Hashable:
-    """The innermost line of the repository by its text, with its function's name or alone."""
+    """The innermost line of the repository by what it computes, with its function's name or alone."""
     frames = tree.frames(stack)
     if not frames:
         return None
     file, line, function = frames[0]
-    text = tree.sources.line(file, line)
+    text = _TARGET.sub("", tree.sources.line(file, line))
     if len(text) < _TELLING:
         return None
     return (function, text) if named else text

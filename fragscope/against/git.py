@@ -107,8 +107,8 @@ class Repository:
     def other_trees(self) -> list[Path]:
         """The other working trees of this repository."""
         listed = _done(self.top, "worktree", "list", "--porcelain", "-z").split("\0")
-        trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
-        return [tree for tree in trees if tree.resolve() != self.top]
+        trees = [Path(line.removeprefix("worktree ")).resolve() for line in listed if line.startswith("worktree ")]
+        return [tree for tree in trees if tree != self.top]
 
     @contextlib.contextmanager
     def checked_out(self, commit: str) -> Iterator[Path]:

@@ -101,7 +101,8 @@ def _renamed(before: Sources, after: Sources, files_before: set[str], files_afte
 def _line_map(before: list[str], after: list[str]) -> dict[int, int]:
     """Line numbers, counted from 1, of lines that both have; edited ones among them."""
     out: dict[int, int] = {}
-    for tag, a, a_end, b, b_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+    # Empty lines are everywhere, and none of them is a place to begin at.
+    for tag, a, a_end, b, b_end in SequenceMatcher(lambda x: not x, before, after, autojunk=False).get_opcodes():
         if tag == "equal":
             out.update((a + i + 1, b + i + 1) for i in range(a_end - a))
         elif tag == "replace":

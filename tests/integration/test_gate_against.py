@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -163,15 +163,14 @@ def test_the_message_names_the_line_its_cost_and_where_the_peak_is_now(tmp_path:
     assert (change["before"], change["after"]) == (before["transient"], after["transient"])
     requested = gated.regressed("peak_requested")
     assert (requested["before"], requested["after"]) == (before["peak"]["requested"], after["peak"]["requested"])
-    held, copied = requested["stacks"]
+    (held,) = requested["stacks"]
     assert (held["line"], held["kind"], held["why"]) == (team.line(WHERE, "swapped = torch.cat"), "grown", "longer")
-    assert (held["before"], held["after"]) == (2 * EXPERT, 8 * EXPERT)
-    assert (copied["line"], copied["after"]) == (team.line(WHERE, "down = self.w2"), EXPERT // 2)
+    assert (held["before"], held["after"]) == (EXPERT, 8 * EXPERT)  # while the last w2 is copied
     assert requested["peak_after"]["line"] == team.line(WHERE, "down = self.w2")
     assert requested["peak_before"]["code"] == "swapped = torch.cat([up, gate])"
     text = team.gate(layout="text")
     line = team.line(WHERE, "swapped = torch.cat")
-    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  held 5.50 MiB, now 22.00 MiB" in text.out
+    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  held 2.75 MiB, now 22.00 MiB" in text.out
     assert text.out.splitlines()[-1].startswith("fail: 2 values regressed; 1 case of ")
 
 
@@ -209,8 +208,10 @@ def test_refactorings_stay_green_and_do_not_hide_what_costs(tmp_path: Path) -> N
     team = Team.made(tmp_path / "theirs")
     refactored(team)
     gated = team.gate()
-    assert (gated.code, gated.verdict["changes"]) == (0, [])
-    assert gated.verdict["decision"] == "pass"
+    assert (gated.code, gated.verdict["decision"], gated.regressions) == (0, "pass", [])
+    # The copy of a w2 ends with the extracted function now, and no more when the next one is made.
+    better = {c["metric"]: c["before"] - c["after"] for c in gated.verdict["changes"] if c["improved"]}
+    assert better["peak_requested"] == EXPERT // 2
     team.edit(
         "acme/weights.py",
         "gate, up = self.w13.data[expert].chunk(2)",
@@ -219,9 +220,11 @@ def test_refactorings_stay_green_and_do_not_hide_what_costs(tmp_path: Path) -> N
     gated = team.gate()
     assert gated.code == 3
     change = gated.regressed("peak_requested")
-    assert change["after"] - change["before"] == EXPERT
-    (place,) = change["stacks"]
-    assert (place["file"], place["kind"], place["before"], place["after"]) == ("acme/weights.py", "new", 0, EXPERT)
+    assert change["after"] - change["before"] == EXPERT // 2
+    places = {place["code"]: place for place in change["stacks"]}
+    place = places["gate, up = self.w13.data[expert].clone().chunk(2)"]
+    assert (place["file"], place["kind"], place["before"]) == ("acme/weights.py", "new", 0)
+    assert place["after"] % EXPERT == 0
     assert place["line"] == team.line("acme/weights.py", ".clone().chunk(2)")
 
 
@@ -359,14 +362,14 @@ def ends(case):
         kept = [kept, torch.empty(size() * 2**20, dtype=torch.uint8, device="cuda")]
 
 
-@ends.variant("stops")
+@ends.variant("stops", role="fixed")
 def _(case):
     with case.measure():
         kept = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
         stop(kept)
 
 
-@ends.variant("unsorted")
+@ends.variant("unsorted", role="fixed")
 def _(case):
     with case.measure():
         kept = torch.empty(2**20, device="cuda")
@@ -491,18 +494,18 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signa
     while not all(any(folder.glob("*.log")) for folder in logs if folder.parent.exists()) or not logs[0].exists():
         assert time.monotonic() < until and process.poll() is None, "no case was ever begun"
         time.sleep(0.1)
-    begun = children(process.pid)
+    begun = [os.pidfd_open(child) for child in children(process.pid)]
+    assert len(begun) >= 4  # on each side the process itself and a server of workers
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "fragscope: interrupted"
     assert git(team.folder, "worktree", "list").count("\n") == 1
     assert not (team.folder / ".git" / "worktrees").exists() or not list((team.folder / ".git" / "worktrees").iterdir())
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("fragscope*")) == []
     for child in begun:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, 0)
-            pytest.fail(f"process {child} is still there")
+        assert select.select([child], [], [], 60)[0], "a process is still there"
+        os.close(child)
 
 
 def children(pid: int) -> list[int]:
@@ -570,6 +573,7 @@ def test_other_calls_that_are_wrong(team: Team, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "fragscope: --only goes with --against REF\n")
     alone = tmp_path / "alone"
     alone.mkdir()
+    (alone / "pyproject.toml").write_text(PROJECT)
     assert "is in none" in refused(folder=alone)
     team.write({"pyproject.toml": "[tool.fragscope]\n"})
     assert "no scenarios are configured" in refused()
