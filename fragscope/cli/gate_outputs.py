@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def write_outputs(verdict: Verdict, *, summary: Path | None, comment: Path | None, junit: Path | None) -> int:
     """Write what was asked for, each whole or not at all.
 
-    A file that cannot be written is one line on stderr. It never makes a failed gate pass; one that passed ends with 1, since
-    someone waits for that file.
+    A file that cannot be written is one line on stderr. It never makes a failed gate pass; one that passed ends with 1,
+    since someone waits for that file.
 
     Args:
         verdict: what to write.

@@ -1,9 +1,9 @@
 """A verdict as workflow commands, which GitHub shows at the lines they name.
 
-A command is a line that begins with ``::``, and ends at its line end, so that everything in it is one line. The runner takes
-from each step 10 errors, 10 warnings and 10 notices (github.com/actions/toolkit, docs/problem-matchers.md; 50 a job) and
-drops the rest without a word. So the worst come first, findings about one value are one annotation, and what is left over is
-counted in the last notice. It is all in the log, in the text that follows the commands.
+A command is a line that begins with ``::``, and ends at its line end, so that everything in it is one line. The runner
+takes from each step 10 errors, 10 warnings and 10 notices (github.com/actions/toolkit, docs/problem-matchers.md; 50 a
+job) and drops the rest without a word. So the worst come first, findings about one value are one annotation, and what
+is left over is counted in the last notice. It is all in the log, in the text that follows the commands.
 """
 
 from __future__ import annotations
@@ -98,5 +98,5 @@ def _data(text: str) -> str:
 
 
 def _property(text: str) -> str:
-    """A value before it. The runner splits properties at commas, and looks for ``::``; both as actions/toolkit escapes them."""
+    """A value before it, escaped as actions/toolkit does: the runner splits at commas, and looks for ``::``."""
     return _plain(text).replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
