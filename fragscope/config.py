@@ -9,7 +9,7 @@
     torch = "2.11"                # the default of --torch
     out = ".fragscope"            # where results go
     import_paths = ["python"]     # folders that scenarios import the repository's code from; "src" by default
-    tolerance = "64 MiB"          # of 'fragscope gate --against', for what moves by itself: a size, or a share such as "2 %"
+    tolerance = "64 MiB"          # of `fragscope gate --against`, for what moves by itself; or "2 %"
 
     [tool.fragscope.pytest]       # the pytest plugin
     card = "h100-80gb"            # the virtual card of tests that take fragscope_device
@@ -141,7 +141,9 @@ def _config(file: Path, table: dict[str, Any]) -> Config:
     def paths(key: str, example: str) -> tuple[Path, ...]:
         values = table.get(key, [])
         if not isinstance(values, list):
-            raise UsageError(f'{where} {key}: {printable(repr(values), 80)} is not a list of paths; write ["{example}"]')
+            raise UsageError(
+                f'{where} {key}: {printable(repr(values), 80)} is not a list of paths; write ["{example}"]'
+            )
         return tuple(file.parent / text(value, f"{key}[{i}]") for i, value in enumerate(values))
 
     return Config(

@@ -6,8 +6,9 @@
     assert gated.code == 3
     assert gated.regressed("transient")["after"] > ...
 
-``Gated.verdict`` is the JSON that the command printed. An edit is a replacement of text that must be there once; ``write``
-replaces whole files; ``commit`` commits everything. A corpus of changes is a list of edits with what they should give.
+``Gated.verdict`` is the JSON that the command printed. An edit is a replacement of text that must be there once;
+``write`` replaces whole files; ``commit`` commits everything. A corpus of changes is a list of edits with what they
+should give; several cases in one repository cost one run (test_gate_against.py).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ExpertWeights(torch.nn.Module):
         self.w13.data = self.w13.data.view(experts, hidden, rows)
         self.w2.data = self.w2.data.view(experts, -1, hidden)
 '''
-"""The loader of docs/own-loader.md after its fix; 8 experts of 1024 × 704 bfloat16 keep runs short."""
+"""The loader of docs/own-loader.md after its fix; 8 experts of 1024 by 704 bfloat16 keep runs short."""
 
 SCENARIO = """\
 import torch
@@ -202,7 +203,18 @@ class Team:
         """``fragscope run`` in the working tree: its cases by id, as an independent measurement."""
         out = self.folder.parent / "run"
         done = subprocess.run(
-            [sys.executable, "-m", "fragscope", "run", "--device", "virtual", "--no-report", "--out", str(out), *arguments],
+            [
+                sys.executable,
+                "-m",
+                "fragscope",
+                "run",
+                "--device",
+                "virtual",
+                "--no-report",
+                "--out",
+                str(out),
+                *arguments,
+            ],
             cwd=self.folder,
             capture_output=True,
             text=True,

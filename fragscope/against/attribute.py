@@ -1,22 +1,29 @@
 """Which lines hold the difference between two recordings of one case.
 
-Live memory is grouped by the stack that asked for it, on both sides, and stacks are matched although lines moved: first
-whole stacks whose lines correspond, then those whose innermost line of the repository does, then by that line's text. What
-is left was added or removed. The sums are whole: what all places hold more is what the program holds more.
+Live memory is grouped by the stack that asked for it, on both sides, and stacks are matched although lines moved:
+first whole stacks whose lines correspond, then those whose innermost line of the repository does, then by that line's
+text. What is left was added or removed.
 
-The line that a difference is told by is the innermost one of the repository that no unchanged stack shares: many programs
-allocate in one function of their own, whose line says nothing about who calls it.
+What is compared is the moment of the peak now with the moment before at which the program was at the same point: the
+same request of the same stack. A tensor that is kept too long makes the peak larger at a point where other tensors are;
+held against the peak before, wherever that was, these would look guilty. Where the program was never at that point, the
+peak before is taken. For values that fell it is the other way round; values of the end are compared at the end.
+
+The line that a difference is told by is the innermost one of the repository that no unchanged stack shares: many
+programs allocate in one function of their own, whose line says nothing about who calls it.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fragscope.against.held import Moment, Recorded
+from fragscope.against.held import Recorded
 from fragscope.against.imports import is_environment
 from fragscope.against.lines import Alignment, Sources
 from fragscope.errors import printable
@@ -26,6 +33,8 @@ from fragscope.trace import Frame, Stack
 _SHOWN_FRAMES = 8
 _CODE_LIMIT = 200
 _TELLING = 6  # characters that a line must have to be known by its text alone
+_TARGET = re.compile(r"^(?:return\s+|[\w.]+(?:\s*:[^=]*)?\s*=\s*(?!=))")
+"""What takes the value of a line's expression, which renaming and extracting change."""
 
 
 _OwnFrame = tuple[str, int, str]
@@ -74,33 +83,28 @@ class Tree:
         return out
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Group:
-    """What one stack, or several that count as one, held and asked for.
+    """Stacks that count as one place, in one tree.
 
     Attributes:
-        stack: that held most.
         stacks: all of them.
-        held, blocks: at the moment; bytes.
-        requests, asked: in the whole run; asked in bytes.
+        asked: rows of their requests, in order.
+        size: for how many bytes they asked in all.
     """
 
-    stack: Stack = ()
-    held: int = 0
-    blocks: int = 0
-    requests: int = 0
-    asked: int = 0
-    stacks: list[Stack] = field(default_factory=list)
-    most: int = -1
+    stacks: tuple[Stack, ...]
+    asked: tuple[int, ...]
+    size: int
 
-    def add(self, other: _Group) -> None:
-        if other.held > self.most:
-            self.stack, self.most = other.stack, other.held
-        self.stacks.append(other.stack)
-        self.held += other.held
-        self.blocks += other.blocks
-        self.requests += other.requests
-        self.asked += other.asked
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a group held at a moment: bytes, blocks, and the stack that held most."""
+
+    bytes: int = 0
+    blocks: int = 0
+    stack: Stack = ()
 
 
 class Attribution:
@@ -119,37 +123,98 @@ class Attribution:
             for tree, r in ((before, was), (after, now))
         ]
         self._lines = Alignment(before.sources, after.sources, *files)
+        self._pairs = list(self._matched([_group(was, s) for s in was.asked], [_group(now, s) for s in now.asked]))
 
-    def changes(self, was: Moment, now: Moment) -> list[StackChange]:
-        """What each place held at a moment of either recording, where that differs; largest difference first."""
-        pairs = list(self._matched(_groups(was, self._was), _groups(now, self._now)))
-        same = [(old, new) for old, new in pairs if old is not None and new is not None and _unchanged(old, new)]
-        others = (
+    def of_value(self, metric: str, *, fell: bool = False) -> list[StackChange]:
+        """What each place holds otherwise, largest difference first.
+
+        Args:
+            metric: whose moment is meant.
+            fell: the value is smaller now.
+        """
+        was, now = self._was.row(metric), self._now.row(metric)
+        if self._was.is_peak(metric):
+            if fell:
+                now = self._same_point(was, forwards=True, otherwise=now)
+            else:
+                was = self._same_point(now, forwards=False, otherwise=was)
+        return self._changes(was, now, metric)
+
+    def of_failure(self) -> list[StackChange]:
+        """What each place held otherwise when the request failed that did not before."""
+        failed = self._now.failed
+        if failed is None:
+            return []
+        was = self._same_point(failed, forwards=False, otherwise=self._was.row("peak_allocated") + 1)
+        return self._changes(was - 1, failed, "peak_allocated")
+
+    def _changes(self, was: int, now: int, metric: str) -> list[StackChange]:
+        held = self._was.holders(was, metric), self._now.holders(now, metric)
+        same = [(old, new) for old, new in self._pairs if old and new and _unchanged(old, new, held)]
+        shared = (
             _shared(self._before, (stack for old, _ in same for stack in old.stacks)),
             _shared(self._after, (stack for _, new in same for stack in new.stacks)),
         )
-        found = [self._change(old, new, others) for old, new in pairs if _held(old) != _held(new)]
+        found = []
+        for old, new in self._pairs:
+            had, has = _held(old, held[0]), _held(new, held[1])
+            if had.bytes != has.bytes:
+                found.append(self._change(old, new, (had, has), shared))
         return sorted(found, key=lambda c: (-abs(c.after - c.before), c.file, c.line, c.frames))
 
-    def peaks(self, was: Stack, now: Stack) -> tuple[CodePlace | None, CodePlace | None, bool]:
-        """The lines at which peaks were reached, and whether they are others.
+    def _same_point(self, row: int, *, forwards: bool, otherwise: int) -> int:
+        """The request of the other recording that is the same as one of this: as many of its place came before."""
+        here, there = (self._was, self._now) if forwards else (self._now, self._was)
+        if row == here.rows.start:
+            return int(there.rows.start)
+        stack = here.stack(row)
+        for old, new in self._pairs:
+            mine, other = (old, new) if forwards else (new, old)
+            if mine is not None and stack in mine.stacks:
+                if other is None:
+                    return otherwise
+                return other.asked[min(bisect_left(mine.asked, row), len(other.asked) - 1)]
+        return otherwise
+
+    def failing(self) -> CodePlace | None:
+        """The line of the request that failed."""
+        if self._now.failed is None:
+            return None
+        frames = self._after.frames(self._now.stack(self._now.failed))
+        return self._after.place(frames[_depth(self._after, self._now, frames)]) if frames else None
+
+    def peaks(self, metric: str) -> tuple[CodePlace | None, CodePlace | None, bool]:
+        """The lines at which a metric's peak was reached and is reached, and whether they are others.
 
         Of two stacks that have their innermost lines in common, the first that differ are meant.
         """
-        old, new = self._before.frames(was), self._after.frames(now)
+        if not self._was.is_peak(metric):
+            return None, None, False
+        old, new = (
+            tree.frames(recorded.stack(recorded.row(metric)))
+            for tree, recorded in ((self._before, self._was), (self._after, self._now))
+        )
         if not old or not new:
             return None, None, bool(old) != bool(new)
-        for left, right in zip(old, new, strict=False):
-            moved = self._lines.moved(left[0], left[1])
-            if moved is None or (moved.file, moved.line) != right[:2]:
-                same_text = left[2] == right[2] and self._before.code(*left[:2]) == self._after.code(*right[:2])
-                if moved is not None or not same_text:
-                    return self._before.place(left), self._after.place(right), True
-        return self._before.place(old[0]), self._after.place(new[0]), False
+        differ = next(
+            (n for n, (left, right) in enumerate(zip(old, new, strict=False)) if self._differ(left, right)), None
+        )
+        at = [
+            max(differ or 0, _depth(tree, recorded, frames))
+            for tree, recorded, frames in ((self._before, self._was, old), (self._after, self._now, new))
+        ]
+        places = self._before.place(old[min(at[0], len(old) - 1)]), self._after.place(new[min(at[1], len(new) - 1)])
+        return *places, differ is not None
+
+    def _differ(self, old: _OwnFrame, new: _OwnFrame) -> bool:
+        moved = self._lines.moved(*old[:2])
+        if moved is not None:
+            return (moved.file, moved.line) != new[:2]
+        return old[2] != new[2] or self._before.code(*old[:2]) != self._after.code(*new[:2])
 
     # --- matching -------------------------------------------------------------------------------------------------
 
-    def _matched(self, old: list[_Group], new: list[_Group]) -> Iterable[tuple[_Group | None, _Group | None]]:
+    def _matched(self, old: list[_Group], new: list[_Group]) -> Iterator[_Pair]:
         stages: Sequence[tuple[Callable[[Stack], Hashable], Callable[[Stack], Hashable]]] = (
             (self._whole_before, self._whole_after),
             (self._leaf_before, self._leaf_after),
@@ -194,14 +259,15 @@ class Attribution:
 
     # --- what is said ---------------------------------------------------------------------------------------------
 
-    def _change(self, old: _Group | None, new: _Group | None, others: tuple[_Shared, _Shared]) -> StackChange:
-        tree, group, shared = (
-            (self._before, old, others[0]) if new is None else (self._after, new, others[1])
-        )
-        assert group is not None
-        frames = tree.frames(group.stack)
-        place = tree.place(_telling(frames, shared)) if frames else CodePlace(file="", line=0, function="")
-        before, after = _held(old), _held(new)
+    def _change(
+        self, old: _Group | None, new: _Group | None, held: tuple[_Held, _Held], shared: tuple[_Shared, _Shared]
+    ) -> StackChange:
+        tree, stack, others = self._after, held[1].stack or (new.stacks[0] if new is not None else ()), shared[1]
+        if new is None:
+            tree, stack, others = self._before, held[0].stack, shared[0]
+        frames = tree.frames(stack)
+        place = tree.place(_telling(frames, others)) if frames else CodePlace(file="", line=0, function="")
+        before, after = held[0].bytes, held[1].bytes
         kind: Literal["new", "grown", "shrunk", "gone"] = "grown" if after > before else "shrunk"
         if old is None or new is None:
             kind = "new" if old is None else "gone"
@@ -213,10 +279,10 @@ class Attribution:
             line=place.line,
             function=place.function,
             code=place.code,
-            frames=tree.shown(group.stack),
-            blocks_before=old.blocks if old is not None else 0,
-            blocks_after=new.blocks if new is not None else 0,
-            why=_why(old, new) if old is not None and new is not None else "",
+            frames=tree.shown(stack),
+            blocks_before=held[0].blocks,
+            blocks_after=held[1].blocks,
+            why=_why(old, new, more=after > before) if old is not None and new is not None else "",
         )
 
 
@@ -238,58 +304,77 @@ def _telling(frames: list[_OwnFrame], shared: _Shared) -> _OwnFrame:
     return next((frame for n, frame in enumerate(frames) if lines[: n + 1] not in shared), frames[0])
 
 
-def _unchanged(old: _Group, new: _Group) -> bool:
-    return (old.held, old.requests, old.asked) == (new.held, new.requests, new.asked)
+_Pair = tuple[_Group | None, _Group | None]
+_Holders = dict[Stack, tuple[int, int]]
 
 
-def _groups(moment: Moment, recorded: Recorded) -> list[_Group]:
-    """Every stack that asked for memory, whether or not it held any at that moment."""
-    found = {
-        stack: _Group(stack, requests=requests, asked=asked) for stack, (requests, asked) in recorded.asked.items()
-    }
-    for holder in moment.holders:
-        group = found.setdefault(holder.stack, _Group(holder.stack))
-        group.held += holder.requested if moment.requested else holder.bytes
-        group.blocks += holder.blocks
-    return list(found.values())
+def _group(recorded: Recorded, stack: Stack) -> _Group:
+    return _Group((stack,), tuple(recorded.asked[stack]), recorded.sizes[stack])
+
+
+def _held(group: _Group | None, holders: _Holders) -> _Held:
+    if group is None:
+        return _Held()
+    found = [(*holders.get(stack, (0, 0)), stack) for stack in group.stacks]
+    most = max(found, key=lambda f: f[0])
+    return _Held(sum(f[0] for f in found), sum(f[1] for f in found), most[2])
+
+
+def _unchanged(old: _Group, new: _Group, held: tuple[_Holders, _Holders]) -> bool:
+    if (len(old.asked), old.size) != (len(new.asked), new.size):
+        return False
+    return _held(old, held[0]).bytes == _held(new, held[1]).bytes
+
+
+def _depth(tree: Tree, recorded: Recorded, frames: list[_OwnFrame]) -> int:
+    """How many of a stack's innermost lines say little, since several functions of the repository lead to them."""
+    for depth in range(len(frames) - 1):
+        lines = [frame[:2] for frame in frames[: depth + 1]]
+        callers = {
+            (others[depth + 1][0], others[depth + 1][2])
+            for stack in recorded.asked
+            if len(others := tree.frames(stack)) > depth + 1 and [frame[:2] for frame in others[: depth + 1]] == lines
+        }
+        if len(callers) <= 1:
+            return depth
+    return max(len(frames) - 1, 0)
 
 
 def _by_key(groups: list[_Group], key: Callable[[Stack], Hashable]) -> dict[Hashable, list[_Group]]:
     out: dict[Hashable, list[_Group]] = defaultdict(list)
     for group in groups:
-        out[key(group.stack)].append(group)
+        out[key(group.stacks[0])].append(group)
     return out
 
 
 def _together(groups: list[_Group]) -> _Group:
-    out = _Group()
-    for group in groups:
-        out.add(group)
-    return out
+    return _Group(
+        tuple(stack for group in groups for stack in group.stacks),
+        tuple(sorted(row for group in groups for row in group.asked)),
+        sum(group.size for group in groups),
+    )
 
 
 def _text(tree: Tree, stack: Stack, *, named: bool) -> Hashable:
-    """The innermost line of the repository by its text, with its function's name or alone."""
+    """The innermost line of the repository by what it computes, with its function's name or alone."""
     frames = tree.frames(stack)
     if not frames:
         return None
     file, line, function = frames[0]
-    text = tree.sources.line(file, line)
+    text = _TARGET.sub("", tree.sources.line(file, line))
     if len(text) < _TELLING:
         return None
     return (function, text) if named else text
 
 
-def _held(group: _Group | None) -> int:
-    return 0 if group is None else group.held
-
-
-def _why(old: _Group, new: _Group) -> Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"]:
-    more = new.held > old.held
-    if (old.requests, old.asked) == (new.requests, new.asked):
+def _why(
+    old: _Group, new: _Group, *, more: bool
+) -> Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"]:
+    count, wanted = (len(old.asked), len(new.asked)), (old.size, new.size)
+    if count[0] == count[1] and wanted[0] == wanted[1]:
         return "longer" if more else "shorter"
-    if old.requests == new.requests and (new.asked > old.asked) == more:
+    if count[0] == count[1] and (wanted[1] > wanted[0]) == more:
         return "larger" if more else "smaller"
-    if old.asked * new.requests == new.asked * old.requests and (new.requests > old.requests) == more:
+    if wanted[0] * count[1] == wanted[1] * count[0] and (count[1] > count[0]) == more:
         return "more" if more else "fewer"
     return ""

@@ -71,7 +71,7 @@ class Repository:
             name = ref.removeprefix("origin/")
             raise UsageError(
                 f"--against {shown}: no such commit is here, since the clone is shallow; 'git fetch --depth=1 origin "
-                f"{printable(name, 100)}' gets it, then give --against FETCH_HEAD (with actions/checkout: fetch-depth: 0)"
+                f"{printable(name, 100)}' gets it, then give --against FETCH_HEAD (actions/checkout: fetch-depth: 0)"
             )
         refs = _ask(self.top, "for-each-ref", "--format=%(refname:short)").stdout.split()
         near = [r for r in refs if r.endswith(f"/{ref}")] or difflib.get_close_matches(ref, refs, n=_SHOWN_REFS)
@@ -107,8 +107,8 @@ class Repository:
     def other_trees(self) -> list[Path]:
         """The other working trees of this repository."""
         listed = _done(self.top, "worktree", "list", "--porcelain", "-z").split("\0")
-        trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
-        return [tree for tree in trees if tree.resolve() != self.top]
+        trees = [Path(line.removeprefix("worktree ")).resolve() for line in listed if line.startswith("worktree ")]
+        return [tree for tree in trees if tree != self.top]
 
     @contextlib.contextmanager
     def checked_out(self, commit: str) -> Iterator[Path]:
@@ -181,10 +181,8 @@ def environment() -> dict[str, str]:
     return kept
 
 
-def _ask(
-    folder: Path, *arguments: str, extra: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def _ask(folder: Path, *arguments: str, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - arguments of ours; names of commits are checked by git first
         ["git", *arguments],  # noqa: S607
         cwd=folder,
         env=environment() | _QUIET | (extra or {}),

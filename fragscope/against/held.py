@@ -1,4 +1,4 @@
-"""What a program held at the moment that a metric speaks of, by call stack."""
+"""What a program held at a moment, by call stack, and which moment a metric speaks of."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fragscope.measure import Holder, Lifetimes, Timeline, holders_at, lifetimes, raw_holders_at, timeline
-from fragscope.trace import ASKING, NO_STACK, DecisionKind, Stack, Trace, load_trace
+from fragscope.measure import Lifetimes, Timeline, holders_at, lifetimes, raw_holders_at, timeline
+from fragscope.trace import ASKING, DecisionKind, Stack, Trace, load_trace
 
 _SERIES = {
     "peak_requested": "requested",
@@ -26,13 +26,15 @@ class Recorded:
     """A case's Trace and what is read out of it once.
 
     Attributes:
-        asked: by stack, how many requests for memory the program made in all, and for how many bytes.
+        asked: by stack, the rows of requests for memory that were served.
+        sizes: by stack, for how many bytes they asked together.
     """
 
     trace: Trace
     lives: Lifetimes
     series: Timeline
-    asked: dict[Stack, tuple[int, int]]
+    asked: dict[Stack, list[int]]
+    sizes: dict[Stack, int]
 
     @classmethod
     def of(cls, file: Path) -> Recorded:
@@ -43,62 +45,58 @@ class Recorded:
         """
         trace = load_trace(file)
         lives = lifetimes(trace)
-        return cls(trace, lives, timeline(trace, lives), _asked(trace))
+        r, d = trace.requests, trace.decisions
+        served = np.isin(r.kind, ASKING)
+        if d is not None:
+            served[d.request[d.kind == DecisionKind.OOM]] = False
+        asked: dict[Stack, list[int]] = {}
+        sizes: Counter[Stack] = Counter()
+        for row in np.flatnonzero(served).tolist():
+            stack = _stack_at(trace, row)
+            asked.setdefault(stack, []).append(row)
+            sizes[stack] += int(r.size[row])
+        return cls(trace, lives, timeline(trace, lives), asked, sizes)
 
+    @property
+    def rows(self) -> slice:
+        """Rows of the measured phase."""
+        return self.series.measured or slice(0, len(self.trace.requests))
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What was held at a moment.
+    def stack(self, row: int) -> Stack:
+        """Who made a request."""
+        return _stack_at(self.trace, row)
 
-    Attributes:
-        holders: one for each stack.
-        requested: sizes to compare are those asked for, and not those of blocks.
-        place: the stack of the request at which the peak was reached; empty where the moment is the end.
-    """
+    def is_peak(self, metric: str) -> bool:
+        """Whether a metric speaks of a peak, and not of the end."""
+        return metric in _SERIES
 
-    holders: tuple[Holder, ...]
-    requested: bool
-    place: Stack
-
-
-def held(recorded: Recorded, metric: str) -> Moment:
-    """What was held at the moment that a metric speaks of: the first time of its peak, or the end."""
-    trace, series = recorded.trace, recorded.series
-    rows = series.measured or slice(0, len(trace.requests))
-    row, place = rows.stop - 1, ()
-    if metric in _SERIES:
-        values = getattr(series, _SERIES[metric])[rows]
+    def row(self, metric: str) -> int:
+        """The request after which a metric is read: the first at which its peak is reached, or the last."""
+        rows = self.rows
+        if metric not in _SERIES:
+            return int(rows.stop) - 1
+        values = getattr(self.series, _SERIES[metric])[rows]
         if metric == "peak_hbm":
-            values = values + series.raw[rows]
-        row = rows.start + int(np.argmax(values))
-        place = _stack_at(trace, row)
-    holders = holders_at(trace, row, recorded.lives)
-    if metric == "peak_hbm":
-        holders += raw_holders_at(trace, row)
-    return Moment(holders, metric == "peak_requested", place)
+            values = values + self.series.raw[rows]
+        return int(rows.start) + int(np.argmax(values))
 
+    @property
+    def failed(self) -> int | None:
+        """The last request for memory that failed; None where none did."""
+        return int(self.series.oom[-1]) if len(self.series.oom) else None
 
-def held_at_failure(recorded: Recorded) -> Moment | None:
-    """What was held when the last request for memory failed that did, and the stack of that request."""
-    if not len(recorded.series.oom):
-        return None
-    row = int(recorded.series.oom[-1])
-    place = _stack_at(recorded.trace, row)
-    return Moment(holders_at(recorded.trace, row, recorded.lives), requested=False, place=place)
+    def holders(self, row: int, metric: str) -> dict[Stack, tuple[int, int]]:
+        """Bytes and blocks held after a request, by stack; of the sizes that the metric is about."""
+        found = holders_at(self.trace, row, self.lives)
+        if metric == "peak_hbm":
+            found += raw_holders_at(self.trace, row)
+        out: dict[Stack, tuple[int, int]] = {}
+        for holder in found:
+            size, blocks = out.get(holder.stack, (0, 0))
+            more = holder.requested if metric == "peak_requested" else holder.bytes
+            out[holder.stack] = (size + more, blocks + holder.blocks)
+        return out
 
 
 def _stack_at(trace: Trace, row: int) -> Stack:
-    stack = int(trace.requests.stack[row])
-    return () if stack == NO_STACK else trace.stacks[stack]
-
-
-def _asked(trace: Trace) -> dict[Stack, tuple[int, int]]:
-    r, d = trace.requests, trace.decisions
-    wanted = np.isin(r.kind, ASKING)
-    if d is not None:
-        wanted[d.request[d.kind == DecisionKind.OOM]] = False
-    count, size = Counter[int](), Counter[int]()
-    for stack, asked in zip(r.stack[wanted].tolist(), r.size[wanted].tolist(), strict=True):
-        count[stack] += 1
-        size[stack] += asked
-    return {trace.stacks[stack]: (count[stack], size[stack]) for stack in count}
+    return trace.stacks[int(trace.requests.stack[row])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -17,22 +17,29 @@ from urllib.parse import unquote, urlparse
 
 import msgspec
 
+import fragscope
 from fragscope.errors import printable
 
-_OWN_NAME = "fragscope"  # the tool itself is the same on both sides
+_TOOL = Path(fragscope.__file__).resolve().parent  # the same on both sides
 
 
-def folders_in_use(top: Path) -> list[Path]:
-    """Folders of a tree that this Python imports from by itself, relative to the tree.
+def folders_in_use(trees: Sequence[Path]) -> list[Path]:
+    """Folders of a repository that this Python imports from by itself, relative to the tree they are in.
 
-    These are what its import path has of the tree, and the projects in it that are installed as editable, in whatever
-    way.
+    These are what its import path has of the trees, and the projects in them that are installed as editable, in
+    whatever way.
+
+    Args:
+        trees: the working trees of the repository; an install may lead to another one than that which is gated.
     """
     found = [Path(entry).resolve() for entry in sys.path if entry]
     for project in _editable_projects():
         found += [project / "src", project]
-    inside = [f for f in found if f.is_relative_to(top) and f.is_dir() and not is_environment(f)]
-    return list(dict.fromkeys(f.relative_to(top) for f in inside))
+    folders = [f for f in found if f.is_dir() and not is_environment(f)]
+    # Of trees that lie in each other, the innermost is meant.
+    innermost = sorted(trees, key=lambda tree: -len(tree.parts))
+    inside = [next((f.relative_to(tree) for tree in innermost if f.is_relative_to(tree)), None) for f in folders]
+    return list(dict.fromkeys(f for f in inside if f is not None))
 
 
 def own_names(root: Path) -> set[str]:
@@ -41,7 +48,7 @@ def own_names(root: Path) -> set[str]:
         name = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    return {_normal(name)} - {_OWN_NAME} if isinstance(name, str) else set()
+    return {_normal(name)} - {_TOOL.name} if isinstance(name, str) else set()
 
 
 class Foreign(msgspec.Struct, frozen=True):
@@ -72,11 +79,13 @@ def foreign_modules(
     files = {
         name: Path(file).resolve()
         for name, module in list(modules.items())
-        if isinstance(file := getattr(module, "__file__", None), str) and name.partition(".")[0] != _OWN_NAME
+        if isinstance(file := getattr(module, "__file__", None), str)
     }
     own = installed_names(names)
     found = []
     for name, file in sorted(files.items()):
+        if file.is_relative_to(_TOOL):
+            continue
         outside = not file.is_relative_to(top) or is_environment(file)
         if (outside and name.partition(".")[0] in own) or is_of_another(file, top, others):
             found.append(Foreign(name, str(file), installed=is_environment(file)))
@@ -134,7 +143,7 @@ def is_environment(path: Path) -> bool:
     """Whether a path belongs to an environment of Python, which may lie inside a repository."""
     if any(part in ("site-packages", "dist-packages") for part in path.parts):
         return True
-    return path.is_relative_to(Path(sys.prefix).resolve() / "lib")
+    return any(path.is_relative_to(Path(sys.prefix).resolve() / part) for part in ("lib", "bin"))
 
 
 def _editable_projects() -> list[Path]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from fragscope.against.attribute import Attribution, Tree
-from fragscope.against.held import Recorded, held, held_at_failure
+from fragscope.against.held import Recorded
 from fragscope.against.run import Side
 from fragscope.errors import printable
 from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock
 from fragscope.gate.compare import Comparison, Pair, Tolerance, compare
-from fragscope.gate.verdict import Against, Change, NotMeasured, OneSided, OutcomeChange, PolicyChange, Verdict
+from fragscope.gate.verdict import (
+    Against,
+    Change,
+    NotMeasured,
+    OneSided,
+    OutcomeChange,
+    PolicyChange,
+    StackChange,
+    Verdict,
+)
 from fragscope.results import CAME_TO_ITS_END, Results, Run
 from fragscope.units import format_bytes
 
@@ -163,55 +172,52 @@ class _Explained:
         self._before, self._after = before, after
         self._trees = Tree(before.top, before.root), Tree(after.top, after.root)
         self._pairs = found.pairs
-        self._read: dict[str, tuple[Recorded, Recorded, Attribution] | None] = {}
+        self._read: dict[str, Attribution | None] = {}
 
     def change(self, change: Change) -> Change:
         """The change with its lines, unless it is one that is allowed."""
         both = self._recorded(change.case.id) if change.regressed or change.improved else None
         if both is None:
             return change
-        was, now, attribution = both
-        old, new = held(was, change.metric), held(now, change.metric)
-        stacks = attribution.changes(old, new)
-        explained = sum(s.after - s.before for s in stacks)
-        peak_before, peak_after, moved = attribution.peaks(old.place, new.place)
+        stacks = both.of_value(change.metric, fell=change.improved)
+        peak_before, peak_after, moved = both.peaks(change.metric)
         return msgspec.structs.replace(
             change,
             stacks=stacks,
             peak_before=peak_before,
             peak_after=peak_after,
             peak_moved=moved,
-            caveats=[*_unexplained(change, self._pairs[change.case.id], explained), *change.caveats],
+            caveats=[*_unexplained(change, self._pairs[change.case.id], stacks), *change.caveats],
         )
 
     def outcome(self, change: OutcomeChange) -> OutcomeChange:
         """The change with the request that failed, where that is what happened."""
         both = self._recorded(change.case.id) if change.after == "oom" else None
-        failed = held_at_failure(both[1]) if both is not None else None
-        if both is None or failed is None:
+        if both is None:
             return change
-        peak = held(both[0], "peak_allocated")
-        _, place, _ = both[2].peaks(peak.place, failed.place)
-        return msgspec.structs.replace(change, place=place, stacks=both[2].changes(peak, failed))
+        return msgspec.structs.replace(change, place=both.failing(), stacks=both.of_failure())
 
-    def _recorded(self, case: str) -> tuple[Recorded, Recorded, Attribution] | None:
+    def _recorded(self, case: str) -> Attribution | None:
         if case not in self._read:
             pair = self._pairs[case]
             self._read[case] = None
             if pair.before.trace is not None and pair.after.trace is not None:
                 was = Recorded.of(self._before.folder / pair.before.trace)
                 now = Recorded.of(self._after.folder / pair.after.trace)
-                self._read[case] = was, now, Attribution(*self._trees, was, now)
+                self._read[case] = Attribution(*self._trees, was, now)
         return self._read[case]
 
 
-def _unexplained(change: Change, pair: Pair, explained: int) -> Iterable[str]:
+def _unexplained(change: Change, pair: Pair, stacks: list[StackChange]) -> Iterator[str]:
     """What of a difference no line holds."""
-    more = change.after - change.before
     match change.metric:
-        case "peak_reserved" | "peak_hbm" if more != explained:
-            yield f"{format_bytes(more - explained)} of the difference are idle memory, which no line holds"
+        case "peak_reserved" | "peak_hbm":
+            more = abs(change.after - change.before)
+            held = abs(sum(s.after - s.before for s in stacks))
+            if held < more:
+                yield f"{format_bytes(more - held)} of the difference are idle memory, which no line holds"
         case "stranded":
             yield "stranded memory is idle; what changed is what is held beside it"
         case "transient" | "retained" if pair.before.base != pair.after.base:
-            yield f"{format_bytes(pair.after.base - pair.before.base)} of what is held differ before the phase begins"
+            less = format_bytes(abs(pair.after.base - pair.before.base))
+            yield f"{less} {'more' if pair.after.base > pair.before.base else 'less'} is held when the phase begins"

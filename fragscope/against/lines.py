@@ -1,7 +1,7 @@
 """Which line of one tree is which line of the other.
 
-Files are matched by name, or by content where one was renamed; lines by the longest common run of both files, and within
-what was rewritten by their text. Nothing is parsed, so that a file in any state can be compared.
+Files are matched by name, or by content where one was renamed; lines by the longest common run of both files, and
+within what was rewritten by their text. Nothing is parsed, so that a file in any state can be compared.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ def _renamed(before: Sources, after: Sources, files_before: set[str], files_afte
     gone = sorted(f for f in files_before if not any(after.lines(f)))
     new = sorted(f for f in files_after if not any(before.lines(f)))
     likeness = sorted(
-        ((SequenceMatcher(None, before.lines(a), after.lines(b), autojunk=False).ratio(), a, b) for a in gone for b in new),
+        (
+            (SequenceMatcher(None, before.lines(a), after.lines(b), autojunk=False).ratio(), a, b)
+            for a in gone
+            for b in new
+        ),
         key=lambda found: (-found[0], found[1], found[2]),
     )
     out: dict[str, str] = {}
@@ -97,7 +101,8 @@ def _renamed(before: Sources, after: Sources, files_before: set[str], files_afte
 def _line_map(before: list[str], after: list[str]) -> dict[int, int]:
     """Line numbers, counted from 1, of lines that both have; edited ones among them."""
     out: dict[int, int] = {}
-    for tag, a, a_end, b, b_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+    # Empty lines are everywhere, and none of them is a place to begin at.
+    for tag, a, a_end, b, b_end in SequenceMatcher(lambda x: not x, before, after, autojunk=False).get_opcodes():
         if tag == "equal":
             out.update((a + i + 1, b + i + 1) for i in range(a_end - a))
         elif tag == "replace":

@@ -27,7 +27,7 @@ from fragscope.against.imports import (
     own_names,
     refusal,
 )
-from fragscope.against.side import LeftOut, SideAnswer, SideRequest, Step, answer_path
+from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
 from fragscope.config import Config, load_config
 from fragscope.errors import FragscopeError, NotMeasuredError, UsageError, from_plain, printable
 from fragscope.results import Results, load_results
@@ -127,7 +127,7 @@ def run_both(
     borrowed = _borrow(repository, tree, files)
     before = Side(which, tree, tree / inside, theirs, options.out / "before", borrowed=tuple(map(str, borrowed)))
     after = Side("the working tree", repository.top, root.resolve(), config, options.out / "after")
-    others = [repository.top, *(t for t in repository.other_trees() if t.resolve() != tree)]
+    trees = [repository.top, *(t for t in repository.other_trees() if t != tree)]
     names = sorted(own_names(root) | own_names(before.root))
     jobs = max(1, options.jobs // 2)
     shim = _shim(tree.parent)
@@ -151,10 +151,10 @@ def run_both(
         )
 
     asked = [
-        (before, request(before, own, others, lenient=True)),
-        (after, request(after, files, [tree, *others[1:]], lenient=False)),
+        (before, request(before, own, trees, lenient=True)),
+        (after, request(after, files, [tree, *trees[1:]], lenient=False)),
     ]
-    answers = _run([(side, req, _import_path(repository.top, side, shim)) for side, req in asked], tree.parent, step)
+    answers = _run([(side, req, _import_path(trees, side, shim)) for side, req in asked], tree.parent, step)
     for side, req, answer in zip((before, after), (a[1] for a in asked), answers, strict=True):
         _refuse_foreign(side, req, answer, repository.top)
     return _with(before, answers[0]), _with(after, answers[1])
@@ -214,14 +214,14 @@ def _borrow(repository: Repository, tree: Path, files: Sequence[Path]) -> list[P
     return borrowed
 
 
-def _import_path(top: Path, side: Side, shim: Path) -> list[Path]:
-    """What a side's Python imports from first: this fragscope, then the tree's own folders, then what is not the tree's.
+def _import_path(trees: list[Path], side: Side, shim: Path) -> list[Path]:
+    """What a side's Python imports from first: this fragscope, the tree's own folders, then what is not the tree's.
 
     Entries of the user's PYTHONPATH that lead into the working tree lead to the same place in the side's tree.
     """
-    own = [*side.config.import_folders(side.root), *(side.top / f for f in folders_in_use(top))]
+    own = [*side.config.import_folders(side.root), *(side.top / f for f in folders_in_use(trees))]
     given = [Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    outside = [e for e in given if is_environment(e) or not e.resolve().is_relative_to(top)]
+    outside = [e for e in given if is_environment(e) or not any(e.resolve().is_relative_to(t) for t in trees)]
     return list(dict.fromkeys([shim, *(f for f in own if f.is_dir()), *outside]))
 
 
@@ -343,7 +343,11 @@ def _refuse_foreign(side: Side, request: SideRequest, answer: SideAnswer, top: P
     others = [Path(o) for o in request.others]
     copies = installed_names(set(request.names))
     for case in load_results(side.folder).cases if answer.ran else ():
-        found += [Foreign(dotted(Path(s)), s, installed=False) for s in case.sources if is_of_another(Path(s), side.top, others)]
+        found += [
+            Foreign(dotted(Path(s)), s, installed=False)
+            for s in case.sources
+            if is_of_another(Path(s), side.top, others)
+        ]
         if copies and case.trace is not None:
             # What a function imports is not among the sources of a case where it is installed; its stacks tell.
             stacks = load_trace(side.folder / case.trace).stacks

@@ -12,91 +12,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 import msgspec
 
-from fragscope.against.imports import Foreign, foreign_modules
+from fragscope.against.imports import foreign_modules
+from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
 from fragscope.errors import EXIT_INTERRUPTED, EXIT_PASS, FragscopeError, UsageError, printable, to_plain
 from fragscope.results import Case
-
-
-class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run.
-
-    Attributes:
-        top: the tree.
-        root: the project's folder in it, which is the working directory.
-        others: other trees of the repository.
-        names: distributions that are the repository's own.
-        files: scenario files of the tree.
-        borrowed: scenario files of the other tree, put into this one. What they define counts where the tree's own
-            do not define it, and one that cannot be imported is left out.
-        lenient: own scenario files that cannot be imported are left out too, and names that match nothing are none.
-        only: names of cases as arguments of ``fragscope run``; all where empty.
-        confs, releases, card: what the cases are run under.
-        out: folder for results.
-        jobs, timeout: as options of ``fragscope run``.
-    """
-
-    top: str
-    root: str
-    others: list[str]
-    names: list[str]
-    files: list[str]
-    borrowed: list[str]
-    lenient: bool
-    only: list[str]
-    confs: list[str]
-    releases: list[str]
-    card: str
-    out: str
-    jobs: int
-    timeout: float
-
-
-class LeftOut(msgspec.Struct, frozen=True):
-    """A scenario file that could not be imported.
-
-    Attributes:
-        file: relative to the tree.
-        reason: one line.
-        borrowed: it is one of the other tree.
-    """
-
-    file: str
-    reason: str
-    borrowed: bool
-
-
-class SideAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """How it went; results are in the request's folder.
-
-    Attributes:
-        ran: there are results; False where the tree has no case to run.
-        left_out: scenario files that could not be imported.
-        scenarios: the file, relative to the tree, of each scenario that was run.
-        foreign: modules that are not of this tree although they should be.
-        error: what ended it, as ``to_plain`` makes it.
-    """
-
-    ran: bool = False
-    left_out: list[LeftOut] = []
-    scenarios: dict[str, str] = {}
-    foreign: list[Foreign] = []
-    error: dict[str, Any] | None = None
-
-
-class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of progress: so many cases more are planned, or one is finished."""
-
-    planned: int = 0
-    finished: str = ""
-
-
-def answer_path(request: Path) -> Path:
-    """Where the answer to a request goes."""
-    return request.with_suffix(".answer.json")
+from fragscope.suite.discover import load_scenarios, select
+from fragscope.suite.installed import applicable
+from fragscope.suite.matrix import cells
+from fragscope.suite.plan import plan
+from fragscope.suite.process import end_with_parent
+from fragscope.suite.runner import RunOptions, run_plan
+from fragscope.suite.scenario import Scenario
 
 
 def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
@@ -105,12 +35,6 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
     Raises:
         FragscopeError: as ``fragscope run`` would.
     """
-    from fragscope.suite.discover import select
-    from fragscope.suite.installed import applicable
-    from fragscope.suite.matrix import cells
-    from fragscope.suite.plan import plan
-    from fragscope.suite.runner import RunOptions, run_plan
-
     top, root = Path(request.top), Path(request.root)
     left_out: list[LeftOut] = []
     scenarios = _scenarios(request, left_out)
@@ -142,10 +66,8 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
     return msgspec.structs.replace(answer, ran=True)
 
 
-def _scenarios(request: SideRequest, left_out: list[LeftOut]) -> list[Any]:
-    from fragscope.suite.discover import load_scenarios
-
-    found: list[Any] = []
+def _scenarios(request: SideRequest, left_out: list[LeftOut]) -> list[Scenario]:
+    found: list[Scenario] = []
     for borrowed, files in ((False, request.files), (True, request.borrowed)):
         own = {scenario.name for scenario in found}
         for file in files:
@@ -190,8 +112,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def main(argv: list[str]) -> int:
     """Process entry."""
-    from fragscope.suite.process import end_with_parent
-
     signal.signal(signal.SIGTERM, _stop)
     end_with_parent(signal.SIGTERM)
     file = Path(argv[0])

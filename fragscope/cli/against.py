@@ -17,7 +17,7 @@ from fragscope.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from fragscope.against.git import Repository
-    from fragscope.against.side import Step
+    from fragscope.against.protocol import Step
     from fragscope.config import Config
     from fragscope.gate import Budgets, Lock, Verdict
     from fragscope.gate.verdict import Against, PolicyChange

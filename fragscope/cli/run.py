@@ -24,7 +24,7 @@ from fragscope.errors import (
 if TYPE_CHECKING:
     from fragscope.allocator import Card
     from fragscope.config import Config
-    from fragscope.results import Case, DeviceKind, NotApplicable, Results
+    from fragscope.results import DeviceKind, NotApplicable, Results
     from fragscope.suite.discover import Selection
 
 _TIMEOUT = 600.0

@@ -35,7 +35,8 @@ def as_github(verdict: Verdict, folder: str = "") -> str:
     found = [_only_warned(f) if verdict.warn_only else f for f in findings(verdict)]
     by_level: dict[Level, list[list[Finding]]] = {level: [] for level in _LEVELS}
     for group in _grouped(found):
-        by_level[group[0].level].append(group)
+        if group[0].level != "notice" or group[0].file:  # what is only said, of no line, is in the text
+            by_level[group[0].level].append(group)
     room = {"error": PER_LEVEL, "warning": PER_LEVEL, "notice": PER_LEVEL}
     hidden = {level: len(by_level[level]) - room[level] for level in _LEVELS}
     if any(number > 0 for number in hidden.values()):

@@ -6,8 +6,8 @@ not split off, reserved bytes by a segment when one temporary comes or goes; wha
 against the tolerance. What a program keeps no longer when it is over may be transient now: that needs no more memory.
 
 **What counts as what.** A case that ends otherwise than before, and not as declared, has regressed, whatever its
-values. One that is skipped is not measured. Nor is one that gained an operator of unknown footprint: its values may be larger
-than they look. A case that only one side has is said and fails nothing.
+values. One that is skipped is not measured. Nor is one that gained an operator of unknown footprint: its values may be
+larger than they look. A case that only one side has is said and fails nothing.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     """What one place in the code held at the peak (or end) that a metric speaks of, before and after; bytes.
 
     Attributes:
-        kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there any more).
+        kind: new (the code asked for nothing there before), grown, shrunk, or gone (it asks for nothing there now).
         before, after: bytes held.
         file: of the innermost frame in the repository that no unchanged allocation shares, relative to its root;
             ``""`` where no frame is in the repository.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -152,7 +152,9 @@ def test_the_message_names_the_line_its_cost_and_where_the_peak_is_now(tmp_path:
     """All experts' swapped weights are kept: beside the last of them only the copy of one w2 is needed."""
     team = Team.made(tmp_path / "theirs")
     was = team.run()
-    team.edit(WHERE, "        for expert in range(experts):\n", "        kept = []\n        for expert in range(experts):\n")
+    team.edit(
+        WHERE, "        for expert in range(experts):\n", "        kept = []\n        for expert in range(experts):\n"
+    )
     team.edit(WHERE, "            swapped = torch.cat([up, gate])\n", "            swapped = torch.cat([up, gate])\n            kept.append(swapped)\n")  # fmt: skip
     now = team.run()
     gated = team.gate()
@@ -161,32 +163,34 @@ def test_the_message_names_the_line_its_cost_and_where_the_peak_is_now(tmp_path:
     assert (change["before"], change["after"]) == (before["transient"], after["transient"])
     requested = gated.regressed("peak_requested")
     assert (requested["before"], requested["after"]) == (before["peak"]["requested"], after["peak"]["requested"])
-    held, copied = requested["stacks"]
+    (held,) = requested["stacks"]
     assert (held["line"], held["kind"], held["why"]) == (team.line(WHERE, "swapped = torch.cat"), "grown", "longer")
-    assert (held["before"], held["after"]) == (2 * EXPERT, 8 * EXPERT)
-    assert (copied["line"], copied["after"]) == (team.line(WHERE, "down = self.w2"), EXPERT // 2)
+    assert (held["before"], held["after"]) == (EXPERT, 8 * EXPERT)  # while the last w2 is copied
     assert requested["peak_after"]["line"] == team.line(WHERE, "down = self.w2")
     assert requested["peak_before"]["code"] == "swapped = torch.cat([up, gate])"
     text = team.gate(layout="text")
     line = team.line(WHERE, "swapped = torch.cat")
-    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  held 5.50 MiB, now 22.00 MiB" in text.out
+    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  held 2.75 MiB, now 22.00 MiB" in text.out
     assert text.out.splitlines()[-1].startswith("fail: 2 values regressed; 1 case of ")
 
 
 HARMLESS = {
     "a local is renamed": ("swapped", "turned"),
-    "comments move every line": ('"""Expert weights of one MoE layer', "# a line\n" * 30 + '"""Expert weights of one MoE layer'),
+    "comments move every line": (
+        '"""Expert weights of one MoE layer',
+        "# a line\n" * 30 + '"""Expert weights of one MoE layer',
+    ),
     "a function is extracted": (
         "            down = self.w2.data[expert].clone()\n"
         "            self.w2.data[expert].view(down.shape[1], hidden).copy_(down.t())\n",
         "            self._turn_w2(expert, hidden)\n",
     ),
 }
-EXTRACTED = '''
+EXTRACTED = """
     def _turn_w2(self, expert: int, hidden: int) -> None:
         down = self.w2.data[expert].clone()
         self.w2.data[expert].view(down.shape[1], hidden).copy_(down.t())
-'''
+"""
 
 
 def refactored(team: Team) -> None:
@@ -204,15 +208,23 @@ def test_refactorings_stay_green_and_do_not_hide_what_costs(tmp_path: Path) -> N
     team = Team.made(tmp_path / "theirs")
     refactored(team)
     gated = team.gate()
-    assert (gated.code, gated.verdict["changes"]) == (0, [])
-    assert gated.verdict["decision"] == "pass"
-    team.edit("acme/weights.py", "gate, up = self.w13.data[expert].chunk(2)", "gate, up = self.w13.data[expert].clone().chunk(2)")
+    assert (gated.code, gated.verdict["decision"], gated.regressions) == (0, "pass", [])
+    # The copy of a w2 ends with the extracted function now, and no more when the next one is made.
+    better = {c["metric"]: c["before"] - c["after"] for c in gated.verdict["changes"] if c["improved"]}
+    assert better["peak_requested"] == EXPERT // 2
+    team.edit(
+        "acme/weights.py",
+        "gate, up = self.w13.data[expert].chunk(2)",
+        "gate, up = self.w13.data[expert].clone().chunk(2)",
+    )
     gated = team.gate()
     assert gated.code == 3
     change = gated.regressed("peak_requested")
-    assert change["after"] - change["before"] == EXPERT
-    (place,) = change["stacks"]
-    assert (place["file"], place["kind"], place["before"], place["after"]) == ("acme/weights.py", "new", 0, EXPERT)
+    assert change["after"] - change["before"] == EXPERT // 2
+    places = {place["code"]: place for place in change["stacks"]}
+    place = places["gate, up = self.w13.data[expert].clone().chunk(2)"]
+    assert (place["file"], place["kind"], place["before"]) == ("acme/weights.py", "new", 0)
+    assert place["after"] % EXPERT == 0
     assert place["line"] == team.line("acme/weights.py", ".clone().chunk(2)")
 
 
@@ -249,7 +261,10 @@ def test_an_install_that_leads_every_import_to_one_tree_is_refused(tmp_path: Pat
     gated = team.gate(environment=finder(tmp_path, team.folder))
     assert (gated.code, gated.out) == (2, "")
     assert "base (" in gated.err
-    assert "imports acme from another tree of the repository, acme/__init__.py: both sides would run the same code" in gated.err
+    assert (
+        "imports acme from another tree of the repository, acme/__init__.py: both sides would run the same code"
+        in gated.err
+    )
     assert "import_paths" in gated.err
 
 
@@ -279,7 +294,9 @@ def test_a_src_layout_that_is_on_the_import_path_runs_from_each_tree(tmp_path: P
     """A .pth file, as editable installs of setuptools and hatchling write, puts the folder on the import path."""
     team = Team.made(tmp_path / "theirs", moved_to("src"))
     team.edit("src/acme/loader.py", *COSTLY)
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(team.folder / "src"), os.environ.get("PYTHONPATH", ""))))}
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(team.folder / "src"), os.environ.get("PYTHONPATH", ""))))
+    }
     gated = team.gate(environment=environment)
     assert gated.code == 3, gated.err
     change = gated.regressed("peak_requested")
@@ -294,7 +311,9 @@ def test_the_pull_request_that_brings_the_gate_is_gated(tmp_path: Path) -> None:
     """The other commit has the loader, and neither a scenario nor a line about fragscope."""
     bare = {name: text for name, text in FILES.items() if not name.startswith("scenarios/")}
     team = Team.made(tmp_path / "theirs", {**bare, "pyproject.toml": '[project]\nname = "acme"\n'})
-    shared = SCENARIO.replace("PRESETS = {", "from shapes import LAYERS\nPRESETS = {").replace('"layers": 2', '"layers": LAYERS')
+    shared = SCENARIO.replace("PRESETS = {", "from shapes import LAYERS\nPRESETS = {").replace(
+        '"layers": 2', '"layers": LAYERS'
+    )
     team.write({"pyproject.toml": PROJECT, "scenarios/scenario_acme.py": shared, "scenarios/shapes.py": "LAYERS = 2\n"})
     team.edit(WHERE, *COSTLY)
     gated = team.gate()
@@ -308,7 +327,9 @@ def test_what_only_one_side_has_is_said_and_fails_nothing(tmp_path: Path) -> Non
     """A loader that comes with its scenario, a case that goes, a preset that changes; what is left is compared."""
     extra = SCENARIO.replace('"acme-experts"', '"old"')
     grown = SCENARIO.replace('"acme-experts"', '"grown"')
-    team = Team.made(tmp_path / "theirs", {**FILES, "scenarios/scenario_old.py": extra, "scenarios/scenario_grown.py": grown})
+    team = Team.made(
+        tmp_path / "theirs", {**FILES, "scenarios/scenario_old.py": extra, "scenarios/scenario_grown.py": grown}
+    )
     (team.folder / "scenarios" / "scenario_old.py").unlink()
     team.edit("scenarios/scenario_grown.py", '"experts": 8', '"experts": 16')
     team.write({"acme/fresh.py": LOADER})
@@ -341,14 +362,14 @@ def ends(case):
         kept = [kept, torch.empty(size() * 2**20, dtype=torch.uint8, device="cuda")]
 
 
-@ends.variant("stops")
+@ends.variant("stops", role="fixed")
 def _(case):
     with case.measure():
         kept = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
         stop(kept)
 
 
-@ends.variant("unsorted")
+@ends.variant("unsorted", role="fixed")
 def _(case):
     with case.measure():
         kept = torch.empty(2**20, device="cuda")
@@ -377,7 +398,7 @@ def test_outcomes_limits_and_what_is_not_measured_are_said(tmp_path: Path) -> No
     team.edit("acme/ends.py", "    float(tensor[0])\n", "    pass\n")
     team.edit("acme/ends.py", "    return tensor\n", "    return tensor.sort()\n")
     team.edit("budgets.toml", '"1 GiB"', '"1.5 GiB"')
-    team.edit("budgets.toml", 'retained = "128 MiB"', 'transient = 0')
+    team.edit("budgets.toml", 'retained = "128 MiB"', "transient = 0")
     gated = team.gate()
     assert gated.code == 3, gated.err
     verdict = gated.verdict
@@ -388,7 +409,9 @@ def test_outcomes_limits_and_what_is_not_measured_are_said(tmp_path: Path) -> No
     }
     assert outcomes["fits"]["place"]["line"] == team.line("scenarios/scenario_acme.py", "kept = [kept,")
     assert verdict["undeclared"] == []
-    assert any(n["case"] and n["case"]["variant"] == "unsorted" and "sort" in n["reason"] for n in verdict["not_measured"])
+    assert any(
+        n["case"] and n["case"]["variant"] == "unsorted" and "sort" in n["reason"] for n in verdict["not_measured"]
+    )
     policy = [(p["what"], p["metric"], p["kind"], p["before"], p["after"]) for p in verdict["policy"]]
     assert policy == [
         ("ends/*/*", "peak_reserved", "raised", 1024 * MIB, 1536 * MIB),
@@ -397,7 +420,10 @@ def test_outcomes_limits_and_what_is_not_measured_are_said(tmp_path: Path) -> No
     ]
     assert verdict["budgets"] == 2
     first = team.gate(layout="text").out.splitlines()[0]
-    assert first == "policy  budgets.toml:2  ends/*/*  peak_reserved  raised by 512.00 MiB, from 1,024.00 MiB to 1,536.00 MiB"
+    assert (
+        first
+        == "policy  budgets.toml:2  ends/*/*  peak_reserved  raised by 512.00 MiB, from 1,024.00 MiB to 1,536.00 MiB"
+    )
 
 
 def test_a_budget_holds_for_the_working_tree_in_the_same_verdict(tmp_path: Path) -> None:
@@ -421,7 +447,9 @@ def test_a_project_in_a_subfolder_with_a_submodule_and_a_hook(tmp_path: Path) ->
     files = {name: text for name, text in FILES.items() if not name.startswith("acme/")}
     files["pyproject.toml"] += 'import_paths = ["vendor"]\n'
     team = Team.made(tmp_path / "theirs", {f"project/{name}": text for name, text in files.items()}, commit=False)
-    git(team.folder, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(library.folder), "project/vendor")
+    git(
+        team.folder, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(library.folder), "project/vendor"
+    )
     team.commit("base")
     hook = team.folder / ".git" / "hooks" / "post-checkout"
     hook.parent.mkdir(exist_ok=True)
@@ -438,7 +466,9 @@ def test_a_project_in_a_subfolder_with_a_submodule_and_a_hook(tmp_path: Path) ->
     assert change["after"] - change["before"] == EXPERT
     assert not (tmp_path / "the-hook-ran").exists()
     assert git(team.folder, "worktree", "list").count("\n") == 1
-    after = [line for line in git(team.folder, "status", "--porcelain", "--ignored").splitlines() if ".fragscope" not in line]
+    after = [
+        line for line in git(team.folder, "status", "--porcelain", "--ignored").splitlines() if ".fragscope" not in line
+    ]
     assert after == before.splitlines()
 
 
@@ -450,7 +480,9 @@ def test_the_verdict_is_the_same_every_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
-    waits = SCENARIO.replace("    with case.measure():\n", "    import time\n    time.sleep(600)\n    with case.measure():\n")
+    waits = SCENARIO.replace(
+        "    with case.measure():\n", "    import time\n    time.sleep(600)\n    with case.measure():\n"
+    )
     team = Team.made(tmp_path / "theirs", {**FILES, "scenarios/scenario_acme.py": waits})
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -462,18 +494,18 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signa
     while not all(any(folder.glob("*.log")) for folder in logs if folder.parent.exists()) or not logs[0].exists():
         assert time.monotonic() < until and process.poll() is None, "no case was ever begun"
         time.sleep(0.1)
-    begun = children(process.pid)
+    begun = [os.pidfd_open(child) for child in children(process.pid)]
+    assert len(begun) >= 4  # on each side the process itself and a server of workers
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "fragscope: interrupted"
     assert git(team.folder, "worktree", "list").count("\n") == 1
     assert not (team.folder / ".git" / "worktrees").exists() or not list((team.folder / ".git" / "worktrees").iterdir())
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("fragscope*")) == []
     for child in begun:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, 0)
-            pytest.fail(f"process {child} is still there")
+        assert select.select([child], [], [], 60)[0], "a process is still there"
+        os.close(child)
 
 
 def children(pid: int) -> list[int]:
@@ -541,6 +573,7 @@ def test_other_calls_that_are_wrong(team: Team, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "fragscope: --only goes with --against REF\n")
     alone = tmp_path / "alone"
     alone.mkdir()
+    (alone / "pyproject.toml").write_text(PROJECT)
     assert "is in none" in refused(folder=alone)
     team.write({"pyproject.toml": "[tool.fragscope]\n"})
     assert "no scenarios are configured" in refused()

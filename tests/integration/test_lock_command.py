@@ -190,7 +190,7 @@ def test_a_waiver_with_a_date_that_is_over_and_one_that_is_not(repository, capsy
 
 
 @pytest.mark.parametrize("as_option", [True, False])
-def test_warn_only_says_everything_and_ends_with_0_except_where_the_call_or_a_file_is_wrong(repository, capsys, as_option):
+def test_warn_only_says_everything_and_ends_with_0_but_for_a_wrong_call_or_file(repository, capsys, as_option):
     if not as_option:
         (repository / "pyproject.toml").write_text("[tool.fragscope]\nwarn_only = true\n")
     option = ["--warn-only"] if as_option else []

@@ -28,6 +28,7 @@ from fragscope.gate.verdict import (
     LockPlace,
     LockUse,
     NotMeasured,
+    OneSided,
     OutcomeChange,
     PolicyChange,
     StackChange,
@@ -150,7 +151,7 @@ def test_no_more_annotations_than_github_takes_the_worst_of_them_and_the_rest_co
     policy = [PolicyChange(file="b", line=i, what="x", kind="raised", before=1, after=2) for i in range(13)]
     unused = WaiverName(pattern="a/b/c", metrics=[], owner="o", reason="r", expires="2027-01-01", file="b", line=1)
     text = as_github(verdict_of(checks=checks, undeclared=[crash], policy=policy, waivers=[
-        WaiverUse(waiver=unused, state="unused", findings=0)] * 10))  # fmt: skip
+        WaiverUse(waiver=unused, state="unused", findings=0)] * 10, appeared=[OneSided(case=name("n"), reason="new")]))  # fmt: skip
     found = commands(text)
     levels = [level for level, _, _ in found]
     assert [levels.count(level) for level in ("error", "warning", "notice")] == [10, 10, 10] == [PER_LEVEL] * 3
@@ -167,7 +168,7 @@ def test_what_only_warns_is_a_warning():
 
 
 def test_a_pass_has_no_annotation():
-    verdict = verdict_of(checks=[over(by=-1)])
+    verdict = verdict_of(checks=[over(by=-1)], appeared=[OneSided(case=name("n"), reason="new")])
     assert as_github(verdict) == as_text(verdict)
 
 
@@ -387,6 +388,7 @@ _VERDICTS = st.builds(
         )
     ),
     changes=_some(_CHANGES),
+    appeared=_some(st.builds(OneSided, case=_NAMES, reason=_HOSTILE)),
     outcomes=_some(
         st.builds(
             OutcomeChange, case=_NAMES, before=_HOSTILE, after=_HOSTILE, regressed=st.booleans(), message=_HOSTILE

@@ -1,0 +1,255 @@
+"""Which line a difference is told by: recordings written by hand, over sources written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fragscope.against.attribute import Attribution, Tree
+from fragscope.against.held import Recorded
+from fragscope.against.lines import Alignment, Sources
+from fragscope.allocator import ReplaySettings, replay, rules_for
+from fragscope.gate.verdict import StackChange
+from fragscope.trace import Frame, RequestKind, RequestLog, StackTable, Trace, write_trace
+
+MIB = 2**20
+SETTINGS = ReplaySettings(rules_for("2.13.0"), "any", 2**40, 2**40)
+
+
+class Program:
+    """A tree with one file, and a recording of it: memory is asked for by lines, given by their text."""
+
+    def __init__(self, folder: Path, source: str, file: str = "loader.py") -> None:
+        self.folder, self.file = folder, file
+        folder.mkdir(exist_ok=True)
+        (folder / file).write_text(source)
+        self.lines = source.splitlines()
+        self.log, self.stacks = RequestLog(), StackTable()
+        self.log.append(RequestKind.PHASE_BEGIN, phase=1)
+        self.count = 0
+
+    def ask(self, *texts: str, mib: int = 1, library: bool = False) -> int:
+        """Ask for memory in the innermost of these lines, or in a library that it calls."""
+        frames = [Frame(self.file, self._line(text), "load") for text in texts]
+        if library:
+            frames.insert(0, Frame("/env/lib/python3.11/site-packages/einops/parts.py", 7, "rearrange"))
+        self.count += 1
+        self.log.append(RequestKind.ALLOC, id=self.count, size=mib * MIB, stack=self.stacks.add(tuple(frames)), phase=1)
+        return self.count
+
+    def free(self, *numbers: int) -> None:
+        for number in numbers:
+            self.log.append(RequestKind.FREE, id=number, phase=1)
+
+    def _line(self, text: str) -> int:
+        (found,) = [n for n, line in enumerate(self.lines, 1) if text in line]
+        return found
+
+    def recorded(self) -> Recorded:
+        self.log.append(RequestKind.PHASE_END, phase=1)
+        trace = Trace(self.log.finish(), stacks=self.stacks, phases=("", "measure"), torch="2.13.0")
+        write_trace(replay(trace, SETTINGS).trace, self.folder / "case.fscope")
+        return Recorded.of(self.folder / "case.fscope")
+
+
+def attribution(before: Program, after: Program) -> Attribution:
+    trees = [Tree(p.folder, p.folder) for p in (before, after)]
+    return Attribution(*trees, before.recorded(), after.recorded())
+
+
+def told(changes: list[StackChange]) -> list[tuple[str, str, int, int, str]]:
+    return [(c.kind, c.code, c.before // MIB, c.after // MIB, c.why) for c in changes]
+
+
+SOURCE = """\
+def load():
+    first = make(8)
+    second = make(4)
+    del first
+    third = make(6)
+"""
+
+
+def test_what_is_kept_too_long_is_guilty_and_not_what_stands_at_the_new_peak(tmp_path: Path):
+    """The peak was at `second`, with 12 MiB, and is at `third`, with 18."""
+    before = Program(tmp_path / "before", SOURCE)
+    first = before.ask("first = make")
+    before.ask("second = make", mib=4)
+    before.free(first)
+    before.ask("third = make", mib=6)
+    before.log  # noqa: B018
+    after = Program(tmp_path / "after", SOURCE.replace("    del first\n", ""))
+    after.ask("first = make", mib=1)
+    after.ask("second = make", mib=4)
+    after.ask("third = make", mib=6)
+    found = attribution(before, after)
+    assert told(found.of_value("peak_allocated")) == [("grown", "first = make(8)", 0, 1, "longer")]
+    was, now, moved = found.peaks("peak_allocated")
+    assert was is not None and now is not None
+    assert (was.code, now.code, moved) == ("third = make(6)", "third = make(6)", False)
+
+
+def test_the_peak_that_moved_is_said_with_both_lines(tmp_path: Path):
+    before = Program(tmp_path / "before", SOURCE)
+    first = before.ask("first = make", mib=8)
+    before.ask("second = make", mib=4)
+    before.free(first)
+    before.ask("third = make", mib=6)
+    after = Program(tmp_path / "after", "# moved\n" * 30 + SOURCE.replace("    del first\n", ""))
+    after.ask("first = make", mib=8)
+    after.ask("second = make", mib=4)
+    after.ask("third = make", mib=6)
+    found = attribution(before, after)
+    assert told(found.of_value("peak_allocated")) == [("grown", "first = make(8)", 0, 8, "longer")]
+    was, now, moved = found.peaks("peak_allocated")
+    assert was is not None and now is not None
+    assert (was.line, was.code) == (3, "second = make(4)")
+    assert (now.line, now.code, moved) == (34, "third = make(6)", True)
+    assert found.peaks("retained") == (None, None, False)
+
+
+def test_values_of_the_end_are_compared_at_the_end(tmp_path: Path):
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    for program in (before, after):
+        program.ask("first = make", mib=8)
+        program.ask("second = make", mib=4)
+    before.free(1, 2)
+    after.free(1)
+    found = attribution(before, after)
+    assert told(found.of_value("retained")) == [("grown", "second = make(4)", 0, 4, "longer")]
+    assert found.of_value("peak_allocated") == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        (([4], [6]), "larger"),
+        (([4], [4, 4]), "more"),
+        (([4], [5, 6]), ""),
+        (([6], [4]), "smaller"),
+        (([4, 4], [4]), "fewer"),
+    ],
+)
+def test_why_a_place_holds_otherwise(tmp_path: Path, sizes: tuple[list[int], list[int]], why: str):
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    for program, wanted in zip((before, after), sizes, strict=True):
+        for size in wanted:
+            program.ask("first = make", mib=size)
+    (change,) = attribution(before, after).of_value("retained")
+    assert (change.before, change.after, change.why) == (sum(sizes[0]) * MIB, sum(sizes[1]) * MIB, why)
+    assert (change.blocks_before, change.blocks_after) == tuple(map(len, sizes))
+
+
+HELPER = """\
+def make(size):
+    return empty(size)
+
+def weights():
+    w = make(8)
+
+def scratch():
+    s = make(4)
+    t = make(2)
+"""
+
+
+def test_a_function_that_allocates_for_others_is_not_the_line(tmp_path: Path):
+    before, after = Program(tmp_path / "before", HELPER), Program(tmp_path / "after", HELPER)
+    for program, size in ((before, 4), (after, 5)):
+        program.ask("return empty", "w = make", mib=8)
+        program.ask("return empty", "s = make", mib=size)
+    (change,) = attribution(before, after).of_value("retained")
+    assert (change.code, change.line) == ("s = make(4)", 8)
+    assert change.frames == ["loader.py:2 load", "loader.py:8 load"]
+
+
+def test_unless_it_is_the_function_that_changed(tmp_path: Path):
+    """Every caller gets twice as much: then its own line is what costs."""
+    doubled = HELPER.replace("return empty(size)", "return empty(2 * size)")
+    before, after = Program(tmp_path / "before", HELPER), Program(tmp_path / "after", doubled)
+    for program, factor in ((before, 1), (after, 2)):
+        program.ask("return empty", "w = make", mib=8 * factor)
+        program.ask("return empty", "s = make", mib=4 * factor)
+    changes = attribution(before, after).of_value("retained")
+    assert told(changes) == [
+        ("grown", "return empty(2 * size)", 8, 16, "larger"),
+        ("grown", "return empty(2 * size)", 4, 8, "larger"),
+    ]
+
+
+def test_a_library_is_not_the_repository(tmp_path: Path):
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    for program, size in ((before, 4), (after, 5)):
+        program.ask("second = make", mib=size, library=True)
+    (change,) = attribution(before, after).of_value("retained")
+    assert (change.file, change.line) == ("loader.py", 3)
+    assert change.frames == ["einops/parts.py:7 rearrange", "loader.py:3 load"]
+
+
+def test_lines_that_come_and_go(tmp_path: Path):
+    other = SOURCE.replace("    second = make(4)\n", "").replace(
+        "third", "    buffer = torch.zeros(n, device=d)\n    third"
+    )
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", other)
+    before.ask("second = make", mib=4)
+    after.ask("buffer = torch", mib=3)
+    assert told(attribution(before, after).of_value("retained")) == [
+        ("gone", "second = make(4)", 4, 0, ""),
+        ("new", "buffer = torch.zeros(n, device=d)", 0, 3, ""),
+    ]
+
+
+def test_an_extracted_function_and_a_renamed_file_are_no_difference(tmp_path: Path):
+    text = "def load():\n" + "".join(f"    step_{n}()\n" for n in range(20)) + "    held = torch.empty(size)\n"
+    extracted = text.replace("    held = torch", "    held = inner()\n\n\ndef inner():\n    return torch")
+    before = Program(tmp_path / "before", text)
+    after = Program(tmp_path / "after", extracted, file="weights.py")
+    before.ask("held = torch", mib=4)
+    after.ask("return torch", "held = inner", mib=4)
+    assert attribution(before, after).of_value("retained") == []
+
+
+# --- lines --------------------------------------------------------------------------------------------------------
+
+
+def aligned(tmp_path: Path, before: str, after: str, names: tuple[str, str] = ("a.py", "a.py")) -> Alignment:
+    for folder, name, text in (("old", names[0], before), ("new", names[1], after)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    return Alignment(Sources(tmp_path / "old"), Sources(tmp_path / "new"), {names[0]}, {names[1]})
+
+
+def test_of_equal_lines_each_is_its_own(tmp_path: Path):
+    """One of two equal lines is new: the one that stood there is where it was, beside its neighbours."""
+    lines = aligned(tmp_path, "a = 1\nx = x.clone()\nb = 2\n", "x = x.clone()\na = 1\nx = x.clone()\nb = 2\n")
+    moved = lines.moved("a.py", 2)
+    assert moved is not None
+    assert (moved.file, moved.line) == ("a.py", 3)
+
+
+def test_an_edited_line_is_the_same_one_and_a_replaced_one_is_not(tmp_path: Path):
+    before = "start()\nheld = torch.empty(n, device=d)\nstop()\nflush()\nend()\n"
+    after = "start()\nheld = torch.empty(2 * n, device=d)\nstop()\nreturn None\nend()\n"
+    lines = aligned(tmp_path, before, after)
+    assert [(m.line if (m := lines.moved("a.py", n)) else None) for n in range(1, 6)] == [1, 2, 3, None, 5]
+
+
+def test_indentation_does_not_count(tmp_path: Path):
+    lines = aligned(tmp_path, "held = make()\n", "if True:\n        held = make()\n")
+    moved = lines.moved("a.py", 1)
+    assert moved is not None and moved.line == 2
+
+
+def test_a_file_of_another_name_is_known_by_its_content(tmp_path: Path):
+    text = "".join(f"line_{n} = {n}\n" for n in range(9))
+    moved = aligned(tmp_path, text, f"# new\n{text}", ("a.py", "b.py")).moved("a.py", 3)
+    assert moved is not None and (moved.file, moved.line) == ("b.py", 4)
+
+
+def test_files_that_are_missing_or_no_text_have_no_lines(tmp_path: Path):
+    (tmp_path / "bad.py").write_bytes(b"\xff\x00\n")
+    sources = Sources(tmp_path)
+    assert sources.line("none.py", 1) == ""
+    assert sources.line("bad.py", 9) == ""
+    assert sources.line("nul\0.py", 1) == ""

@@ -1,0 +1,87 @@
+"""Limits of two trees against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fragscope.errors import InputFileError
+from fragscope.gate.policy import PolicyFile, budget_changes, lock_changes, read_policy, tolerance_changes
+
+GIB = 2**30
+FILE = "budgets.toml"
+
+
+def budgets(before: str | None, after: str | None) -> list[tuple[str, str, str, int | None, int | None]]:
+    found = budget_changes(PolicyFile(FILE, before), PolicyFile(FILE, after))
+    return [(c.kind, c.what, c.metric, c.before, c.after) for c in found]
+
+
+LIMIT = '[budget."a/b/c"]\nretained = "{}"\n'
+
+
+def test_a_raised_budget_says_by_how_much_and_where():
+    old, new = LIMIT.format("1 GiB"), f"# a comment\n{LIMIT.format('2.2 GiB')}"
+    (change,) = budget_changes(PolicyFile(FILE, old), PolicyFile(FILE, new))
+    assert (change.kind, change.file, change.line) == ("raised", FILE, 3)
+    assert (change.before, change.after) == (GIB, int(2.2 * GIB))
+    assert change.detail == "raised by 1,228.80 MiB, from 1,024.00 MiB to 2,252.80 MiB"  # 1.2 GiB
+
+
+def test_what_only_looks_different_is_no_change():
+    assert budgets(LIMIT.format("1 GiB"), f"# moved\n\n{LIMIT.format('1024 MiB')}") == []
+    narrowed = '[budget."a/b/c"]\nconf = "x: 1"\nretained = 5\n'
+    assert budgets(narrowed, narrowed.replace("x: 1", "x:1")) == []
+
+
+def test_those_that_let_more_pass_come_first():
+    before = '[budget."a/b/c"]\nretained = 5\ntransient = 5\npeak_reserved = 5\npeak_hbm = 7\n'
+    after = '[budget."a/b/c"]\nretained = 4\ntransient = 6\npeak_reserved = 9\nstranded = 1\n'
+    assert budgets(before, after) == [
+        ("raised", "a/b/c", "peak_reserved", 5, 9),
+        ("raised", "a/b/c", "transient", 5, 6),
+        ("removed", "a/b/c", "peak_hbm", 7, None),
+        ("new", "a/b/c", "stranded", None, 1),
+        ("lowered", "a/b/c", "retained", 5, 4),
+    ]
+
+
+def test_a_budget_is_known_by_its_glob_and_what_narrows_it():
+    two = '[[budget."a/b/c"]]\nretained = 5\n[[budget."a/b/c"]]\ncard = "l4"\nretained = 9\n'
+    raised = two.replace("retained = 9", "retained = 10")
+    assert budgets(two, raised) == [("raised", "a/b/c (card l4)", "retained", 9, 10)]
+
+
+def test_files_that_come_and_go():
+    assert budgets(None, LIMIT.format(1)) == [("new", FILE, "", None, None)]
+    assert budgets(LIMIT.format(1), None) == [("removed", FILE, "", None, None)]
+    assert budgets(None, None) == []
+
+
+def test_a_file_that_could_not_be_used_before_is_said_and_one_that_cannot_be_used_now_is_refused():
+    assert budgets("[budget", LIMIT.format(1)) == [("changed", FILE, "", None, None)]
+    with pytest.raises(InputFileError, match=FILE):
+        budgets(LIMIT.format(1), "[budget")
+
+
+def test_a_lock_says_how_many_lines_changed():
+    before, after = PolicyFile("fragscope.lock", "a\nb\nc\n"), PolicyFile("fragscope.lock", "a\nB\nc\nd\n")
+    (change,) = lock_changes(before, after)
+    assert (change.kind, change.detail) == ("changed", "2 lines written, 1 taken out")
+    assert lock_changes(before, before) == []
+    assert [c.kind for c in lock_changes(PolicyFile("x", None), after)] == ["new"]
+
+
+def test_a_changed_tolerance_is_said():
+    assert tolerance_changes("1 %", "1 %") == []
+    (change,) = tolerance_changes(None, "5 %")
+    assert change.detail == "tolerance was the default, now 5 %"
+
+
+def test_what_cannot_be_read_is_as_if_it_were_not_there(tmp_path: Path):
+    assert read_policy(tmp_path / "none", "none").text is None
+    assert read_policy(tmp_path, "folder").text is None
+    assert read_policy(None, "none").text is None
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    assert read_policy(tmp_path / "bad", "bad").text is not None
