@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def write_outputs(verdict: Verdict, *, summary: Path | None, comment: Path | None, junit: Path | None) -> int:
     """Write what was asked for, each whole or not at all.
 
-    A file that cannot be written is one line on stderr. It never makes a failed gate pass; one that passed ends with 1, since
-    someone waits for that file.
+    A file that cannot be written is one line on stderr. It never makes a failed gate pass; one that passed ends with 1,
+    since someone waits for that file.
 
     Args:
         verdict: what to write.
@@ -71,11 +71,12 @@ def _add_summary(verdict: Verdict, path: Path) -> None:
     from fragscope.gate.markdown import SUMMARY_LIMIT, as_markdown
     from fragscope.trace.containers import write_atomically
 
-    before = path.read_bytes() if path.exists() else b""
+    size = path.stat().st_size if path.exists() else 0
+    room = SUMMARY_LIMIT - size - 1
+    text = as_markdown(verdict, room).encode() if room > 0 else b""
+    if not 0 < len(text) <= room:
+        raise OSError(f"it holds {size:,} bytes already, and GitHub takes no more than {SUMMARY_LIMIT:,}")
+    before = path.read_bytes() if size else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    room = SUMMARY_LIMIT - len(before) - 1
-    text = as_markdown(verdict, room).encode()
-    if len(text) > room:
-        raise OSError(f"it holds {len(before):,} bytes already, and GitHub takes no more than {SUMMARY_LIMIT:,}")
     write_atomically(path, before + text)

@@ -122,8 +122,8 @@ def _show(change: Relock, shown: str) -> None:
         click.echo(f"changed  … and {len(change.changed) - _SHOWN:,} more")
     if change.kept:
         click.echo(
-            f"fragscope: {_cases(len(change.kept))} of {printable(shown)} {'is' if len(change.kept) == 1 else 'are'} not "
-            "in these results and stay as locked; --prune drops what is not measured any more",
+            f"fragscope: {_cases(len(change.kept))} of {printable(shown)} not in these results, kept as locked; "
+            "--prune drops what is not measured any more",
             err=True,
         )
     if not change.differs:

@@ -1,9 +1,9 @@
 """A verdict as workflow commands, which GitHub shows at the lines they name.
 
-A command is a line that begins with ``::``, and ends at its line end, so that everything in it is one line. The runner takes
-from each step 10 errors, 10 warnings and 10 notices (github.com/actions/toolkit, docs/problem-matchers.md; 50 a job) and
-drops the rest without a word. So the worst come first, findings about one value are one annotation, and what is left over is
-counted in the last notice. It is all in the log, in the text that follows the commands.
+A command is a line that begins with ``::``, and ends at its line end, so that everything in it is one line. The runner
+takes from each step 10 errors, 10 warnings and 10 notices (github.com/actions/toolkit, docs/problem-matchers.md; 50 a
+job) and drops the rest without a word. So the worst come first, findings about one value are one annotation, and what
+is left over is counted in the last notice. It is all in the log, in the text that follows the commands.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def as_github(verdict: Verdict, folder: str = "") -> str:
     found = [_only_warned(f) if verdict.warn_only else f for f in findings(verdict)]
     by_level: dict[Level, list[list[Finding]]] = {level: [] for level in _LEVELS}
     for group in _grouped(found):
-        by_level[group[0].level].append(group)
+        if group[0].level != "notice" or group[0].file:  # what is only said, of no line, is in the text
+            by_level[group[0].level].append(group)
     room = {"error": PER_LEVEL, "warning": PER_LEVEL, "notice": PER_LEVEL}
     hidden = {level: len(by_level[level]) - room[level] for level in _LEVELS}
     if any(number > 0 for number in hidden.values()):
@@ -98,5 +99,5 @@ def _data(text: str) -> str:
 
 
 def _property(text: str) -> str:
-    """A value before it. The runner splits properties at commas, and looks for ``::``; both as actions/toolkit escapes them."""
+    """A value before it, escaped as actions/toolkit does: the runner splits at commas, and looks for ``::``."""
     return _plain(text).replace("%", "%25").replace(":", "%3A").replace(",", "%2C")

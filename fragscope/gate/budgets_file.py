@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +34,7 @@ class Budgets:
     file: str
     budgets: tuple[Budget, ...]
     waivers: tuple[Waiver, ...] = ()
-    lock: LockOptions = LockOptions()
+    lock: LockOptions = field(default_factory=LockOptions)
 
 
 def load_budgets(path: Path, shown_as: str | None = None) -> Budgets:

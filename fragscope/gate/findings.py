@@ -1,8 +1,8 @@
 """Everything a verdict has to say, as one list, worst first: what every format for people is made of.
 
-Order: programs that end otherwise than declared or than before; then bytes, most first, whether over a budget, more than before or
-more than locked; then what is otherwise than locked; then what was not measured. What does not fail comes after all
-that does.
+Order: programs that end otherwise than declared or than before; then bytes, most first, whether over a budget, more
+than before or more than locked; then what is otherwise than locked; then what was not measured. What does not fail
+comes after all that does.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Finding:
         said: what there is to say of it, phrase by phrase.
         file, line: what it goes back to: the place in the code where that is known, else the line that states the
             limit. "" and 0 where there is none.
-        in_code: ``file`` is of the repository, whose root it is relative to; else it is relative to the working directory.
+        in_code: ``file`` is relative to the repository's root; else to the working directory.
         place: the line that states the limit; "" where none does.
         bytes: by how much; what the order goes by.
-        sizes: limit, value and difference as they are said; empty where there are none. ``notes``: what else ``said`` has.
+        sizes: limit, value and difference as they are said; empty where there are none.
+        notes: what else ``said`` has.
         stacks: the places in the code that make the difference, largest first.
         first: goes before everything that is only bytes.
         waived: it would fail, and a waiver covers it.

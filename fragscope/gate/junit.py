@@ -1,8 +1,8 @@
 """A verdict as JUnit XML, for systems that show test results: one test case for each value that was compared.
 
-The form is that of the Jenkins xUnit plugin's ``junit-10.xsd``, which pytest writes, too. A value that is over its limit, more than
-before or not as locked is a failure; what was not measured is an error; what is waived, or only a warning, is skipped
-with the reason.
+The form is that of the Jenkins xUnit plugin's ``junit-10.xsd``, which pytest writes, too. A value that is over its
+limit, more than before or not as locked is a failure; what was not measured is an error; what is waived, or only a
+warning, is skipped with the reason.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@
     peak_requested = 9_437_184_000  # 9,000.00 MiB
     …
 
-A case's name is its id in results.json: what was run, under which conf, by which release's rules, on which card. A block
-has one line a value, in bytes, so that a diff shows which value changed, and says the size in words beside it.
+A case's name is its id in results.json: what was run, under which conf, by which release's rules, on which card. A
+block has one line a value, in bytes, so that a diff shows which value changed, and says the size in words beside it.
 
-**What is locked.** Cases of the virtual device: what a card does also depends on what else happens there. Of a case that came
-to its end, all figures that can have a budget; ``peak_hbm`` only where memory was taken past PyTorch's allocator, since it
-equals ``peak_reserved`` elsewhere. Of one that is declared to end otherwise, its outcome. Estimated figures are locked
-too, with the reason: they are the same every time, though not what a card would have. A case that was skipped, or
-has no figures, is left out.
+**What is locked.** Cases of the virtual device: what a card does also depends on what else happens there. Of a case
+that came to its end, all figures that can have a budget; ``peak_hbm`` only where memory was taken past PyTorch's
+allocator, since it equals ``peak_reserved`` elsewhere. Of one that is declared to end otherwise, its outcome. Estimated
+figures are locked too, with the reason: they are the same every time, though not what a card would have. A case that
+was skipped, or has no figures, is left out.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def lock_text(lock: Lock) -> str:
     text = "\n".join(lines) + "\n"
     if len(text.encode()) > FILE_LIMIT:
         raise UsageError(
-            f"{printable(lock.file)}: {len(lock.cases):,} cases are more than a lock holds ({format_bytes(FILE_LIMIT)}); "
-            "lock fewer confs, releases or cards"
+            f"{printable(lock.file)}: {len(lock.cases):,} cases are more than a lock holds "
+            f"({format_bytes(FILE_LIMIT)}); lock fewer confs, releases or cards"
         )
     return text
 

@@ -1,8 +1,8 @@
 """Holding results against a lock: every difference is a finding, smaller values included.
 
 A lock that lets savings pass silently would let them be lost silently, too: the next change could spend them and
-still be within it. So a smaller value fails with its own words, and the remedy is to lock it. ``[lock]`` of the budgets file may
-allow it, and new cases.
+still be within it. So a smaller value fails with its own words, and the remedy is to lock it. ``[lock]`` of the budgets
+file may allow it, and new cases.
 """
 
 from __future__ import annotations

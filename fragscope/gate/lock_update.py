@@ -66,8 +66,8 @@ def _mixed(old: Lock, new: Lock, kept: int) -> str:
     for name, then, now in (("fragscope", old.fragscope, new.fragscope), ("torch", old.torch, new.torch)):
         if then and then != now:
             return (
-                f"{new.file} was made with {name} {then}, these results with {now or 'another'}, and {kept:,} of its cases "
-                "are not among them; run everything that is locked, or drop those with --prune"
+                f"{new.file} was made with {name} {then}, these results with {now or 'another'}, and {kept:,} of its "
+                "cases are not among them; run everything that is locked, or drop those with --prune"
             )
     return ""
 

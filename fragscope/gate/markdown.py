@@ -61,7 +61,7 @@ def as_markdown(verdict: Verdict, limit: int | None = None) -> str:
 
 def as_comment(verdict: Verdict) -> str:
     """The body of a pull request's comment, which begins with ``MARKER`` and GitHub takes whole."""
-    # A character has at least one byte, so what has few enough bytes has few enough characters, however those are counted.
+    # A character has at least one byte, so what has few enough bytes has few enough characters.
     return f"{MARKER}\n{as_markdown(verdict, COMMENT_LIMIT - len(MARKER) - 1)}"
 
 

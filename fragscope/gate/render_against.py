@@ -126,7 +126,7 @@ def _policy(change: PolicyChange, shown: _Shown) -> list[str]:
 
 
 def _outcome(outcome: OutcomeChange, shown: _Shown) -> list[str]:
-    said = [shown(outcome.case.name), f"outcome {outcome.after}, was {outcome.before}"]
+    said = [shown(outcome.case.name), f"outcome {shown(outcome.after)}, was {shown(outcome.before)}"]
     if outcome.message:
         said.append(shown(outcome.message))
     return [*said, *([f"at {_line(outcome.place, shown)}"] if outcome.place else [])]

@@ -6,7 +6,7 @@ from fragscope.units import format_bytes
 
 
 def compared(then: int, now: int) -> tuple[str, str, str]:
-    """Two sizes and by how much the second is larger, with per cent; in bytes where rounding would make them look equal."""
+    """Two sizes and by how much the second is larger; in bytes where rounding would make them look equal."""
     before, after = format_bytes(then), format_bytes(now)
     if before == after and then != now:
         before, after = f"{then:,} B", f"{now:,} B"

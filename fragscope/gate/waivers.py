@@ -9,9 +9,9 @@
     limit = "4 GiB"                         # optional: nothing above this is waived
     card = "h100-80gb"                      # optional: conf, torch, card and device narrow it as they do a budget
 
-A waiver never hides anything: what it lets pass stands in every output, with its owner and reason. One that has expired,
-that its own limit stops, or that nothing needs is named, too. It is for bytes only: an outcome that nobody declared,
-and what was not measured, cannot be waived.
+A waiver never hides anything: what it lets pass stands in every output, with its owner and reason. One that has
+expired, that its own limit stops, or that nothing needs is named, too. It is for bytes only: an outcome that nobody
+declared, and what was not measured, cannot be waived.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from request_digest import counted_and_digested
 
-from fragscope.gate import evaluate, load_budgets
-from fragscope.gate import Budgets
+from fragscope.gate import Budgets, evaluate, load_budgets
 from fragscope.results import Case, Results, load_results
 from fragscope.trace import RequestKind, load_trace
 

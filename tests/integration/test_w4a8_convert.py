@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fragscope.gate import evaluate, load_budgets
-from fragscope.gate import Budgets
+from fragscope.gate import Budgets, evaluate, load_budgets
 from fragscope.results import Case, Results, load_results
 
 pytest.importorskip("torch")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt  # rich depends on it
 
@@ -28,6 +28,7 @@ from fragscope.gate.verdict import (
     LockPlace,
     LockUse,
     NotMeasured,
+    OneSided,
     OutcomeChange,
     PolicyChange,
     StackChange,
@@ -119,7 +120,7 @@ def test_an_annotation_stands_at_the_line_that_now_costs_more():
     assert data.split("\n") == [
         "over: budget 1.00 MiB, value 705.00 MiB, excess 704.00 MiB (+70,400.0 %) [budgets.toml:7]",
         "regressed: before 1.00 MiB, now 705.00 MiB, more 704.00 MiB (+70,400.0 %)",
-        "new at acme/loader.py:12 load: 0 B before, 704.00 MiB now: torch.stack(w13)",
+        "+704.00 MiB  acme/loader.py:12  torch.stack(w13)  new",
     ]
 
 
@@ -150,7 +151,7 @@ def test_no_more_annotations_than_github_takes_the_worst_of_them_and_the_rest_co
     policy = [PolicyChange(file="b", line=i, what="x", kind="raised", before=1, after=2) for i in range(13)]
     unused = WaiverName(pattern="a/b/c", metrics=[], owner="o", reason="r", expires="2027-01-01", file="b", line=1)
     text = as_github(verdict_of(checks=checks, undeclared=[crash], policy=policy, waivers=[
-        WaiverUse(waiver=unused, state="unused", findings=0)] * 10))  # fmt: skip
+        WaiverUse(waiver=unused, state="unused", findings=0)] * 10, appeared=[OneSided(case=name("n"), reason="new")]))  # fmt: skip
     found = commands(text)
     levels = [level for level, _, _ in found]
     assert [levels.count(level) for level in ("error", "warning", "notice")] == [10, 10, 10] == [PER_LEVEL] * 3
@@ -167,7 +168,7 @@ def test_what_only_warns_is_a_warning():
 
 
 def test_a_pass_has_no_annotation():
-    verdict = verdict_of(checks=[over(by=-1)])
+    verdict = verdict_of(checks=[over(by=-1)], appeared=[OneSided(case=name("n"), reason="new")])
     assert as_github(verdict) == as_text(verdict)
 
 
@@ -183,7 +184,7 @@ def inline(tokens: list[Any]) -> list[Any]:
 
 
 def cells_of(line: str) -> list[str]:
-    """A table's row as GitHub splits it: at bars, but for those that an odd backslash escapes (cmark-gfm, table scanner)."""
+    """A table's row as GitHub splits it: at bars, but for those that an odd backslash escapes (cmark-gfm)."""
     return re.findall(r"((?:\\[!-/:-@\[-`{-~]|[^|\n])*)\|", line.strip().removeprefix("|"))
 
 
@@ -201,13 +202,14 @@ def test_the_comment_of_a_failing_gate():
         "",
         "| | case | metric | limit | value | more | stated in | |",
         "|---|---|---|--:|--:|--:|---|---|",
-        "| over | `moe/v3/list` | `transient` | 1.00 MiB | 705.00 MiB | 704.00 MiB (+70,400.0 %) | `budgets.toml:7` |  |",
+        "| over | `moe/v3/list` | `transient` | 1.00 MiB | 705.00 MiB | 704.00 MiB (+70,400.0 %) "
+        "| `budgets.toml:7` |  |",
         "| regressed | `moe/v3/list` | `transient` | 1.00 MiB | 705.00 MiB | 704.00 MiB (+70,400.0 %) |  |  |",
         "",
-        "Where:",
+        "What `moe/v3/list` holds otherwise:",
         "",
-        "- `moe/v3/list` `transient`:",
-        "  - `acme/loader.py:12` `load` new: 0 B before, 704.00 MiB now `torch.stack(w13)`",
+        "- `transient`",
+        "  - +704.00 MiB  `acme/loader.py:12`  `torch.stack(w13)`  new",
         "",
     ]
 
@@ -294,7 +296,7 @@ def test_junit_has_a_test_case_for_each_value():
     assert failure.attrib == {
         "type": "over", "message": "budget 1.00 MiB, value 705.00 MiB, excess 704.00 MiB (+70,400.0 %)"
     }  # fmt: skip
-    assert "acme/loader.py:12 load" in (failure.text or "")
+    assert "\n  +704.00 MiB  acme/loader.py:12  torch.stack(w13)  new" in (failure.text or "")
 
 
 def test_junit_of_warnings_fails_nothing():
@@ -306,10 +308,13 @@ def test_junit_of_warnings_fails_nothing():
 # --- hostile names ------------------------------------------------------------------------------------------------
 
 _PIECES = [
-    "::error::x", "::stop-commands::t", "##[add-mask]a", "##[error]x", "\n::set-output name=a::b", "\r\n", "%0A::error::",
-    "|", r"\|", "\\", "`", "```", "<script>alert(1)</script>", "<img src=x>", "</code>", "-->", "<!-- fragscope-gate -->",
+    "::error::x", "::stop-commands::t", "##[add-mask]a", "##[error]x", "\n::set-output name=a::b", "\r\n",
+    "%0A::error::",
+    "|", r"\|", "\\", "`", "```", "<script>alert(1)</script>", "<img src=x>", "</code>", "-->",
+    "<!-- fragscope-gate -->",
     "@everyone", "#1", "GH-2", "https://evil.example/a", "www.evil.example", "a@b.co", "[x](javascript:a)", "![i](u)",
-    "*b*", "_i_", "~~s~~", "$x$", ":smile:", "]]>", "&lt;", "&#64;x", "<!DOCTYPE a [<!ENTITY b 'c'>]>", "\x1b[31m", "\0",
+    "*b*", "_i_", "~~s~~", "$x$", ":smile:", "]]>", "&lt;", "&#64;x", "<!DOCTYPE a [<!ENTITY b 'c'>]>",
+    "\x1b[31m", "\0",
     "\x85", "\u2028", "\u202e", "\ufffe", "\ud7ff", "a,b=c", "\t", " ", "é", "😀",
 ]  # fmt: skip
 _HOSTILE = st.lists(st.sampled_from(_PIECES) | st.text(max_size=4), max_size=6).map("".join)
@@ -366,7 +371,10 @@ _VERDICTS = st.builds(
     lock_differences=_some(_DIFFERENCES),
     waivers=_some(
         st.builds(
-            WaiverUse, waiver=_WAIVERS, state=st.sampled_from(["applied", "exceeded", "expired", "unused"]), findings=_LINE
+            WaiverUse,
+            waiver=_WAIVERS,
+            state=st.sampled_from(["applied", "exceeded", "expired", "unused"]),
+            findings=_LINE,
         )
     ),
     warn_only=st.booleans(),
@@ -380,12 +388,18 @@ _VERDICTS = st.builds(
         )
     ),
     changes=_some(_CHANGES),
+    appeared=_some(st.builds(OneSided, case=_NAMES, reason=_HOSTILE)),
     outcomes=_some(
-        st.builds(OutcomeChange, case=_NAMES, before=_HOSTILE, after=_HOSTILE, regressed=st.booleans(), message=_HOSTILE)
+        st.builds(
+            OutcomeChange, case=_NAMES, before=_HOSTILE, after=_HOSTILE, regressed=st.booleans(), message=_HOSTILE
+        )
     ),
 )  # fmt: skip
 _FUZZ = settings(
-    max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking a whole verdict takes minutes
 )
 
 

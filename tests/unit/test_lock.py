@@ -132,11 +132,12 @@ def test_a_lock_larger_than_any_that_can_be_read_is_not_written():
 
 _ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # TOML, as JSON, has no lone surrogates
 _SIZE = st.integers(0, 2**63 - 1)
+_SIZES = ("peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "stranded")
 _LOCKED = st.builds(
     lambda id_, sizes, retained, outcome, estimated: LockedCase(
         id_,
         dict(
-            zip(("peak_requested", "peak_allocated", "peak_reserved", "peak_hbm", "transient", "stranded"), sizes, strict=True)
+            zip(_SIZES, sizes, strict=True)
         ) | {"retained": retained} if outcome in ("ok", "hazard") else {},
         outcome,
         estimated if outcome in ("ok", "hazard") else "",

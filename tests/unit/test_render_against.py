@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fragscope.gate.render import as_markdown, as_text
+from fragscope.gate.markdown import as_markdown
+from fragscope.gate.render import as_text
 from fragscope.gate.verdict import (
     Against,
     CaseName,
@@ -120,7 +121,7 @@ def test_more_places_than_fit_are_counted():
 
 def test_a_difference_below_what_is_shown_is_in_bytes():
     text = as_text(verdict(changes=[change(before=MIB, after=MIB + 1, stacks=[])]))
-    assert "+1 B (+0.0 %)  before 1,048,576 B  now 1,048,577 B" in text
+    assert "+1 B (+<0.1 %)  before 1,048,576 B  now 1,048,577 B" in text
 
 
 def test_nothing_hostile_leaves_its_place():
