@@ -126,7 +126,7 @@ class Attribution:
         self._pairs = list(self._matched([_group(was, s) for s in was.asked], [_group(now, s) for s in now.asked]))
 
     def of_value(self, metric: str, *, fell: bool = False) -> list[StackChange]:
-        """What each place holds otherwise, largest difference first.
+        """What each place holds otherwise; first, by size, what moved it as the value moved.
 
         Args:
             metric: whose moment is meant.
@@ -138,7 +138,7 @@ class Attribution:
                 now = self._same_point(was, forwards=True, otherwise=now)
             else:
                 was = self._same_point(now, forwards=False, otherwise=was)
-        return self._changes(was, now, metric)
+        return self._changes(was, now, metric, fell=fell)
 
     def of_failure(self) -> list[StackChange]:
         """What each place held otherwise when the request failed that did not before."""
@@ -148,8 +148,9 @@ class Attribution:
         was = self._same_point(failed, forwards=False, otherwise=self._was.row("peak_allocated") + 1)
         return self._changes(was - 1, failed, "peak_allocated")
 
-    def _changes(self, was: int, now: int, metric: str) -> list[StackChange]:
+    def _changes(self, was: int, now: int, metric: str, *, fell: bool = False) -> list[StackChange]:
         held = self._was.holders(was, metric), self._now.holders(now, metric)
+        # What holds nothing at this moment tells nothing about who does: a line may be the same in set-up, say.
         same = [(old, new) for old, new in self._pairs if old and new and _unchanged(old, new, held)]
         shared = (
             _shared(self._before, (stack for old, _ in same for stack in old.stacks)),
@@ -160,7 +161,9 @@ class Attribution:
             had, has = _held(old, held[0]), _held(new, held[1])
             if had.bytes != has.bytes:
                 found.append(self._change(old, new, (had, has), shared))
-        return sorted(found, key=lambda c: (-abs(c.after - c.before), c.file, c.line, c.frames))
+        # First what made the value what it is: a place that holds less explains nothing of one that rose.
+        sign = 1 if fell else -1
+        return sorted(found, key=lambda c: (sign * (c.after - c.before), c.file, c.line, c.frames))
 
     def _same_point(self, row: int, *, forwards: bool, otherwise: int) -> int:
         """The request of the other recording that is the same as one of this: as many of its place came before."""
@@ -323,7 +326,7 @@ def _held(group: _Group | None, holders: _Holders) -> _Held:
 def _unchanged(old: _Group, new: _Group, held: tuple[_Holders, _Holders]) -> bool:
     if (len(old.asked), old.size) != (len(new.asked), new.size):
         return False
-    return _held(old, held[0]).bytes == _held(new, held[1]).bytes
+    return _held(old, held[0]).bytes == _held(new, held[1]).bytes > 0
 
 
 def _depth(tree: Tree, recorded: Recorded, frames: list[_OwnFrame]) -> int:
