@@ -10,15 +10,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe  # noqa: F401  # first: its modules import each other in a circle
 from sglang.srt.layers.moe.moe_runner.flashinfer_trtllm import align_fp4_moe_weights_for_flashinfer_trtllm
 from sglang.srt.layers.quantization import modelopt_quant
 from sglang.srt.layers.quantization.utils import swizzle_blockscale
-from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend, convert_to_fp8_moe_kernel_format
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 
 import fragscope
 
@@ -36,10 +35,16 @@ def parameter(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
     "vllm-fp8-moe",
     presets={"deepseek-v3-tp8": preset("deepseek-v3", tp=8, layers=4), "glm-5-tp8": preset("glm-5", tp=8, layers=2)},
     variant="vllm",
-    source="vllm.model_executor.layers.fused_moe.oracle.fp8:convert_to_fp8_moe_kernel_format",
+    source="vllm.model_executor.layers.quantization.fp8:Fp8MoEMethod.process_weights_after_loading",
 )
 def vllm_fp8_moe(case: fragscope.Case) -> None:
-    """As ``Fp8MoEMethod`` calls it for TensorRT-LLM's kernels, and its results into the layer's parameters."""
+    """A checkpoint's layers, processed for TensorRT-LLM's kernels one after the other."""
+    # Made without its initialiser, which asks which kernels this machine has; its end would make one of them.
+    method = object.__new__(Fp8MoEMethod)
+    method.quant_config = SimpleNamespace(activation_scheme="dynamic")
+    method.block_quant, method.weight_scale_name = True, "weight_scale_inv"
+    method.fp8_backend = Fp8MoeBackend.FLASHINFER_TRTLLM
+    method._init_moe_kernel = lambda layer: None
     e, h, i = case.experts, case.hidden, case.intermediate
 
     def layer() -> torch.nn.Module:
@@ -51,20 +56,13 @@ def vllm_fp8_moe(case: fragscope.Case) -> None:
         made.weight_block_size = [BLOCK, BLOCK]
         made.moe_config = SimpleNamespace(is_act_and_mul=True)
         made.activation = SimpleNamespace(is_gated=True)
+        made.w13_input_scale = made.w2_input_scale = None
         return made
-
-    def process(layer: Any) -> None:
-        names = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
-        w13, w2, s13, s2 = (getattr(layer, name) for name in names)
-        backend = Fp8MoeBackend.FLASHINFER_TRTLLM
-        made = convert_to_fp8_moe_kernel_format(backend, layer, w13, w2, s13, s2, None, None)
-        for name, new in zip(names, made, strict=True):
-            replace_parameter(layer, name, new)
 
     layers = [layer() for _ in range(case.layers)]
     with case.measure():
         for made in layers:
-            process(made)
+            method.process_weights_after_loading(made)
 
 
 @fragscope.scenario(
