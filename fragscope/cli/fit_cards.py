@@ -101,10 +101,12 @@ def answer_on_cards(
     form: str,
 ) -> int:
     """Say where the traces of a file run; ``given`` are sidecar, device index and release of ``fragscope fit``."""
-    from fragscope.allocator import CARDS, card_named
+    from fragscope.allocator import CARDS, card_named, rules_for
     from fragscope.cli.configured import configured
 
     configured()
+    if given[2] is not None:
+        rules_for(given[2])  # complains before anything is read
     profiles = [card_named(name) for name in dict.fromkeys(cards)] or sorted(CARDS.values(), key=lambda c: c.free)
     with progress() as say:
         say("reading")

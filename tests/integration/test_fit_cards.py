@@ -136,6 +136,7 @@ def test_estimates_are_said_in_every_format(repository: Path, capsys: pytest.Cap
         ([MOE, "--card", "h100"], "did you mean h100-80gb"),
         ([MOE, "--card", "l4", "--total", "1 GiB"], "--card already says"),
         ([MOE, "--card", "l4", "--conf", "nonsense"], "nonsense"),
+        (["results.json", "--torch", "banana"], "'banana' is not a torch release"),
         (["results.json", "--total", "1 GiB"], "name them with --card"),
     ],
 )
