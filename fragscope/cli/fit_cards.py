@@ -190,6 +190,7 @@ class _Question:
                 wanted,
                 assume_unchanged=assume_unchanged or known,
                 compiled=compiled,
+                only_until_it_runs=not confs,  # others may help, and are not asked for
             )
         except UsageError as e:
             reason = str(e).removeprefix(f"{subject.name}: ")

@@ -79,6 +79,10 @@ def test_a_conf_that_helps_is_named(repository: Path, capsys: pytest.CaptureFixt
     assert [c["runs"] for c in by_card["tiny"]["confs"]] == [False, True]
     assert by_card["tiny"]["confs"][0]["failure"]["event"] == 3
     assert by_card["small"]["runs_under"] == ""
+    assert [c["conf"] for c in by_card["small"]["confs"]] == [""], "nothing has to help"
+    both = ["--conf", "", "--conf", "expandable_segments:True"]
+    asked = answer(capsys, path, "--card", "small", *both)["answers"][0]
+    assert [c["conf"] for c in asked["confs"]] == both[1::2], "what is asked for is answered"
     assert by_card["small"]["room"] == 1536 * MIB - 1200 * MIB
     assert "c only under another conf" in out
     assert "t.fscope on tiny, default: event 3 fails, 700.00 MiB" in out
