@@ -193,7 +193,7 @@ def ran(repository: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str,
     (repository / "scenario_s.py").write_text(SCENARIO)
     cards = [word for name in ("h100-80gb", "l4", "h200", "tiny") for word in ("--card", name)]
     assert run(["run", "scenario_s.py", "--device", "virtual", "--no-report", *cards]) == 0
-    capsys.readouterr()
+    assert "fragscope: l4, h200: free memory estimated, " in capsys.readouterr().err
     results = json.loads((repository / ".fragscope/results.json").read_text())
     assert results["run"]["cards"]["l4"]["estimated"] == ["total", "free"]
     assert results["run"]["cards"]["tiny"]["estimated"] == []
