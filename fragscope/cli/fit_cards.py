@@ -101,10 +101,12 @@ def answer_on_cards(
     form: str,
 ) -> int:
     """Say where the traces of a file run; ``given`` are sidecar, device index and release of ``fragscope fit``."""
-    from fragscope.allocator import CARDS, card_named
+    from fragscope.allocator import CARDS, card_named, rules_for
     from fragscope.cli.configured import configured
 
     configured()
+    if given[2] is not None:
+        rules_for(given[2])  # complains before anything is read
     profiles = [card_named(name) for name in dict.fromkeys(cards)] or sorted(CARDS.values(), key=lambda c: c.free)
     with progress() as say:
         say("reading")
@@ -188,6 +190,7 @@ class _Question:
                 wanted,
                 assume_unchanged=assume_unchanged or known,
                 compiled=compiled,
+                only_until_it_runs=not confs,  # others may help, and are not asked for
             )
         except UsageError as e:
             reason = str(e).removeprefix(f"{subject.name}: ")

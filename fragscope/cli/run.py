@@ -22,6 +22,8 @@ from fragscope.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fragscope.allocator import Card
     from fragscope.config import Config
     from fragscope.results import DeviceKind, NotApplicable, Results
@@ -118,6 +120,8 @@ def command(
         cards or _profile_of(None if here is None else here.card) or (config.card or DEFAULT_CARD,),
         None if capacity is None else parse_memory(capacity, "--capacity"),
     )
+    if capacity is None:
+        _tell_estimated(dict.fromkeys(s.card for s in settings))
     selections, absent = applicable(selections)
     left_out += absent
     _tell_left_out(left_out)
@@ -213,6 +217,19 @@ def _tell_left_out(left_out: list[NotApplicable]) -> None:
     for left in left_out:
         what = left.variant or f"--conf {left.conf} --torch {left.torch}"
         click.echo(f"fragscope: not applicable: {what}: {left.reason}", err=True)
+
+
+def _tell_estimated(cards: Iterable[str]) -> None:
+    """Cards whose free memory is not known; a capacity that the user names is taken instead."""
+    from fragscope.allocator import card_named
+
+    guessed = [name for name in cards if "free" in card_named(name).estimated]
+    if guessed:
+        click.echo(
+            f"fragscope: {', '.join(guessed)}: free memory estimated, results that may hang on it are marked "
+            "(free_estimated; --capacity names it, fragscope cards lists sources)",
+            err=True,
+        )
 
 
 def _overrides(overrides: tuple[str, ...], selections: list[Selection]) -> dict[str, str]:

@@ -50,7 +50,7 @@ class OnCard:
         free: what the allocator may take there: what a context leaves, less ``other``.
         other: what the recorded process held beside context, allocator and memory it took itself: communication
             libraries, kernels loaded later. A lower bound, since it is sampled; 0 where it was not.
-        confs: the answers, in the order of the confs that were asked for.
+        confs: the answers, in the order of the confs that were asked for; never empty.
     """
 
     card: Card
@@ -76,6 +76,7 @@ def on_cards(
     *,
     assume_unchanged: bool = False,
     compiled: bool | None = None,
+    only_until_it_runs: bool = False,
 ) -> tuple[OnCard, ...]:
     """Decide a trace's requests on each card under each conf.
 
@@ -87,21 +88,22 @@ def on_cards(
         confs: conf strings; the first is the one that is wanted, others are what may help.
         assume_unchanged: as for ``fit``.
         compiled: as for ``replay``.
+        only_until_it_runs: leave out the confs after the first that serves all requests.
 
     Raises:
         UsageError: as for ``fit``.
     """
     tape, assumed = unchanged(subject, assume_unchanged=assume_unchanged)
     other = _other_memory(subject.tape.trace)
-    return tuple(
-        OnCard(
-            card=card,
-            free=max(0, card.free - other),
-            other=other,
-            confs=tuple(_under_conf(subject, tape, assumed, card, other, conf, compiled) for conf in confs),
-        )
-        for card in cards
-    )
+    out = []
+    for card in cards:
+        answers: list[UnderConf] = []
+        for conf in confs:
+            answers.append(_under_conf(subject, tape, assumed, card, other, conf, compiled))
+            if answers[-1].runs and only_until_it_runs:
+                break
+        out.append(OnCard(card, max(0, card.free - other), other, tuple(answers)))
+    return tuple(out)
 
 
 def _under_conf(

@@ -255,9 +255,13 @@ peak_reserved = "{_LIMIT}"  # what a card of 80 GB has free; put in what your mo
 
 def _workflow(repository: Repository, folder: str, budgets: str, action: str) -> str:
     installed = repository.pyproject is not None or (repository.root / "setup.py").is_file()
-    install = "      - run: pip install torch --index-url https://download.pytorch.org/whl/cpu\n"
+    install = ""  # the action installs torch and fragscope itself
     if installed and repository.packages:
-        install += "      - run: pip install -e .\n"
+        install = (
+            "      # A CPU build first, or a project that needs torch gets one for CUDA.\n"
+            "      - run: pip install torch --index-url https://download.pytorch.org/whl/cpu\n"
+            "      - run: pip install -e .\n"
+        )
     return f"""\
 # GPU memory of this repository's own code, on a runner without a GPU.
 name: GPU memory
@@ -278,6 +282,7 @@ jobs:
         with:
           scenarios: {_quoted(folder)}
           budgets: {_quoted(budgets)}
-          # against: ${{{{ github.event.pull_request.base.sha }}}}  # also say which change costs what
+          # Instead of scenarios, once pyproject.toml has [tool.fragscope]: what the change costs, line by line.
+          # against: ${{{{ github.event.pull_request.base.sha }}}}
           # warn-only: true
 """

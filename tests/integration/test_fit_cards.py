@@ -79,6 +79,10 @@ def test_a_conf_that_helps_is_named(repository: Path, capsys: pytest.CaptureFixt
     assert [c["runs"] for c in by_card["tiny"]["confs"]] == [False, True]
     assert by_card["tiny"]["confs"][0]["failure"]["event"] == 3
     assert by_card["small"]["runs_under"] == ""
+    assert [c["conf"] for c in by_card["small"]["confs"]] == [""], "nothing has to help"
+    both = ["--conf", "", "--conf", "expandable_segments:True"]
+    asked = answer(capsys, path, "--card", "small", *both)["answers"][0]
+    assert [c["conf"] for c in asked["confs"]] == both[1::2], "what is asked for is answered"
     assert by_card["small"]["room"] == 1536 * MIB - 1200 * MIB
     assert "c only under another conf" in out
     assert "t.fscope on tiny, default: event 3 fails, 700.00 MiB" in out
@@ -136,6 +140,7 @@ def test_estimates_are_said_in_every_format(repository: Path, capsys: pytest.Cap
         ([MOE, "--card", "h100"], "did you mean h100-80gb"),
         ([MOE, "--card", "l4", "--total", "1 GiB"], "--card already says"),
         ([MOE, "--card", "l4", "--conf", "nonsense"], "nonsense"),
+        (["results.json", "--torch", "banana"], "'banana' is not a torch release"),
         (["results.json", "--total", "1 GiB"], "name them with --card"),
     ],
 )
@@ -188,7 +193,7 @@ def ran(repository: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str,
     (repository / "scenario_s.py").write_text(SCENARIO)
     cards = [word for name in ("h100-80gb", "l4", "h200", "tiny") for word in ("--card", name)]
     assert run(["run", "scenario_s.py", "--device", "virtual", "--no-report", *cards]) == 0
-    capsys.readouterr()
+    assert "fragscope: l4, h200: free memory estimated, " in capsys.readouterr().err
     results = json.loads((repository / ".fragscope/results.json").read_text())
     assert results["run"]["cards"]["l4"]["estimated"] == ["total", "free"]
     assert results["run"]["cards"]["tiny"]["estimated"] == []

@@ -15,6 +15,7 @@ from fragscope.allocator.cards import Card, defined, is_shipped
 from fragscope.allocator.cards import define as forget
 from fragscope.allocator.own_cards import use_cards_of
 from fragscope.errors import InputFileError, UsageError
+from fragscope.testing.options import read_options
 from fragscope.trace import Settings, Trace
 
 GIB = 2**30
@@ -200,6 +201,13 @@ def test_a_card_can_stand_for_itself_and_for_others_below(tmp_path: Path) -> Non
 def test_what_is_estimated_of_another_card_stays_so(tmp_path: Path) -> None:
     (card,) = define(tmp_path, '[tool.fragscope.cards.half-l4]\nlike = "l4"\nfree = "10 GiB"\n')
     assert card.estimated == ("total",)
+
+
+def test_the_pytest_plugin_knows_them(tmp_path: Path) -> None:
+    text = '[tool.fragscope.pytest]\ncard = "half"\n[tool.fragscope.cards.half]\nlike = "h100-80gb"\ntotal = "40 GiB"\n'
+    (tmp_path / "pyproject.toml").write_text(text)
+    options = read_options(tmp_path, card=None, require=None, ini_file="pytest.ini", ini_budget=())
+    assert card_named(str(options.card)).total == 40 * GIB
 
 
 def test_cards_defined_before_are_gone(tmp_path: Path) -> None:

@@ -168,7 +168,11 @@ def test_the_workflow_is_yaml_and_holds_the_gate(tmp_path: Path) -> None:
     steps = workflow["jobs"]["fragscope"]["steps"]
     assert steps[-1] == {"uses": "us/fork@v2", "with": {"scenarios": "tests", "budgets": "budgets.toml"}}
     assert steps[0]["with"] == {"fetch-depth": 0}, "a comparison needs the commit it compares with"
-    assert {"run": "pip install -e ."} in steps
+    runs = [step["run"] for step in steps if "run" in step]
+    assert runs == ["pip install torch --index-url https://download.pytorch.org/whl/cpu", "pip install -e ."]
+    bare = plan_files(look_at(made(tmp_path / "bare", "scenarios/x")), None, github=True)
+    workflow = yaml.safe_load(bare.files[".github/workflows/fragscope.yml"])
+    assert not [step for step in workflow["jobs"]["fragscope"]["steps"] if "run" in step], "there is nothing to install"
 
 
 def tree(root: Path) -> dict[str, str]:
