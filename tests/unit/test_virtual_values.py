@@ -222,7 +222,7 @@ def test_the_message_names_what_made_the_values_unknown() -> None:
         with pytest.raises(UnsupportedError) as caught:
             mask.any().item()
     text = str(caught.value)
-    assert re.search(rf"derive from those of aten::rand at \S*test_virtual_values\.py:{line} \(8 x 4\)", text), text
+    assert re.search(rf"derive from those of aten::rand at \S*test_virtual_values\.py:{line} \(128 B\)", text), text
     assert caught.value.location is not None
     assert caught.value.location.endswith(f"test_virtual_values.py:{line + 3}")
 
@@ -230,7 +230,7 @@ def test_the_message_names_what_made_the_values_unknown() -> None:
 def test_the_message_says_that_a_tensor_is_too_large() -> None:
     with h100():
         large = torch.zeros(LARGEST + 8, dtype=torch.uint8, device="cuda")
-        with pytest.raises(UnsupportedError, match="values are kept of tensors up to 1"):
+        with pytest.raises(UnsupportedError, match="values are kept up to 1"):
             large.nonzero()
 
 

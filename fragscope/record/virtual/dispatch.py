@@ -22,6 +22,7 @@ from fragscope.record.virtual.footprints import (
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Entry, Place
+from fragscope.record.virtual.value_rules import FILLED
 
 _META = torch.device("meta")
 _ADD = torch.ops.aten.add.Tensor
@@ -74,6 +75,7 @@ class DispatchMode(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        known = device.values.begin(name, entries)
         if name == "aten::_to_copy":
             return self._to_copy(func, args, kwargs, made_on_card, entries)
         if name == "aten::copy_":
@@ -112,9 +114,13 @@ class DispatchMode(TorchDispatchMode):
                 device.launched(name, *trait.accesses(args, kwargs, out))
         else:
             _follow_host(storages, out)
-        if not trait.is_view:
-            written = trait.written(args, kwargs) if trait.is_mutable else ()
+        if trait.is_view:
+            return out
+        written = trait.written(args, kwargs) if trait.is_mutable else ()
+        if known or trait.fills or device.values.watches:
             device.values.follow(func, args, kwargs, out, entries, written)
+        elif written:
+            device.values.overwritten(written, name, next(e for e in entries if e.values is None))
         return out
 
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
@@ -282,6 +288,7 @@ class DispatchMode(TorchDispatchMode):
         with device.temporaries(scalar), device.index_temporaries(indices, on_host):
             values = tuple(_to_meta(a) for a in args[2:])
             out = self._inference.run(func, (target, moved, *values), kwargs)
+            device.values.begin(func._schema.name, entries)
             if accumulate:
                 device.estimate("aten::index_put_ with accumulate")
             for tensor in _tensors(out):
@@ -373,13 +380,14 @@ class _Trait:
         order: the order its outputs are allocated in, where it is not that of the results.
         writes_only: it returns nothing: all it does is write to its arguments.
         has_kernel: it touches memory.
+        fills: it writes one number everywhere, whatever was there.
         is_composite: torch makes it of other operators, on every device.
         needs_values: it returns a number, or its result is as large as values make it.
     """
 
     __slots__ = (
         "_makes", "_reads", "_written", "has_kernel", "is_composite", "is_gemm", "is_known", "is_mutable", "is_view",
-        "needs_values", "order", "writes_only",
+        "fills", "needs_values", "order", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -395,6 +403,7 @@ class _Trait:
         self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
         self.is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
         self.needs_values = not _DATA_DEPENDENT.isdisjoint(func.tags)
+        self.fills = schema.name in FILLED
         self._reads = schema.name not in SHAPE_OF_INPUT
         self._makes = any(a is None for a in aliases)
         self._written = frozenset(

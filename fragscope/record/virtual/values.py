@@ -18,17 +18,19 @@ import torch
 
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
-from fragscope.units import MIB, format_bytes
+from fragscope.units import KIB, MIB, format_bytes
 
 LARGEST = MIB
 """Bytes of the largest storage whose values are kept."""
+LARGEST_OF_FLOATS = 64 * KIB
+"""The same for floats, which seldom steer a program: weights are not worth their copies."""
 TOTAL = 256 * MIB
 """Bytes of all values that are kept at a time."""
 
 _CPU = torch.device("cpu")
 _OVERWRITTEN = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 _ORDER = "the order of equal values is not defined"
-_TOO_LARGE = f"values are kept of tensors up to {format_bytes(LARGEST)}"
+_TOO_LARGE = f"values are kept up to {format_bytes(LARGEST)}, of floats up to {format_bytes(LARGEST_OF_FLOATS)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class Values:
         """Why the values of the first unknown of some tensors are not there; empty where nothing is to be said."""
         for tensor in tensors:
             entry = self._storages.find(tensor)
-            if entry is not None and entry.values is None and entry.origin is not None:
-                return f"; its values derive from {found(entry.origin)}"
+            if entry is not None and entry.values is None:
+                return f"; its values derive from {found(entry.root())}"
         return ""
 
     def on_host(self, value: Any) -> Any:
@@ -112,6 +114,22 @@ class Values:
         types = (t.dtype for t in _tensors((args, list(kwargs.values()), result)))
         return result if may_compute(rule, func, args, kwargs, types) else None
 
+    def begin(self, name: str, entries: list[Entry]) -> bool:
+        """An operator is about to run: what it makes derives from its inputs. Whether all of those are known."""
+        storages = self._storages
+        storages.op = name
+        for entry in entries:
+            if entry.values is None:
+                storages.origin = entry.root()
+                return False
+        storages.origin = None
+        return True
+
+    @property
+    def watches(self) -> bool:
+        """Whether every operator is to be followed, also those with unknown inputs."""
+        return bool(self.supplied) or self._captured is not None
+
     def follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, entries: list[Entry], writes: Any
     ) -> None:
@@ -135,20 +153,23 @@ class Values:
             done = self._compute(func, rule, args, kwargs, out, writes)
         if done:
             return
-        origin = None if unknown is None else unknown.origin
-        for tensor in writes:
-            self._lose(tensor, origin, name)
-        for tensor in _tensors((out,)):
-            entry = self._storages.find(tensor)
-            if entry is None or entry.values is not None:
-                continue
-            if entry.size == 0:
-                self._storages.remember(entry)
-            elif entry.origin is None:
-                reason = _TOO_LARGE if rule is not None and unknown is None and entry.size > LARGEST else ""
-                entry.origin = origin or Origin(name, entry.id, "", tuple(tensor.shape), reason)
+        self.overwritten(writes, name, unknown)
+        if unknown is None:
+            for tensor in _tensors((out,)):
+                entry = self._storages.find(tensor)
+                if entry is None or entry.values is not None:
+                    continue
+                if entry.size == 0:
+                    self._storages.remember(entry)
+                elif rule is not None and not _fits(tensor, entry) and entry.origin is None:
+                    entry.origin = Origin(name, entry.size, entry.id, reason=_TOO_LARGE)
         if self.supplied:
             self._supply(name, out)
+
+    def overwritten(self, writes: Iterable[torch.Tensor], name: str, unknown: Entry | None) -> None:
+        """An operator wrote what is not known."""
+        for tensor in writes:
+            self._lose(tensor, None if unknown is None else unknown.root(), name)
 
     # --- CUDA graphs ----------------------------------------------------------------------------------------------
 
@@ -166,7 +187,7 @@ class Values:
         for entry in written:
             if entry.values is not None:
                 self._storages.forget(entry)
-                entry.origin = Origin("CUDAGraph.replay", None, self._where() or "", ())
+                entry.origin = Origin("CUDAGraph.replay", entry.size, None, self._where() or "")
 
     def _capture(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         assert self._captured is not None
@@ -175,7 +196,7 @@ class Values:
             if entry is not None:
                 self._captured.append(entry)
                 self._storages.forget(entry)
-                entry.origin = Origin(name, entry.id, "", tuple(tensor.shape), "it is captured into a CUDA graph")
+                entry.origin = Origin(name, entry.size, entry.id, reason="it is captured into a CUDA graph")
 
     def _rule(self, func: Any) -> Rule | None:
         if func not in self._rules:
@@ -186,7 +207,7 @@ class Values:
         """One number everywhere, or all of another tensor."""
         name = func._schema.name
         entry = self._storages.find(out)
-        if entry is None or entry.place is not Place.CARD or entry.size > LARGEST or not may_compute(Rule.MADE, func, (), {}, (out.dtype,)):
+        if entry is None or entry.place is not Place.CARD or not _fits(out, entry) or not may_compute(Rule.MADE, func, (), {}, (out.dtype,)):
             return False
         source: Any = FILLED.get(name)
         if source is None:
@@ -214,7 +235,7 @@ class Values:
     ) -> bool:
         outputs = list(_tensors((out,)))
         made = [self._storages.find(t) for t in outputs]
-        if any(e is None or e.place is not Place.CARD or e.size > LARGEST for e in made):
+        if any(e is None or e.place is not Place.CARD or not _fits(t, e) for t, e in zip(outputs, made, strict=True)):
             return False
         tensors = _tensors((args, list(kwargs.values()), out))
         if not may_compute(rule, func, args, kwargs, (t.dtype for t in tensors)):
@@ -235,13 +256,13 @@ class Values:
                 if values is None:
                     return False
             elif values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
-                entry.origin = entry.origin or Origin(func._schema.name, entry.id, "", tuple(tensor.shape), _ORDER)
+                entry.origin = entry.origin or Origin(func._schema.name, entry.size, entry.id, reason=_ORDER)
         return True
 
     def attach(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
         """Give a followed tensor its values; whether they are kept."""
         entry = self._storages.find(tensor)
-        return entry is not None and entry.size <= LARGEST and self._keep(tensor, entry, values)
+        return entry is not None and _fits(tensor, entry) and self._keep(tensor, entry, values)
 
     def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
         """A scenario says what a followed tensor holds, of whatever size."""
@@ -268,7 +289,7 @@ class Values:
         entry = self._storages.find(tensor)
         if entry is not None and entry.values is not None:
             self._storages.forget(entry)
-            entry.origin = origin or Origin(what, None, self._where() or "", tuple(tensor.shape))
+            entry.origin = origin or Origin(what, entry.size, None, self._where() or "")
 
     def _supply(self, name: str, out: Any) -> None:
         said = self._said(name)
@@ -312,6 +333,10 @@ class Values:
         if "device" in out:
             out["device"] = _CPU
         return out
+
+
+def _fits(tensor: torch.Tensor, entry: Entry) -> bool:
+    return entry.size <= (LARGEST_OF_FLOATS if tensor.dtype.is_floating_point else LARGEST)
 
 
 def _view(tensor: torch.Tensor, values: torch.UntypedStorage | None) -> torch.Tensor:
