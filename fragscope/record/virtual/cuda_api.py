@@ -95,7 +95,7 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch._C, "_scatter", api.scatter, create=True)
         replace(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings, create=True)
         script = api.refuse("moving a module of TorchScript", "its weights are out of sight of Python")
-        replace(torch.jit.RecursiveScriptModule, "_apply", script, create=True)
+        replace(torch.jit._script.RecursiveScriptModule, "_apply", script, create=True)
         if hasattr(torch.accelerator, "Graph"):
             replace(torch.accelerator, "Graph", api.refuse("torch.accelerator.Graph", "write torch.cuda.CUDAGraph"))
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))

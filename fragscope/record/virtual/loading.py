@@ -1,7 +1,8 @@
 """What a program's own files see of CUDA while they are imported, which is before a virtual card exists.
 
 ``DEVICE = "cuda" if torch.cuda.is_available() else "cpu"`` at the top of a file would take the host for good, and the
-case would show nothing on the card. Installed packages see the machine as it is: many of them ask more than this answers.
+case would show nothing on the card. Installed packages see the machine as it is: many of them ask more than is answered
+here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def card_in_sight() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers:
             stack.enter_context(mock.patch.object(torch.cuda, name, _answering(getattr(torch.cuda, name), answer)))
-        available = _answering(torch.accelerator.is_available, True)  # noqa: FBT003 - what it answers
+        available = _answering(torch.accelerator.is_available, True)
         stack.enter_context(mock.patch.object(torch.accelerator, "is_available", available))
         yield
 
