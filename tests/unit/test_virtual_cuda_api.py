@@ -27,6 +27,7 @@ def card():
 
 
 def test_the_card_describes_itself(card):
+    assert torch.backends.cuda.is_built()
     assert torch.cuda.is_available()
     assert torch.cuda.device_count() == 1
     assert torch.cuda.current_device() == 0
@@ -371,6 +372,9 @@ def test_what_was_compiled_before_is_refused_when_it_is_called():
                 compiled(x)
         assert disabled(x).is_cuda
         assert torch.compile(lambda x: x + 1, disable=True)(x).is_cuda
+        with torch._dynamo.config.patch(disable=True):  # which TORCH_COMPILE_DISABLE=1 sets
+            assert torch.compile(lambda x: x + 1, backend="eager")(x).is_cuda
+            assert added(x).is_cuda
 
         @torch.compiler.disable
         def plain(x):

@@ -104,6 +104,7 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         # The method parses its argument as a real stream before any mode is asked.
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
+        replace(torch.backends.cuda, "is_built", api.is_available)
         replace(torch, "compile", api.compile(torch.compile))
         dynamo: Any = importlib.import_module("torch._dynamo.eval_frame")
         replace(dynamo, "_callback_from_stance", api.compiled_before(dynamo._callback_from_stance))
@@ -280,9 +281,9 @@ class _Cuda:
         """What every compiled function asks when it is called, also one that was made before the device was entered."""
 
         def callback(callback: Any) -> Any:
-            if callable(callback):
+            if callable(callback) and not torch._dynamo.config.disable:
                 raise self._compiled()
-            return original(callback)
+            return original(None if callable(callback) else callback)  # runs as it is written
 
         return callback
 
