@@ -234,6 +234,8 @@ def test_generators_of_the_card(card):
         lambda: torch.cuda.cudart().cudaHostRegister(0, 0, 0), lambda: torch.cuda.nccl.all_reduce([]),
         lambda: torch.cuda.Event().ipc_handle(), lambda: torch.cuda.get_device_properties().pci_bus_id,
         lambda: torch.jit.script(torch.nn.Linear(2, 2)).cuda(),
+        lambda: torch.nested.nested_tensor([torch.ones(2, device="cuda")]),
+        lambda: torch.nested.as_nested_tensor([torch.ones(2)], device="cuda", layout=torch.jagged),
         lambda: torch.cuda.memory._set_allocator_settings("graph_capture_record_stream_reuse:True"),
         lambda: torch.nn.parallel.comm.broadcast(torch.ones(1, device="cuda"), [0]),
     ],

@@ -101,6 +101,8 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))
         replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
         replace(torch._C, "_host_emptyCache", api.init, create=True)
+        for name in ("nested_tensor", "as_nested_tensor", "nested_tensor_from_jagged"):
+            replace(torch.nested, name, api.nested(getattr(torch.nested, name)))
         # The method parses its argument as a real stream before any mode is asked.
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
@@ -301,6 +303,19 @@ class _Cuda:
             return optimizer.step(*args, **kwargs)
 
         return step
+
+    def nested(self, original: Any) -> Callable[..., Any]:
+        """Nested tensors, whose offsets are contents that decide what operators do."""
+
+        def nested(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            flat = [t for item in (tensors, *args) for t in (item if isinstance(item, list | tuple) else [item])]
+            wanted = kwargs.get("device")
+            on_card = any(t.is_cuda for t in flat if isinstance(t, torch.Tensor))
+            if on_card or (wanted is not None and torch.device(wanted).type == "cuda"):
+                raise self.device.unsupported("nested tensors are not supported on the virtual device")
+            return original(tensors, *args, **kwargs)
+
+        return nested
 
     def new_group(self, original: Any) -> Callable[..., Any]:
         """What every process group is made by; those of NCCL need cards, one a process."""
