@@ -351,7 +351,7 @@ def block(name: str, build: Callable[[], Callable[[], object]]) -> None:
 
 
 def _on_card(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    return torch.ones(*shape, dtype=dtype, device="cuda").requires_grad_(grad)
+    return torch.ones(shape, dtype=dtype, device="cuda").requires_grad_(grad)
 
 
 def _module(make: Callable[[], torch.nn.Module], *shape: int, train: bool = True) -> Callable[[], Callable[[], object]]:

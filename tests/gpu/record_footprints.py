@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import footprint_cases
+import program_cases  # noqa: F401 - adds its cases to footprint_cases.COMPOSITES
 
 Events = list[list[Any]]
 

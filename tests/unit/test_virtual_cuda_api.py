@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from virtual_cards import h100  # noqa: E402
 
+from fragscope.allocator import ReplaySettings, card_named, replay, rules_for  # noqa: E402
 from fragscope.errors import UnsupportedError  # noqa: E402
 from fragscope.trace import RequestKind  # noqa: E402
 
@@ -25,6 +27,7 @@ def card():
 
 
 def test_the_card_describes_itself(card):
+    assert torch.backends.cuda.is_built()
     assert torch.cuda.is_available()
     assert torch.cuda.device_count() == 1
     assert torch.cuda.current_device() == 0
@@ -219,16 +222,21 @@ def test_generators_of_the_card(card):
     assert torch.ones(3, device="cuda").normal_(generator=generator).is_cuda
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     "use",
     [
         *(lambda n=n: getattr(torch.cuda, n)() for n in ("host_memory_stats", "utilization", "power_draw")),
         lambda: torch.compile(lambda x: x)(1), lambda: torch.compile(torch.nn.Linear(2, 2)),
-        lambda: torch.compile(mode="max-autotune")(lambda x: x)(1), lambda: torch.cuda.memory._snapshot(),
+        lambda: torch.compile(mode="max-autotune")(lambda x: x)(1), lambda: torch.cuda.memory._dump_snapshot("x"),
         lambda: torch.cuda.memory.CUDAPluggableAllocator("a.so", "b", "c"),
         lambda: torch.cuda.MemPool(allocator=object()), lambda: torch.cuda.jiterator._create_jit_fn("T f() {}"),
         lambda: torch.cuda.cudart().cudaHostRegister(0, 0, 0), lambda: torch.cuda.nccl.all_reduce([]),
         lambda: torch.cuda.Event().ipc_handle(), lambda: torch.cuda.get_device_properties().pci_bus_id,
+        lambda: torch.jit.script(torch.nn.Linear(2, 2)).cuda(),
+        lambda: torch.nested.nested_tensor([torch.ones(2, device="cuda")]),
+        lambda: torch.nested.as_nested_tensor([torch.ones(2)], device="cuda", layout=torch.jagged),
+        lambda: torch.cuda.memory._set_allocator_settings("graph_capture_record_stream_reuse:True"),
         lambda: torch.nn.parallel.comm.broadcast(torch.ones(1, device="cuda"), [0]),
     ],
 )  # fmt: skip
@@ -284,6 +292,38 @@ def test_statistics_have_the_keys_of_the_release(card):
     assert nested["oversize_segments"]["peak"] == 0
 
 
+def test_a_program_changes_the_allocators_settings(card):
+    """By the allocator's description: with expandable segments a large block is mapped in pages of 20 MiB."""
+    first = torch.empty(12 << 20, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() == 12 << 20
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    second = torch.empty(12 << 20, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() == (12 + 20) << 20
+    with pytest.raises(RuntimeError, match="no_such_key"):
+        torch.cuda.memory._set_allocator_settings("no_such_key:1")
+    trace = card.trace()
+    assert trace.confs == ("expandable_segments:True",)
+    profile = card_named("h100-80gb")
+    settings = ReplaySettings(rules_for("2.11.0"), profile.name, profile.total, profile.free)
+    assert replay(trace, settings, verify=True).verify.mismatches == 0
+    del first, second
+
+
+def test_every_name_of_torch_accelerator_is_answered(card):
+    answers = {
+        name: getattr(torch.accelerator, name)
+        for name in torch.accelerator.__all__
+        if name not in ("device_index", "Graph", "get_device_capability")
+    }
+    for name, answer in answers.items():
+        if name.startswith("set_"):
+            answer(torch.cuda.current_stream() if name == "set_stream" else 0)
+        else:
+            answer()
+    with torch.accelerator.device_index(0):
+        assert torch.accelerator.current_device_index() == 0
+
+
 def test_accumulated_statistics_start_over(card):
     kept = torch.ones(3, device="cuda")
     torch.ones(3, device="cuda")
@@ -321,3 +361,55 @@ def test_an_operator_without_a_fake_kernel_is_refused(card):
 
     with pytest.raises(UnsupportedError, match="register_fake"):
         bare(torch.ones(3, device="cuda"))
+
+
+def test_what_was_compiled_before_is_refused_when_it_is_called():
+    added = torch.compile(lambda x: x + 1, backend="eager")  # the default one takes long to import
+    layer = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    disabled = torch.compile(lambda x: x + 1, disable=True)
+    with h100():
+        x = torch.ones(2, 2, device="cuda")
+        for compiled in (added, layer.cuda()):
+            with pytest.raises(UnsupportedError, match=r"TORCH_COMPILE_DISABLE=1 .*test_virtual_cuda_api\.py"):
+                compiled(x)
+        assert disabled(x).is_cuda
+        assert torch.compile(lambda x: x + 1, disable=True)(x).is_cuda
+        with torch._dynamo.config.patch(disable=True):  # which TORCH_COMPILE_DISABLE=1 sets
+            assert torch.compile(lambda x: x + 1, backend="eager")(x).is_cuda
+            assert added(x).is_cuda
+
+        @torch.compiler.disable
+        def plain(x):
+            return x + 1
+
+        assert plain(x).is_cuda
+
+
+def test_kernels_of_triton_are_refused(tmp_path, monkeypatch):
+    """A stand-in for the package, whose kernels are launched by ``JITFunction.run``."""
+    runtime = tmp_path / "triton" / "runtime"
+    runtime.mkdir(parents=True)
+    for folder in (tmp_path / "triton", runtime):
+        (folder / "__init__.py").write_text("")
+    (runtime / "jit.py").write_text(
+        "class JITFunction:\n"
+        "    def __init__(self, fn):\n"
+        "        self.fn = fn\n"
+        "    def __getitem__(self, grid):\n"
+        "        return lambda *args: self.run(*args, grid=grid)\n"
+        "    def run(self, *args, grid):\n"
+        "        return 'launched'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("triton", "triton.runtime", "triton.runtime.jit"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with h100():
+        from triton.runtime.jit import JITFunction
+
+        def add_kernel(): ...
+
+        with pytest.raises(UnsupportedError, match=r"add_kernel .*case\.kernel.*test_virtual_cuda_api\.py"):
+            JITFunction(add_kernel)[(1,)](torch.ones(3, device="cuda"))
+    assert JITFunction(add_kernel)[(1,)]() == "launched"
+    for name in ("triton", "triton.runtime", "triton.runtime.jit"):
+        del sys.modules[name]

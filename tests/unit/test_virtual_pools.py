@@ -97,8 +97,9 @@ def test_a_graph_is_captured_into_a_pool_that_lives_with_it(card):
         y = x + 1
         del y
         z = x * 2
-        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-            torch.cuda.synchronize()
+        for waits in (torch.cuda.synchronize, x.cpu, torch.ones(3).cuda, torch.cuda.current_stream().synchronize):
+            with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+                waits()
     assert not torch.cuda.is_current_stream_capturing()
     assert graph.pool() == (1, 0)
     before = len(card.memory.requests)

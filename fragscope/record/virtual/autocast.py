@@ -248,4 +248,4 @@ def patched_autocast(autocast: Autocast) -> Iterator[None]:
 
 def entering_autocast() -> contextlib.AbstractContextManager[Any]:
     """Operators of the running thread enter the casting layer; torch leaves it out itself while autocast is off."""
-    return torch._C._IncludeDispatchKeyGuard(getattr(torch._C.DispatchKey, _KEY))  # type: ignore[no-any-return]
+    return torch._C._IncludeDispatchKeyGuard(getattr(torch._C.DispatchKey, _KEY))

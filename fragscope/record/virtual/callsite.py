@@ -70,4 +70,5 @@ class CallSites:
 
 
 def _is_hidden(file: str) -> bool:
-    return file.startswith(_HIDDEN) or "/multiprocessing/" in file or file.endswith("/contextlib.py")
+    between = "/multiprocessing/" in file or "/triton/runtime/" in file or file.endswith("/contextlib.py")
+    return file.startswith(_HIDDEN) or between

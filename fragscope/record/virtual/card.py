@@ -307,6 +307,16 @@ class VirtualCard:
         calls, where = self.estimated.get(op, (0, ""))
         self.estimated[op] = (calls + 1, where or self.sites.where() or "")
 
+    def wait_for_stream(self) -> None:
+        """The host waits for the current stream, as in every blocking copy.
+
+        Raises:
+            RuntimeError: the stream is only captured; as CUDA does.
+        """
+        if self.scopes.is_captured(self.stream):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        self.memory.finished(self.stream)
+
     def observe(self, what: str) -> None:
         """The program reads memory state."""
         self.memory.observe(what, self.sites.stack())

@@ -82,6 +82,7 @@ class CardMemory:
         self._phase = 0
         self.observations: list[Observation] = []
         self.pools: list[PoolId] = [DEFAULT_POOL]
+        self.confs: list[str] = []
         self._streams: dict[int, int] = {}  # of live allocations
         self._uses: list[_Use] = []
         self._recorded_uses: dict[int, set[int]] = {}
@@ -336,6 +337,18 @@ class CardMemory:
             )
             self.allocator.set_memory_fraction(fraction)
 
+    def set_conf(self, text: str) -> None:
+        """``torch.cuda.memory._set_allocator_settings``.
+
+        Raises:
+            UsageError: the release does not take such a conf, or the model does not cover it.
+        """
+        with self._lock:
+            conf = parse_conf(text, self.settings.rules.rules, self.allocator.conf)
+            self._append(RequestKind.SETTINGS, 0, size=len(self.confs))
+            self.confs.append(text)
+            self.allocator.set_conf(conf)
+
     def observe(self, what: str, stack: Stack) -> None:
         """The program reads memory state."""
         with self._lock:
@@ -371,6 +384,7 @@ class CardMemory:
             stacks=self.stacks,
             phases=tuple(self.phases),
             pools=tuple(self.pools),
+            confs=tuple(self.confs),
             observations=tuple(self.observations),
             settings=Settings(conf=s.conf, memory_fraction=s.memory_fraction, capacity=s.capacity),
             torch=s.rules.torch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -92,13 +93,23 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
         replace(torch._C, "_scatter", api.scatter, create=True)
+        replace(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings, create=True)
+        script = api.refuse("moving a module of TorchScript", "its weights are out of sight of Python")
+        replace(torch.jit._script.RecursiveScriptModule, "_apply", script, create=True)
+        if hasattr(torch.accelerator, "Graph"):
+            replace(torch.accelerator, "Graph", api.refuse("torch.accelerator.Graph", "write torch.cuda.CUDAGraph"))
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))
         replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
         replace(torch._C, "_host_emptyCache", api.init, create=True)
+        for name in ("nested_tensor", "as_nested_tensor", "nested_tensor_from_jagged"):
+            replace(torch.nested, name, api.nested(getattr(torch.nested, name)))
         # The method parses its argument as a real stream before any mode is asked.
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
+        replace(torch.backends.cuda, "is_built", api.is_available)
         replace(torch, "compile", api.compile(torch.compile))
+        dynamo: Any = importlib.import_module("torch._dynamo.eval_frame")
+        replace(dynamo, "_callback_from_stance", api.compiled_before(dynamo._callback_from_stance))
         if torch.distributed.is_available():
             c10d = torch.distributed.distributed_c10d
             helper = api.new_group(c10d._new_process_group_helper)
@@ -268,6 +279,16 @@ class _Cuda:
 
         return compile
 
+    def compiled_before(self, original: Any) -> Callable[[Any], Any]:
+        """What every compiled function asks when it is called, also one that was made before the device was entered."""
+
+        def callback(callback: Any) -> Any:
+            if callable(callback) and not torch._dynamo.config.disable:
+                raise self._compiled()
+            return original(None if callable(callback) else callback)  # runs as it is written
+
+        return callback
+
     def _compiled(self) -> UnsupportedError:
         return self.device.unsupported(
             "torch.compile is not supported on the virtual device, since what compiled code allocates is not known "
@@ -283,6 +304,19 @@ class _Cuda:
 
         return step
 
+    def nested(self, original: Any) -> Callable[..., Any]:
+        """Nested tensors, whose offsets are contents that decide what operators do."""
+
+        def nested(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            flat = [t for item in (tensors, *args) for t in (item if isinstance(item, list | tuple) else [item])]
+            wanted = kwargs.get("device")
+            on_card = any(t.is_cuda for t in flat if isinstance(t, torch.Tensor))
+            if on_card or (wanted is not None and torch.device(wanted).type == "cuda"):
+                raise self.device.unsupported("nested tensors are not supported on the virtual device")
+            return original(tensors, *args, **kwargs)
+
+        return nested
+
     def new_group(self, original: Any) -> Callable[..., Any]:
         """What every process group is made by; those of NCCL need cards, one a process."""
 
@@ -294,7 +328,8 @@ class _Cuda:
                 if "NCCL" not in str(e):
                     raise
             raise self.device.unsupported(
-                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over gloo"
+                "a process group of NCCL is not supported on the virtual device; fragscope.run_ranks runs ranks over "
+                "gloo"
             )
 
         return new_group
@@ -318,7 +353,11 @@ class _Cuda:
 
     def get_device_module(self, original: Any) -> Callable[[Any], Any]:
         """The module of the card, which is the accelerator here."""
-        return lambda device=None: torch.cuda if device is None else original(device)
+
+        def get_device_module(device: Any = None) -> Any:
+            return torch.cuda if device is None else original(device)
+
+        return get_device_module
 
     def scatter(self, tensor: torch.Tensor, devices: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
         """What ``DataParallel`` hands to its only card."""

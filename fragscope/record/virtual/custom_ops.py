@@ -17,6 +17,7 @@ import torch
 
 from fragscope.record.virtual.card import VirtualCard
 
+_TRITON = "triton.runtime.jit"
 _FLASHINFER_FP4 = "flashinfer.quantization.fp4_quantization"
 _FLASHINFER_FP4_OLD = "flashinfer.fp4_quantization"  # before 0.6.12
 
@@ -33,6 +34,10 @@ def patched_custom_ops(device: VirtualCard) -> Iterator[None]:
 
         def patch(module: ModuleType) -> None:
             name = module.__name__
+            if name == _TRITON and name not in patched:
+                patched.add(name)
+                stack.enter_context(mock.patch.object(module.JITFunction, "run", _refused_kernel(device)))
+                return
             known = name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD) and hasattr(module, "get_fp4_quantization_module")
             if known and name not in patched:
                 patched.add(name)
@@ -40,13 +45,26 @@ def patched_custom_ops(device: VirtualCard) -> Iterator[None]:
                 replaced = mock.patch.object(module, "get_fp4_quantization_module", lambda *a, **k: stand_in)
                 stack.enter_context(replaced)
 
-        for name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD):
+        for name in (_FLASHINFER_FP4, _FLASHINFER_FP4_OLD, _TRITON):
             if name in sys.modules:
                 patch(sys.modules[name])
-        finder = _PatchOnImport({_FLASHINFER_FP4, _FLASHINFER_FP4_OLD}, patch)
+        finder = _PatchOnImport({_FLASHINFER_FP4, _FLASHINFER_FP4_OLD, _TRITON}, patch)
         sys.meta_path.insert(0, finder)
         stack.callback(sys.meta_path.remove, finder)
         yield
+
+
+def _refused_kernel(device: VirtualCard) -> Any:
+    """What launches every kernel of Triton; ``kernel[grid](...)`` and autotuned ones end here, too."""
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(kernel.fn, "__name__", "a kernel")
+        raise device.unsupported(
+            f"{name} is a kernel of Triton, which needs a card; let the scenario put case.kernel in its place, which "
+            "tells what it reads and writes"
+        )
+
+    return run
 
 
 class _Fp4Module:

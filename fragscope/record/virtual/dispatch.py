@@ -253,7 +253,7 @@ class DispatchMode(TorchDispatchMode):
         sizes = copy_temporaries(dst, src, dst_on_card=to_card, src_on_card=not to_card, non_blocking=non_blocking)
         with self._device.temporaries(sizes):
             if not non_blocking:  # the host waits for the copy, and so for the stream it is on
-                self._device.memory.finished(self._device.stream)
+                self._device.wait_for_stream()
 
     def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         device, storages = self._device, self._device.storages
@@ -283,7 +283,7 @@ class DispatchMode(TorchDispatchMode):
         moved = [i if i is None or i.device.type == "meta" else i.to(_META) for i in indices]
         on_host = [i is not None and i.device.type != "meta" for i in indices]
         if any(on_host):
-            device.memory.finished(device.stream)  # pageable copies of the indices wait for the stream
+            device.wait_for_stream()  # pageable copies of the indices wait for the stream
         scalar = [args[2].itemsize] if writes and args[2].device.type == "cpu" and args[2].dim() == 0 else []
         with device.temporaries(scalar), device.index_temporaries(indices, on_host):
             values = tuple(_to_meta(a) for a in args[2:])

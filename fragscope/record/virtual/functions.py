@@ -370,8 +370,7 @@ class FunctionMode(TorchFunctionMode):
         Source: ``linear`` in aten/src/ATen/native/Linear.cpp; ``isTensorSubclassLike`` beside it; ``attention_layer``
         of tests/data/footprints.
         """
-        is_one = bias is None or input.dim() <= 2 or input.is_contiguous()
-        if is_one or self._place(input) is not Place.CARD:
+        if bias is None or input.dim() <= 2 or input.is_contiguous() or self._place(input) is not Place.CARD:
             return func(input, weight, bias)  # type: ignore[no-any-return]
         lower = self._device.autocast.dtype()
         if lower is not None:

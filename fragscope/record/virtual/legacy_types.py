@@ -50,16 +50,13 @@ def patched_types() -> Iterator[None]:
     plain = torch.set_default_tensor_type
 
     def set_default(kind: Any) -> None:
-        if not isinstance(kind, str | CudaType):
-            torch.set_default_device(None)
-            plain(kind)
+        wanted = (_CUDA, kind.dtype) if isinstance(kind, CudaType) else named(kind) if isinstance(kind, str) else None
+        if wanted is not None and wanted[0] == _CUDA:
+            torch.set_default_device(_CUDA)
+            torch.set_default_dtype(wanted[1])
             return
-        wanted = named(kind) if isinstance(kind, str) else (_CUDA, kind.dtype)
-        if wanted is None:
-            plain(kind)
-            return
-        torch.set_default_device(wanted[0] if wanted[0].type == "cuda" else None)
-        torch.set_default_dtype(wanted[1])
+        plain(kind)
+        torch.set_default_device(None)
 
     with contextlib.ExitStack() as stack:
         for name, dtype in _NAMES.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fragscope.allocator.conf import UNLIMITED
+from fragscope.errors import UnmodelledError, UsageError
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.trace import SegmentState
 from fragscope.trace.sizes import SMALL_SEGMENT
@@ -28,7 +29,7 @@ class Memory:
         "max_memory_reserved", "memory_stats", "memory_stats_as_nested_dict", "memory_summary", "memory_snapshot",
         "reset_peak_memory_stats", "reset_accumulated_memory_stats", "set_per_process_memory_fraction",
         "get_per_process_memory_fraction", "caching_allocator_alloc", "caching_allocator_delete",
-        "get_allocator_backend", "_record_memory_history",
+        "get_allocator_backend", "_record_memory_history", "_set_allocator_settings",
     )  # fmt: skip
 
     def __init__(self, device: VirtualCard) -> None:
@@ -155,6 +156,14 @@ class Memory:
 
     def get_allocator_backend(self) -> str:
         return "native"
+
+    def _set_allocator_settings(self, env: str) -> None:
+        try:
+            self._memory.set_conf(env)
+        except UnmodelledError as e:
+            raise self._device.unsupported(str(e)) from None
+        except UsageError as e:
+            raise RuntimeError(str(e)) from None
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         self._device.check_index(device)
