@@ -208,7 +208,7 @@ def test_a_captured_graph_computes_when_it_is_replayed() -> None:
         assert (steps.item(), static.tolist()) == (5, [1, 1, 1])
         graph.replay()
         assert static.tolist() == [1, 1, 1]  # the graph reads it
-        with pytest.raises(UnsupportedError, match="CUDAGraph.replay"):
+        with pytest.raises(UnsupportedError, match=r"CUDAGraph\.replay"):
             steps.item()
 
 
@@ -217,7 +217,8 @@ def test_a_captured_graph_computes_when_it_is_replayed() -> None:
 
 def test_the_message_names_what_made_the_values_unknown() -> None:
     with h100():
-        w = torch.rand(8, 4, device="cuda"); line = _here()  # noqa: E702 - the line of the tensor is what is tested
+        w = torch.rand(8, 4, device="cuda")
+        line = _here()
         mask = (w.sum(-1) > 0) & torch.tensor([True] * 8, device="cuda")
         with pytest.raises(UnsupportedError) as caught:
             mask.any().item()

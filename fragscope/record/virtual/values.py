@@ -10,13 +10,15 @@ Values take no part in what is recorded: what they allocate lies on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
 
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
+from fragscope.record.virtual.traits import tensors_in
 from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
 from fragscope.units import KIB, MIB, format_bytes
 
@@ -29,7 +31,7 @@ TOTAL = 256 * MIB
 
 _CPU = torch.device("cpu")
 _OVERWRITTEN = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
-_ORDER = "the order of equal values is not defined"
+_UNDEFINED = "a card may decide them otherwise"
 _TOO_LARGE = f"values are kept up to {format_bytes(LARGEST)}, of floats up to {format_bytes(LARGEST_OF_FLOATS)}"
 
 
@@ -111,7 +113,7 @@ class Values:
             result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
         except Exception:  # what fails here on known values may fail on a card in its own way
             return None
-        types = (t.dtype for t in _tensors((args, list(kwargs.values()), result)))
+        types = (t.dtype for t in tensors_in((args, list(kwargs.values()), result)))
         return result if may_compute(rule, func, args, kwargs, types) else None
 
     def begin(self, name: str, entries: list[Entry]) -> bool:
@@ -135,13 +137,11 @@ class Values:
     ) -> None:
         """An operator ran on metadata: compute its results' values, or note why they are not known.
 
-        Args:
-            entries: of its inputs that are followed.
-            writes: the tensors among its arguments that it writes to.
+        ``entries`` are those of its inputs, and ``writes`` the tensors among its arguments that it writes to.
         """
         name = func._schema.name
         if self._captured is not None:
-            self._capture(name, (*_tensors((out,)), *writes))
+            self._capture(name, (*tensors_in((out,)), *writes))
             return
         rule = self._rule(func)
         unknown = next((e for e in entries if e.values is None), None)
@@ -155,7 +155,7 @@ class Values:
             return
         self.overwritten(writes, name, unknown)
         if unknown is None:
-            for tensor in _tensors((out,)):
+            for tensor in tensors_in((out,)):
                 entry = self._storages.find(tensor)
                 if entry is None or entry.values is not None:
                     continue
@@ -207,21 +207,31 @@ class Values:
         """One number everywhere, or all of another tensor."""
         name = func._schema.name
         entry = self._storages.find(out)
-        if entry is None or entry.place is not Place.CARD or not _fits(out, entry) or not may_compute(Rule.MADE, func, (), {}, (out.dtype,)):
+        if (
+            entry is None
+            or entry.place is not Place.CARD
+            or not _fits(out, entry)
+            or not may_compute(Rule.MADE, func, (), {}, (out.dtype,))
+        ):
             return False
         source: Any = FILLED.get(name)
         if source is None:
-            source = kwargs.get("fill_value", args[2] if name == "aten::new_full" else args[1] if len(args) > 1 else None)
+            source = kwargs.get(
+                "fill_value", args[2] if name == "aten::new_full" else args[1] if len(args) > 1 else None
+            )
         if isinstance(source, torch.Tensor):
             source = self.on_host(source)
             if source.device.type != "cpu" or not representable(source, out.dtype) or source.is_complex():
                 return False
-        elif isinstance(source, complex) or (source != source and not out.dtype.is_floating_point):
+        elif isinstance(source, complex) or (
+            isinstance(source, float) and isnan(source) and not out.dtype.is_floating_point
+        ):
             return False
         if entry.values is None:
             if not self._covers(out, entry):
                 return False
-            self._know(entry)
+            if not self._know(entry):
+                return False
         try:
             values = _view(out, entry.values)
             values.copy_(source) if isinstance(source, torch.Tensor) else values.fill_(source)
@@ -233,16 +243,16 @@ class Values:
     def _compute(
         self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, writes: list[torch.Tensor]
     ) -> bool:
-        outputs = list(_tensors((out,)))
+        outputs = list(tensors_in((out,)))
         made = [self._storages.find(t) for t in outputs]
         if any(e is None or e.place is not Place.CARD or not _fits(t, e) for t, e in zip(outputs, made, strict=True)):
             return False
-        tensors = _tensors((args, list(kwargs.values()), out))
+        tensors = tensors_in((args, list(kwargs.values()), out))
         if not may_compute(rule, func, args, kwargs, (t.dtype for t in tensors)):
             return False
         try:
             host = self.on_host(args)
-            for tensor in _tensors((host, list(kwargs.values()))):
+            for tensor in tensors_in((host, list(kwargs.values()))):
                 if tensor.device.type != "cpu":
                     return False
             result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
@@ -255,8 +265,10 @@ class Values:
             if any(tensor is w for w in writes):
                 if values is None:
                     return False
-            elif values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
-                entry.origin = entry.origin or Origin(func._schema.name, entry.size, entry.id, reason=_ORDER)
+                continue
+            assert entry is not None
+            if values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
+                entry.origin = entry.origin or Origin(func._schema.name, entry.size, entry.id, reason=_UNDEFINED)
         return True
 
     def attach(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
@@ -295,7 +307,7 @@ class Values:
         said = self._said(name)
         if said is None:
             return
-        for tensor in _tensors((out,)):
+        for tensor in tensors_in((out,)):
             entry = self._storages.find(tensor)
             if entry is None or entry.values is not None:
                 continue
@@ -342,12 +354,4 @@ def _fits(tensor: torch.Tensor, entry: Entry) -> bool:
 def _view(tensor: torch.Tensor, values: torch.UntypedStorage | None) -> torch.Tensor:
     assert values is not None
     empty = torch.empty(0, dtype=tensor.dtype)
-    return empty.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return empty.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())
