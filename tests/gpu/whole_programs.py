@@ -5,8 +5,8 @@
 Each program runs under no conf and under expandable segments, in a process of its own, forked from this one, which has
 the libraries loaded and never touches CUDA. A third run on the GPU, under PyTorch's profiler, tells what each operator
 allocates. To the folder go ``results.json``, ``table.md``, the recordings of both devices, and
-``footprints-PROGRAM.json.xz``. A program that fails is a line of the table. ``--virtual-only`` needs no GPU and takes the
-card for an H100.
+``footprints-PROGRAM.json.xz``. A program that fails is a line of the table. ``--virtual-only`` needs no GPU and takes
+the card for an H100.
 """
 
 from __future__ import annotations

@@ -217,8 +217,8 @@ def test_a_captured_graph_computes_when_it_is_replayed() -> None:
 
 def test_the_message_names_what_made_the_values_unknown() -> None:
     with h100():
+        line = _here() + 1
         w = torch.rand(8, 4, device="cuda")
-        line = _here()
         mask = (w.sum(-1) > 0) & torch.tensor([True] * 8, device="cuda")
         with pytest.raises(UnsupportedError) as caught:
             mask.any().item()
