@@ -313,6 +313,9 @@ def test_without_a_virtual_device_nothing_is_supplied() -> None:
         (lambda x: fragscope.supply(x[:2], 1), "a part of memory whose rest is unknown"),
         (lambda x: fragscope.supply(torch.zeros(4), 1), "not on the card"),
         (lambda x: fragscope.supply(x, x), "a tensor on the host, a list or a number"),
+        (lambda x: fragscope.supply(x, "0101"), "a tensor on the host, a list or a number"),
+        (lambda x: _argmax_with(x, lambda result: torch.zeros(7)), r"supplied\('aten::argmax'\): .* shape \(7,\)"),
+        (lambda x: _argmax_with(x, lambda result: "first"), "a tensor on the host, a list or a number"),
         (lambda x: fragscope.supplied("armax", 1).__enter__(), "torch has no operator 'armax'"),
         (lambda x: fragscope.supplied("nonzero", 1).__enter__(), "supply those that it reads"),
     ],
@@ -320,6 +323,11 @@ def test_without_a_virtual_device_nothing_is_supplied() -> None:
 def test_what_cannot_be_supplied_is_said(wrong: Callable[[torch.Tensor], object], words: str) -> None:
     with h100(), pytest.raises(UsageError, match=words):
         wrong(torch.rand(4, device="cuda"))
+
+
+def _argmax_with(x: torch.Tensor, values: Callable[[torch.Tensor], object]) -> torch.Tensor:
+    with fragscope.supplied("argmax", values):
+        return x.argmax(-1)
 
 
 # --- inference mode ---------------------------------------------------------------------------------------------------

@@ -28,15 +28,7 @@ def supply(tensor: torch.Tensor, values: Any) -> None:
     device = VirtualDevice._active
     if device is None:
         return
-    given = values if isinstance(values, torch.Tensor) else torch.tensor(values)
-    if given.device.type != "cpu":
-        raise UsageError("supply: the values must be a tensor on the host, a list or a number")
-    try:
-        torch.broadcast_to(given, tensor.shape)
-    except RuntimeError:
-        shapes = f"{tuple(given.shape)}, the tensor {tuple(tensor.shape)}"
-        raise UsageError(f"supply: the values have the shape {shapes}") from None
-    if not device.values.supply(tensor, given):
+    if not device.values.supply(tensor, values, "supply"):
         raise UsageError("supply: the tensor is not on the card, or is a part of memory whose rest is unknown")
 
 

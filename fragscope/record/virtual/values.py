@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fragscope.errors import UsageError
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.traits import tensors_in
 from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
@@ -276,8 +277,13 @@ class Values:
         entry = self._storages.find(tensor)
         return entry is not None and _fits(tensor, entry) and self._keep(tensor, entry, values)
 
-    def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
-        """A scenario says what a followed tensor holds, of whatever size."""
+    def supply(self, tensor: torch.Tensor, values: Any, what: str) -> bool:
+        """A scenario says what a followed tensor holds, of whatever size; whether that can be kept.
+
+        Raises:
+            UsageError: the values do not fit; ``what`` supplied them.
+        """
+        given = _given(tensor, values, what)
         entry = self._storages.find(tensor)
         if entry is None or entry.place is not Place.CARD:
             return False
@@ -285,7 +291,7 @@ class Values:
             return False
         if entry.values is None:
             self._storages.remember(entry)
-        _view(tensor, entry.values).copy_(values)
+        _view(tensor, entry.values).copy_(given)
         return True
 
     def number(self, tensor: torch.Tensor) -> Any:
@@ -314,9 +320,9 @@ class Values:
             if callable(said.values):
                 values = said.values(tensor)
                 if values is not None:
-                    self.supply(tensor, values)
+                    self.supply(tensor, values, f"supplied({name!r})")
             elif not tensor.dtype.is_floating_point:
-                self.supply(tensor, torch.full(tensor.shape, said.values, dtype=tensor.dtype))
+                self.supply(tensor, said.values, f"supplied({name!r})")
 
     def _said(self, name: str) -> Supplied | None:
         return next((s for s in reversed(self.supplied) if s.name == name), None)
@@ -345,6 +351,21 @@ class Values:
         if "device" in out:
             out["device"] = _CPU
         return out
+
+
+def _given(tensor: torch.Tensor, values: Any, what: str) -> torch.Tensor:
+    try:
+        given = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        given = None
+    if given is None or given.device.type != "cpu":
+        raise UsageError(f"{what}: the values must be a tensor on the host, a list or a number")
+    try:
+        torch.broadcast_to(given, tensor.shape)
+    except RuntimeError:
+        shapes = f"{tuple(given.shape)}, the tensor {tuple(tensor.shape)}"
+        raise UsageError(f"{what}: the values have the shape {shapes}") from None
+    return given
 
 
 def _fits(tensor: torch.Tensor, entry: Entry) -> bool:
