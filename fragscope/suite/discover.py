@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.machinery import SourceFileLoader
@@ -80,7 +81,7 @@ def load_scenarios(file: Path) -> list[Scenario]:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    with collecting() as registry:
+    with collecting() as registry, _card_in_sight():
         try:
             _SourceLoader(name, str(file)).exec_module(module)
         except BaseException as e:
@@ -98,6 +99,15 @@ def load_scenarios(file: Path) -> list[Scenario]:
         raise UsageError(f"{file}: defines no scenario (decorate a function with @fragscope.scenario)")
     module.__dict__["__fragscope_scenarios__"] = found
     return found
+
+
+def _card_in_sight() -> AbstractContextManager[None]:
+    """Where cases are run, which is where torch is loaded, a file that asks for CUDA finds a card."""
+    if "torch" not in sys.modules:
+        return nullcontext()
+    from fragscope.record.virtual.loading import card_in_sight  # noqa: PLC0415 - imports torch
+
+    return card_in_sight()
 
 
 class _SourceLoader(SourceFileLoader):

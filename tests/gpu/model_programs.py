@@ -1,7 +1,7 @@
 """Whole programs with random weights: language models, vision models, training, loading. They need no network.
 
-Each is a function that does everything, unmodified code for ``cuda``, and runs alike on a GPU and on the virtual device.
-Where control flow hangs on what a model computes, ``fragscope.supplied`` says what the virtual device takes for it.
+Each is a function that does everything, unmodified code for ``cuda``; it runs on a GPU and on the virtual device. Where
+control flow hangs on what a model computes, ``fragscope.supplied`` says what the virtual device takes for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each operator of a running program allocates, by PyTorch's profiler: the events between its begin and its end."""
+"""What each operator of a running program allocates, by PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Footprint = dict[str, Any]
 def footprints_of(program: Callable[[], object], device: str) -> dict[str, list[Footprint]]:
     """By operator, each footprint that a run of the program shows, and how often.
 
-    ``events`` are ``["alloc", bytes]`` and ``["free", n]``, n counting the operator's own allocations, in order; what is
-    not freed is a result or kept. ``temporary`` is the most bytes that were held at a time besides what is left at the
-    end. Bytes are those that blocks take, which PyTorch's profiler reports rounded by the allocator.
+    ``events`` are those between its begin and its end: ``["alloc", bytes]`` and ``["free", n]``, n counting the
+    operator's own allocations, in order; what is not freed is a result or kept. ``temporary`` is the most bytes that
+    were held at a time besides what is left at the end. Bytes are those that PyTorch's profiler reports.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True

@@ -4,8 +4,9 @@
 
 Each program runs under no conf and under expandable segments, in a process of its own, forked from this one, which has
 the libraries loaded and never touches CUDA. A third run on the GPU, under PyTorch's profiler, tells what each operator
-allocates. To the folder go ``results.json``, ``table.md``, the recordings of both devices and ``footprints-PROGRAM.json.xz``.
-A program that fails is a line of the table. ``--virtual-only`` needs no GPU and takes the card for an H100.
+allocates. To the folder go ``results.json``, ``table.md``, the recordings of both devices, and
+``footprints-PROGRAM.json.xz``. A program that fails is a line of the table. ``--virtual-only`` needs no GPU and takes
+the card for an H100.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import torch
 from model_programs import PROGRAMS
@@ -239,31 +238,36 @@ HEADING = (
 
 
 def report(folder: Path, programs: list[str], jobs: dict[tuple[str, str], Job]) -> str:
-    lines = markdown_table(
-        [HEADING]
-        + [row(p, c, jobs[p, f"virtual-{c}"], jobs.get((p, f"card-{c}"))) for p in programs for c in CONFS]
-    )
+    rows = [row(p, c, jobs[p, f"virtual-{c}"], jobs.get((p, f"card-{c}"))) for p in programs for c in CONFS]
+    lines = markdown_table([HEADING, *rows])
     lines += ["", "MiB; difference is said minus measured, of the whole program.", ""]
     temporary: dict[str, int] = {}
     for program in programs:
         measured = jobs.get((program, "footprints"))
         for name, size in (measured.result or {}).items() if measured is not None else ():
             temporary[name] = max(size, temporary.get(name, 0))
-    lines += markdown_table([("unknown operator", "calls", "programs", "first place", "temporary bytes, at most")]
-                            + list(_unknown(programs, jobs, temporary)))  # fmt: skip
+    unknown = ("unknown operator", "calls", "programs", "first place", "temporary bytes, at most")
+    lines += markdown_table([unknown, *_unknown(programs, jobs, temporary)])
     for program in programs:
         for conf in CONFS:
             done = jobs.get((program, f"card-{conf}"))
             if done is None or done.error or jobs[program, f"virtual-{conf}"].error:
                 continue
-            differing = what_differs(folder / f"{program}-virtual-{conf}.fscope", folder / f"{program}-card-{conf}.fscope")
+            differing = what_differs(
+                folder / f"{program}-virtual-{conf}.fscope", folder / f"{program}-card-{conf}.fscope"
+            )
             if differing and conf == "default":
-                lines += ["", f"{program}: {len(differing)} sizes asked for another number of times, the weightiest first:"]
+                lines += [
+                    "",
+                    f"{program}: {len(differing)} sizes asked for another number of times, the weightiest first:",
+                ]
                 lines += [f"  {size:,} B: {said} said, {made} on the card" for size, said, made in differing[:SOME]]
     return "\n".join(lines) + "\n"
 
 
-def _unknown(programs: list[str], jobs: dict[tuple[str, str], Job], temporary: dict[str, int]) -> Iterator[tuple[str, ...]]:
+def _unknown(
+    programs: list[str], jobs: dict[tuple[str, str], Job], temporary: dict[str, int]
+) -> Iterator[tuple[str, ...]]:
     calls: Counter[str] = Counter()
     where: dict[str, str] = {}
     used: dict[str, list[str]] = {}

@@ -50,7 +50,9 @@ def test_a_llama_decodes_and_holds_its_weights_and_its_cache(attention):
         logits = out.logits.numel() * 2
         del out
         workspaces = 32 * 2**20  # cuBLAS on one stream
-        assert torch.cuda.memory_allocated() - base - workspaces == on_blocks(*[3 * HEADS * 44 * WIDTH * 2] * 2 * LAYERS)
+        assert torch.cuda.memory_allocated() - base - workspaces == on_blocks(
+            *[3 * HEADS * 44 * WIDTH * 2] * 2 * LAYERS
+        )
         assert logits
 
 
@@ -84,7 +86,7 @@ def test_experts_run_on_the_tokens_that_are_routed_to_them():
         mask = torch.nn.functional.one_hot(picked, num_classes=experts).permute(2, 1, 0)
         out, sizes = torch.zeros_like(hidden), []
         for expert in (mask.sum(dim=(-1, -2)) > 0).nonzero():
-            slot, token = torch.where(mask[expert[0]])
+            _slot, token = torch.where(mask[expert[0]])
             part = hidden[token] @ weights[expert[0]]
             sizes.append((int(expert[0]), part.shape[0]))
             out.index_add_(0, token, part)
@@ -96,7 +98,7 @@ def test_experts_run_on_the_tokens_that_are_routed_to_them():
             out, sizes = mixture(hidden, weights)
         assert sizes == [(0, 8), (1, 8), (2, 8), (3, 24)]
         assert out.shape == (tokens, width)
-        with pytest.raises(UnsupportedError, match="aten::topk|aten::rand"):
+        with pytest.raises(UnsupportedError, match=r"aten::topk|aten::rand"):
             mixture(hidden, weights)
 
 

@@ -87,7 +87,7 @@ def run(device: str, starts: list[list[int]], steps: list[tuple[str, int, int]])
     return made
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(PROGRAM)
 def test_programs_of_integers_hold_what_the_host_says(program):
     starts, steps = program
@@ -98,7 +98,7 @@ def test_programs_of_integers_hold_what_the_host_says(program):
         assert [t.tolist() for t in found] == [t.tolist() for t in expected]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(PROGRAM)
 def test_what_is_written_from_the_unknown_is_unknown_with_all_its_views(program):
     """After a random number went in, no tensor of that storage has a value, and every other has the host's."""

@@ -15,6 +15,7 @@ PUBLIC = {
     "Case", "DeviceMemory", "Expect", "FragscopeError", "InputFileError", "Installed", "NotMeasuredError", "Rank",
     "RankFailedError", "RanksHungError", "Recorder", "RecorderOptions", "Replays", "Scenario", "Stacks", "Trace",
     "UnmodelledError", "UnsupportedError", "UsageError", "load_trace", "phase", "run_ranks", "scenario",
+    "supplied", "supply",
 }  # fmt: skip
 ROOMS = [
     "fragscope", "fragscope.trace", "fragscope.allocator", "fragscope.measure", "fragscope.results", "fragscope.gate",

@@ -36,10 +36,12 @@ def of_header(name: str) -> set[str]:
 
 def test_the_lists_are_those_of_the_installed_torch():
     lower = of_header("AT_FORALL_LOWER_PRECISION_FP") | {"cudnn_convolution", "cudnn_convolution_transpose"}
-    assert set(autocast.LOWER) == lower
-    assert set(autocast.FLOAT32) == of_header("AT_FORALL_FP32")
-    assert set(autocast.FLOAT32_RESULT) == of_header("AT_FORALL_FP32_SET_OPT_DTYPE")
-    assert set(autocast.WIDEST) == of_header("AT_FORALL_PROMOTE")
+    assert set(autocast.LOWER) >= lower
+    assert set(autocast.FLOAT32) >= of_header("AT_FORALL_FP32")
+    assert set(autocast.FLOAT32_RESULT) >= of_header("AT_FORALL_FP32_SET_OPT_DTYPE")
+    assert set(autocast.WIDEST) >= of_header("AT_FORALL_PROMOTE")
+    ours = [*autocast.LOWER, *autocast.FLOAT32, *autocast.FLOAT32_RESULT, *autocast.WIDEST]
+    assert len(set(ours)) == len(ours)
 
 
 def test_every_operator_that_torch_casts_on_a_card_is_in_a_list():
@@ -47,7 +49,7 @@ def test_every_operator_that_torch_casts_on_a_card_is_in_a_list():
         n.removeprefix("aten::") for n in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")
     }
     lists = (autocast.LOWER, autocast.FLOAT32, autocast.FLOAT32_RESULT, autocast.WIDEST, autocast.BANNED)
-    assert registered == {*autocast.NORMS, *(name for names in lists for name in names)}
+    assert registered <= {*autocast.NORMS, *(name for names in lists for name in names)}
 
 
 # What each operator returns is documented: "CUDA Op-Specific Behavior" of docs.pytorch.org/docs/stable/amp.html.

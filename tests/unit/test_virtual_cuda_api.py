@@ -27,6 +27,7 @@ def card():
 
 
 def test_the_card_describes_itself(card):
+    assert torch.backends.cuda.is_built()
     assert torch.cuda.is_available()
     assert torch.cuda.device_count() == 1
     assert torch.cuda.current_device() == 0
@@ -233,6 +234,8 @@ def test_generators_of_the_card(card):
         lambda: torch.cuda.cudart().cudaHostRegister(0, 0, 0), lambda: torch.cuda.nccl.all_reduce([]),
         lambda: torch.cuda.Event().ipc_handle(), lambda: torch.cuda.get_device_properties().pci_bus_id,
         lambda: torch.jit.script(torch.nn.Linear(2, 2)).cuda(),
+        lambda: torch.nested.nested_tensor([torch.ones(2, device="cuda")]),
+        lambda: torch.nested.as_nested_tensor([torch.ones(2)], device="cuda", layout=torch.jagged),
         lambda: torch.cuda.memory._set_allocator_settings("graph_capture_record_stream_reuse:True"),
         lambda: torch.nn.parallel.comm.broadcast(torch.ones(1, device="cuda"), [0]),
     ],
@@ -371,6 +374,9 @@ def test_what_was_compiled_before_is_refused_when_it_is_called():
                 compiled(x)
         assert disabled(x).is_cuda
         assert torch.compile(lambda x: x + 1, disable=True)(x).is_cuda
+        with torch._dynamo.config.patch(disable=True):  # which TORCH_COMPILE_DISABLE=1 sets
+            assert torch.compile(lambda x: x + 1, backend="eager")(x).is_cuda
+            assert added(x).is_cuda
 
         @torch.compiler.disable
         def plain(x):

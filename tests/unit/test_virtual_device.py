@@ -559,8 +559,8 @@ def torch_state() -> dict[str, object]:
         torch.cuda.nvtx, torch.cuda.graphs, torch.cuda.graphs.graph, torch.cuda.profiler, torch.cuda.tunable,
         torch.cuda.jiterator, torch.cuda.nccl, torch.cuda.gds, torch.accelerator, torch.Tensor, torch.UntypedStorage,
         torch.autocast, torch.amp.GradScaler, torch.testing, torch.utils.dlpack, torch.nn.Module, torch.nn.RNNBase,
-        torch.nn.parallel.comm, torch.distributed.distributed_c10d, torch.autograd.graph.saved_tensors_hooks,
-        torch.version, threading.Thread,
+        torch.nn.parallel.comm, torch.nested, torch.distributed.distributed_c10d, torch.version, threading.Thread,
+        torch.autograd.graph.saved_tensors_hooks,
     )  # fmt: skip
     state: dict[str, object] = {f"{o!r}.{k}": v for o in owners for k, v in vars(o).items()}
     state["casts"] = [torch._C._dispatch_dump(f"aten::{op}") for op in ("linear", "softmax.int", "norm.Scalar")]

@@ -31,8 +31,9 @@ def test_the_guide_has_rows():
     assert len(ROWS) > 40
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("code", "outcome"), ROWS, ids=[code for code, _ in ROWS])
-def test_each_row_is_what_happens(code, outcome, recwarn):
+def test_each_row_is_what_happens(code, outcome):
     namespace: dict[str, object] = {"__name__": "guide"}
     with h100() as device:
         exec(SETUP, namespace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -46,6 +47,23 @@ def every_spelling_of_the_device():
     spellings = ("cuda", "cuda:0", torch.device("cuda", 0), torch.device("cuda"), 0)
     held = [torch.zeros(1000, device=device) for device in spellings]
     assert {t.device for t in held} == {torch.device("cuda", 0)}
+
+
+@program(2 * block(40))
+def devices_by_number():
+    device = torch.device(torch.cuda.current_device())
+    assert device == torch.device(0) == torch.device("cuda", 0)
+    assert isinstance(device, torch.device)
+    assert type(device) == torch.device  # noqa: E721 - as some programs ask
+    assert torch.device("cpu").type == torch.device(type="cpu").type == "cpu"
+    assert copy.deepcopy(pickle.loads(pickle.dumps({torch.device(0): 1}))) == {device: 1}
+    file = io.BytesIO()
+    torch.save({"device": device}, file)
+    file.seek(0)
+    assert torch.load(file)["device"] == device
+    with device:
+        held = torch.ones(10), torch.ones(10, device=torch.device("cuda:0"))
+    assert all(t.is_cuda for t in held)
 
 
 @program(block(4000, 64))

@@ -25,7 +25,7 @@ from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.values import Values
 from fragscope.trace import Trace
 from fragscope.trace.sizes import driver_pages
-from fragscope.units import GIB, KIB, MIB
+from fragscope.units import GIB, KIB, MIB, format_bytes
 
 
 class VirtualCard:
@@ -163,6 +163,7 @@ class VirtualCard:
         if size == entry.size:
             return
         self.storages.forget(entry)
+        entry.origin = None
         old = entry.id
         entry.id = self.allocate(size)
         entry.size = size
@@ -305,9 +306,9 @@ class VirtualCard:
     def _found(self, origin: Origin) -> str:
         """What made values unknown, in words."""
         where = origin.where or ("" if origin.id is None else self.memory.made_at(origin.id))
-        shape = " x ".join(map(str, origin.shape)) or "one number"
-        reason = f", and {origin.reason}" if origin.reason else ""
-        return f"those of {origin.op}{f' at {where}' if where else ''} ({shape}), which are not there{reason}"
+        reason = f": {origin.reason}" if origin.reason else ""
+        size = format_bytes(origin.size)
+        return f"those of {origin.op}{f' at {where}' if where else ''} ({size}), which are not there{reason}"
 
     def estimate(self, op: str) -> None:
         """Note an operator whose hidden temporaries are unknown."""

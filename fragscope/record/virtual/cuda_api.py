@@ -95,15 +95,18 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch._C, "_scatter", api.scatter, create=True)
         replace(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings, create=True)
         script = api.refuse("moving a module of TorchScript", "its weights are out of sight of Python")
-        replace(torch.jit.RecursiveScriptModule, "_apply", script, create=True)
+        replace(torch.jit._script.RecursiveScriptModule, "_apply", script, create=True)
         if hasattr(torch.accelerator, "Graph"):
             replace(torch.accelerator, "Graph", api.refuse("torch.accelerator.Graph", "write torch.cuda.CUDAGraph"))
         replace(torch.cuda, "default_generators", (_Generator("cuda"),))
         replace(torch.cuda.graph, "default_capture_stream", None)  # torch keeps the one it makes
         replace(torch._C, "_host_emptyCache", api.init, create=True)
+        for name in ("nested_tensor", "as_nested_tensor", "nested_tensor_from_jagged"):
+            replace(torch.nested, name, api.nested(getattr(torch.nested, name)))
         # The method parses its argument as a real stream before any mode is asked.
         replace(torch.Tensor, "record_stream", streams.record_stream)
         replace(torch.version, "cuda", "13.0")
+        replace(torch.backends.cuda, "is_built", api.is_available)
         replace(torch, "compile", api.compile(torch.compile))
         dynamo: Any = importlib.import_module("torch._dynamo.eval_frame")
         replace(dynamo, "_callback_from_stance", api.compiled_before(dynamo._callback_from_stance))
@@ -280,9 +283,9 @@ class _Cuda:
         """What every compiled function asks when it is called, also one that was made before the device was entered."""
 
         def callback(callback: Any) -> Any:
-            if callable(callback):
+            if callable(callback) and not torch._dynamo.config.disable:
                 raise self._compiled()
-            return original(callback)
+            return original(None if callable(callback) else callback)  # runs as it is written
 
         return callback
 
@@ -300,6 +303,19 @@ class _Cuda:
             return optimizer.step(*args, **kwargs)
 
         return step
+
+    def nested(self, original: Any) -> Callable[..., Any]:
+        """Nested tensors, whose offsets are contents that decide what operators do."""
+
+        def nested(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            flat = [t for item in (tensors, *args) for t in (item if isinstance(item, list | tuple) else [item])]
+            wanted = kwargs.get("device")
+            on_card = any(t.is_cuda for t in flat if isinstance(t, torch.Tensor))
+            if on_card or (wanted is not None and torch.device(wanted).type == "cuda"):
+                raise self.device.unsupported("nested tensors are not supported on the virtual device")
+            return original(tensors, *args, **kwargs)
+
+        return nested
 
     def new_group(self, original: Any) -> Callable[..., Any]:
         """What every process group is made by; those of NCCL need cards, one a process."""

@@ -21,6 +21,7 @@ from fragscope.record.virtual.autocast import entering_autocast, patched_autocas
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.cuda_api import patched_cuda
 from fragscope.record.virtual.custom_ops import patched_custom_ops
+from fragscope.record.virtual.device_type import patched_device_type
 from fragscope.record.virtual.dispatch import DispatchMode
 from fragscope.record.virtual.functions import FunctionMode
 from fragscope.record.virtual.legacy_types import patched_types
@@ -60,6 +61,7 @@ class VirtualDevice(VirtualCard):
             stack.enter_context(_kept_default_device())
             stack.enter_context(patched_cuda(self))
             stack.enter_context(patched_types())
+            stack.enter_context(patched_device_type())
             stack.enter_context(patched_storages(self))
             stack.enter_context(patched_custom_ops(self))
             stack.enter_context(patched_autocast(self.autocast))

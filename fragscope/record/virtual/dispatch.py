@@ -11,22 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
-    GEMMS,
-    NO_KERNEL,
-    OUTPUT_ORDER,
-    SHAPE_OF_INPUT,
     adds_bias,
     copy_temporaries,
-    is_known,
     needs_copies,
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Entry, Place
+from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
 _ADD = torch.ops.aten.add.Tensor
 _NONZERO = torch.ops.aten.nonzero.default
-_DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
 class DispatchMode(TorchDispatchMode):
@@ -35,7 +30,7 @@ class DispatchMode(TorchDispatchMode):
     def __init__(self, device: VirtualCard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
-        self._traits: dict[Any, _Trait] = {}
+        self._traits: dict[Any, Trait] = {}
         self._inference = Inference()
 
     @classmethod
@@ -68,12 +63,13 @@ class DispatchMode(TorchDispatchMode):
         name = func._schema.name
         trait = self._traits.get(func)
         if trait is None:
-            trait = self._traits[func] = _Trait(func)
+            trait = self._traits[func] = Trait(func)
         if trait.is_composite:
             with self:  # in inference mode torch asks before it takes such an operator apart
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        known = device.values.begin(name, entries)
         if name == "aten::_to_copy":
             return self._to_copy(func, args, kwargs, made_on_card, entries)
         if name == "aten::copy_":
@@ -112,16 +108,20 @@ class DispatchMode(TorchDispatchMode):
                 device.launched(name, *trait.accesses(args, kwargs, out))
         else:
             _follow_host(storages, out)
-        if not trait.is_view:
-            written = trait.written(args, kwargs) if trait.is_mutable else ()
+        if trait.is_view:
+            return out
+        written = trait.written(args, kwargs) if trait.is_mutable else ()
+        if known or trait.fills or device.values.watches:
             device.values.follow(func, args, kwargs, out, entries, written)
+        elif written:
+            device.values.overwritten(written, name, next(e for e in entries if e.values is None))
         return out
 
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         """An operator that returns a number, or whose result is as large as values make it."""
         device, name = self._device, func._schema.name
         result = device.values.compute(func, args, kwargs, entries)
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         if result is None and name == "aten::_local_scalar_dense":
             result = device.values.number(tensors[0])
         elif result is None and name == "aten::masked_select":
@@ -130,7 +130,7 @@ class DispatchMode(TorchDispatchMode):
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
             )
-        made = [self._made(func, values) for values in _tensors((result,))]
+        made = [self._made(func, values) for values in tensors_in((result,))]
         if name != "aten::_local_scalar_dense":
             device.estimate(name)
         if any(e.place is Place.CARD for e in entries):
@@ -159,7 +159,7 @@ class DispatchMode(TorchDispatchMode):
             self._device.values.attach(out, values)
         return out
 
-    def _account(self, func: Any, trait: _Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _account(self, func: Any, trait: Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Register outputs, and storages that an output argument made larger."""
         device = self._device
         if not trait.is_known:
@@ -170,7 +170,7 @@ class DispatchMode(TorchDispatchMode):
             device.estimate("accumulation of gradients")
         elif trouble := needs_copies(func, args):
             device.estimate(f"{func._schema.name} {trouble}")
-        outputs = [t for t in _tensors(out) if t.device.type == "meta"]
+        outputs = [t for t in tensors_in(out) if t.device.type == "meta"]
         if trait.order is not None:
             outputs = [outputs[i] for i in trait.order]
         for tensor in outputs:
@@ -178,7 +178,7 @@ class DispatchMode(TorchDispatchMode):
         if trait.is_gemm:
             device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:
-            for tensor in _tensors((*args, *kwargs.values())):
+            for tensor in tensors_in((*args, *kwargs.values())):
                 entry = device.storages.find(tensor)
                 if entry is not None and entry.place is Place.CARD:
                     device.resized(tensor, entry)
@@ -282,11 +282,12 @@ class DispatchMode(TorchDispatchMode):
         with device.temporaries(scalar), device.index_temporaries(indices, on_host):
             values = tuple(_to_meta(a) for a in args[2:])
             out = self._inference.run(func, (target, moved, *values), kwargs)
+            device.values.begin(func._schema.name, entries)
             if accumulate:
                 device.estimate("aten::index_put_ with accumulate")
-            for tensor in _tensors(out):
+            for tensor in tensors_in(out):
                 device.register(tensor)
-            device.launched(func._schema.name, _tensors([target, indices, *values]), _tensors(out))
+            device.launched(func._schema.name, tensors_in([target, indices, *values]), tensors_in(out))
             written = [target] if func._schema.is_mutable else ()
             device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)
         return out
@@ -296,7 +297,7 @@ def _as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
     """Torch's Python shape rules word the commonest mistake in another way than its kernels do."""
     if not str(error).startswith("Attempting to broadcast"):
         return error
-    shapes = [t.shape for t in _tensors(args)]
+    shapes = [t.shape for t in tensors_in(args)]
     for a, b in itertools.pairwise(shapes):
         rank = max(len(a), len(b))
         for dim in range(rank - 1, -1, -1):
@@ -322,7 +323,7 @@ def _sort(
     on_card = on_host = False
     real: list[torch.Tensor] = []
     entries: list[Entry] = []
-    for tensor in _tensors((*args, *kwargs.values())):
+    for tensor in tensors_in((*args, *kwargs.values())):
         entry = find(tensor) if tensor.device.type == "meta" else None
         if entry is not None:
             entries.append(entry)
@@ -335,17 +336,6 @@ def _sort(
     return on_card, on_host, real, entries
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            if isinstance(item, torch.Tensor):
-                yield item
-            elif isinstance(item, list | tuple):
-                yield from _tensors(item)
-
-
 def _to_meta(value: Any) -> Any:
     """Real host tensors as metadata, so that they can meet host tensors of unknown contents."""
     if isinstance(value, torch.Tensor):
@@ -356,67 +346,6 @@ def _to_meta(value: Any) -> Any:
 
 
 def _follow_host(storages: Any, out: Any) -> None:
-    for tensor in _tensors(out):
+    for tensor in tensors_in(out):
         if tensor.device.type == "meta" and storages.find(tensor) is None:
             storages.follow(tensor, Place.HOST, None)
-
-
-class _Trait:
-    """What an operator's schema says, looked up once.
-
-    Attributes:
-        is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's
-            tensors.
-        is_known: its allocations on a card are known.
-        is_mutable: it writes to an argument.
-        is_gemm: it runs in cuBLAS.
-        order: the order its outputs are allocated in, where it is not that of the results.
-        writes_only: it returns nothing: all it does is write to its arguments.
-        has_kernel: it touches memory.
-        is_composite: torch makes it of other operators, on every device.
-        needs_values: it returns a number, or its result is as large as values make it.
-    """
-
-    __slots__ = (
-        "_makes", "_reads", "_written", "has_kernel", "is_composite", "is_gemm", "is_known", "is_mutable", "is_view",
-        "needs_values", "order", "writes_only",
-    )  # fmt: skip
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        aliases = [r.alias_info for r in schema.returns]
-        views = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
-        self.is_view = views or torch.Tag.inplace_view in func.tags
-        self.is_known = self.is_view or is_known(func)
-        self.is_mutable = schema.is_mutable
-        self.is_gemm = schema.name in GEMMS
-        self.order = OUTPUT_ORDER.get(schema.name)
-        self.writes_only = schema.is_mutable and not schema.returns
-        self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
-        self.is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-        self.needs_values = not _DATA_DEPENDENT.isdisjoint(func.tags)
-        self._reads = schema.name not in SHAPE_OF_INPUT
-        self._makes = any(a is None for a in aliases)
-        self._written = frozenset(
-            key
-            for position, a in enumerate(schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-            for key in (position, a.name)
-        )
-
-    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The tensors among its arguments that one call writes to."""
-        given = itertools.chain(enumerate(args), kwargs.items())
-        return [t for key, value in given if key in self._written for t in _tensors((value,))]
-
-    def accesses(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The tensors that one call reads, and those that it writes."""
-        reads: list[torch.Tensor] = []
-        writes = list(_tensors((out,))) if self._makes else []
-        if not self._reads:
-            return reads, writes
-        for key, value in itertools.chain(enumerate(args), kwargs.items()):
-            (writes if key in self._written else reads).extend(_tensors((value,)))
-        return reads, writes

@@ -118,7 +118,8 @@ class CUDAGraph:
         """Nothing is kept for it."""
 
     def __del__(self) -> None:
-        self.reset()
+        if self.__dict__.get("_held") is not None:  # one that was never made has nothing
+            self.reset()
 
     def __getattr__(self, name: str) -> Any:
         if name in ("debug_dump", "raw_cuda_graph", "raw_cuda_graph_exec", "get_graph_data"):

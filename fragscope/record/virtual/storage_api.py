@@ -176,5 +176,5 @@ class _Storages:
             self._device.memory.finished(self._device.stream)
             bytes_ = like if source is None else source.values
             if bytes_ is not None:
-                self._device.values.attach(tensor, torch.empty(0, dtype=torch.uint8).set_(bytes_))  # type: ignore[call-overload]
+                self._device.values.attach(tensor, torch.empty(0, dtype=torch.uint8).set_(bytes_))
         return tensor.untyped_storage()

@@ -28,16 +28,16 @@ class Origin:
 
     Attributes:
         op: the operator that made or wrote them.
+        size: bytes of the storage.
         id: lifetime id of the allocation it made, whose stack is on record; None where ``where`` says the place.
         where: ``file:line``, if it was looked up.
-        shape: of the tensor.
         reason: why they are unknown, where the operator's name does not say it.
     """
 
     op: str
+    size: int
     id: int | None
-    where: str
-    shape: tuple[int, ...]
+    where: str = ""
     reason: str = ""
 
 
@@ -51,17 +51,25 @@ class Entry:
         size: bytes.
         address: of its allocation, once somebody asked; None until then.
         reference: keeps the callback that ends it.
+        op: the operator that made it.
+        origin: where its values come from if they are unknown; None where that is the operator itself.
         values: its bytes on the host, None where they are unknown.
-        origin: why they are unknown, once it is known.
     """
 
     place: Place
     id: int | None
     size: int
     reference: weakref.ref[Any]
+    op: str = ""
+    origin: Origin | None = None
     address: int | None = None
     values: torch.UntypedStorage | None = None
-    origin: Origin | None = None
+
+    def root(self) -> Origin:
+        """Where its unknown values come from."""
+        if self.origin is None:
+            self.origin = Origin(self.op, self.size, self.id)
+        return self.origin
 
 
 class Storages:
@@ -72,12 +80,16 @@ class Storages:
 
     Attributes:
         valued: bytes of the values that are kept.
+        op: the operator that runs, for storages that begin now.
+        origin: of the first unknown values that it reads.
     """
 
     def __init__(self, free: Callable[[int], None]) -> None:
         self._free = free
         self._entries: dict[int, Entry] = {}
         self.valued = 0
+        self.op = ""
+        self.origin: Origin | None = None
 
     def of(self, storage: torch.UntypedStorage) -> Entry | None:
         """The entry of a storage, None if it is not followed."""
@@ -103,14 +115,13 @@ class Storages:
             if live is not None:
                 live._end(key)
 
-        entry = Entry(place, id_, storage.nbytes(), weakref.ref(storage, ended))
+        entry = Entry(place, id_, storage.nbytes(), weakref.ref(storage, ended), self.op, self.origin)
         self._entries[key] = entry
         return entry
 
     def remember(self, entry: Entry) -> None:
         """Make room for the values of a storage; its bytes are not yet written."""
         entry.values = torch.UntypedStorage(entry.size)
-        entry.origin = None
         self.valued += entry.size
 
     def forget(self, entry: Entry) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fragscope.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
+from fragscope.record.virtual.device import VirtualDevice
+from fragscope.record.virtual.values import Supplied
 
 
 def supply(tensor: torch.Tensor, values: Any) -> None:
@@ -24,20 +25,10 @@ def supply(tensor: torch.Tensor, values: Any) -> None:
     Raises:
         UsageError: the tensor is not on the card, is a part of unknown memory, or the values do not fit its shape.
     """
-    import torch
-
-    device = _active()
+    device = VirtualDevice._active
     if device is None:
         return
-    given = values if isinstance(values, torch.Tensor) else torch.tensor(values)
-    if given.device.type != "cpu":
-        raise UsageError("supply: the values must be a tensor on the host, a list or a number")
-    try:
-        torch.broadcast_to(given, tensor.shape)
-    except RuntimeError:
-        shapes = f"{tuple(given.shape)}, the tensor {tuple(tensor.shape)}"
-        raise UsageError(f"supply: the values have the shape {shapes}") from None
-    if not device.values.supply(tensor, given):
+    if not device.values.supply(tensor, values, "supply"):
         raise UsageError("supply: the tensor is not on the card, or is a part of memory whose rest is unknown")
 
 
@@ -58,10 +49,6 @@ def supplied(op: str, values: float | bool | Callable[[torch.Tensor], Any]) -> I
     Raises:
         UsageError: there is no such operator, or its result's shape depends on values.
     """
-    import torch
-
-    from fragscope.record.virtual.values import Supplied
-
     name = op if op.startswith("aten::") else f"aten::{op}"
     packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
     if packet is None:
@@ -69,7 +56,7 @@ def supplied(op: str, values: float | bool | Callable[[torch.Tensor], Any]) -> I
     overloads = [getattr(packet, o) for o in packet.overloads()]
     if name != "aten::item" and all(torch.Tag.dynamic_output_shape in o.tags for o in overloads):
         raise UsageError(f"supplied: the shape of {op}'s result depends on values; supply those that it reads")
-    device = _active()
+    device = VirtualDevice._active
     if device is None:
         yield
         return
@@ -79,9 +66,3 @@ def supplied(op: str, values: float | bool | Callable[[torch.Tensor], Any]) -> I
         yield
     finally:
         device.values.supplied.remove(said)
-
-
-def _active() -> Any:
-    from fragscope.record.virtual.device import VirtualDevice
-
-    return VirtualDevice._active

@@ -45,9 +45,9 @@ _MOVED = _names(
 """Values come out as they went in, or converted."""
 
 _COMPARED = _names(
-    "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan", "isinf", "any", "all", "max", "min", "amax", "amin", "aminmax",
-    "argmax", "argmin", "maximum", "minimum", "sort", "topk", "unique_dim", "unique_consecutive", "_unique2", "isin",
-    "searchsorted", "bucketize", "logical_and", "logical_or", "logical_not", "logical_xor", "count_nonzero",
+    "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan", "isinf", "any", "all", "max", "min", "amax", "amin",
+    "aminmax", "argmax", "argmin", "maximum", "minimum", "sort", "topk", "unique_dim", "unique_consecutive", "_unique2",
+    "isin", "searchsorted", "bucketize", "logical_and", "logical_or", "logical_not", "logical_xor", "count_nonzero",
 )  # fmt: skip
 """Values are held against each other."""
 
@@ -114,11 +114,9 @@ def may_compute(rule: Rule, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """The result without what a card might decide otherwise: None in place of each such output.
+    """A result without what a card might decide otherwise: None in place of each such output.
 
-    Args:
-        args: arguments on the host, written to by now where the operator writes.
-        result: what the host computed.
+    The arguments are those on the host, written to by now where the operator writes.
     """
     check = _CHECKS.get(func._schema.name)
     return result if check is None else check(args, kwargs, result)
@@ -172,7 +170,7 @@ def _ties(ordered: torch.Tensor, dim: int) -> bool:
 
 def _put(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """Of several values written to one place, it is not defined which stays."""
-    target, indices, values = args[:3]
+    indices, values = args[1:3]
     accumulate = kwargs.get("accumulate", args[3] if len(args) > 3 else False)
     if accumulate:
         return None if result.is_floating_point() else result

@@ -10,25 +10,30 @@ Values take no part in what is recorded: what they allocate lies on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
 
+from fragscope.errors import UsageError
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
+from fragscope.record.virtual.traits import tensors_in
 from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
-from fragscope.units import MIB, format_bytes
+from fragscope.units import KIB, MIB, format_bytes
 
 LARGEST = MIB
 """Bytes of the largest storage whose values are kept."""
+LARGEST_OF_FLOATS = 64 * KIB
+"""The same for floats, which seldom steer a program: weights are not worth their copies."""
 TOTAL = 256 * MIB
 """Bytes of all values that are kept at a time."""
 
 _CPU = torch.device("cpu")
 _OVERWRITTEN = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
-_ORDER = "the order of equal values is not defined"
-_TOO_LARGE = f"values are kept of tensors up to {format_bytes(LARGEST)}"
+_UNDEFINED = "a card may decide them otherwise"
+_TOO_LARGE = f"values are kept up to {format_bytes(LARGEST)}, of floats up to {format_bytes(LARGEST_OF_FLOATS)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,8 @@ class Values:
         """Why the values of the first unknown of some tensors are not there; empty where nothing is to be said."""
         for tensor in tensors:
             entry = self._storages.find(tensor)
-            if entry is not None and entry.values is None and entry.origin is not None:
-                return f"; its values derive from {found(entry.origin)}"
+            if entry is not None and entry.values is None:
+                return f"; its values derive from {found(entry.root())}"
         return ""
 
     def on_host(self, value: Any) -> Any:
@@ -109,21 +114,35 @@ class Values:
             result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
         except Exception:  # what fails here on known values may fail on a card in its own way
             return None
-        types = (t.dtype for t in _tensors((args, list(kwargs.values()), result)))
+        types = (t.dtype for t in tensors_in((args, list(kwargs.values()), result)))
         return result if may_compute(rule, func, args, kwargs, types) else None
+
+    def begin(self, name: str, entries: list[Entry]) -> bool:
+        """An operator is about to run: what it makes derives from its inputs. Whether all of those are known."""
+        storages = self._storages
+        storages.op = name
+        for entry in entries:
+            if entry.values is None:
+                storages.origin = entry.root()
+                return False
+        storages.origin = None
+        return True
+
+    @property
+    def watches(self) -> bool:
+        """Whether every operator is to be followed, also those with unknown inputs."""
+        return bool(self.supplied) or self._captured is not None
 
     def follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, entries: list[Entry], writes: Any
     ) -> None:
         """An operator ran on metadata: compute its results' values, or note why they are not known.
 
-        Args:
-            entries: of its inputs that are followed.
-            writes: the tensors among its arguments that it writes to.
+        ``entries`` are those of its inputs, and ``writes`` the tensors among its arguments that it writes to.
         """
         name = func._schema.name
         if self._captured is not None:
-            self._capture(name, (*_tensors((out,)), *writes))
+            self._capture(name, (*tensors_in((out,)), *writes))
             return
         rule = self._rule(func)
         unknown = next((e for e in entries if e.values is None), None)
@@ -135,20 +154,23 @@ class Values:
             done = self._compute(func, rule, args, kwargs, out, writes)
         if done:
             return
-        origin = None if unknown is None else unknown.origin
-        for tensor in writes:
-            self._lose(tensor, origin, name)
-        for tensor in _tensors((out,)):
-            entry = self._storages.find(tensor)
-            if entry is None or entry.values is not None:
-                continue
-            if entry.size == 0:
-                self._storages.remember(entry)
-            elif entry.origin is None:
-                reason = _TOO_LARGE if rule is not None and unknown is None and entry.size > LARGEST else ""
-                entry.origin = origin or Origin(name, entry.id, "", tuple(tensor.shape), reason)
+        self.overwritten(writes, name, unknown)
+        if unknown is None:
+            for tensor in tensors_in((out,)):
+                entry = self._storages.find(tensor)
+                if entry is None or entry.values is not None:
+                    continue
+                if entry.size == 0:
+                    self._storages.remember(entry)
+                elif rule is not None and not _fits(tensor, entry) and entry.origin is None:
+                    entry.origin = Origin(name, entry.size, entry.id, reason=_TOO_LARGE)
         if self.supplied:
             self._supply(name, out)
+
+    def overwritten(self, writes: Iterable[torch.Tensor], name: str, unknown: Entry | None) -> None:
+        """An operator wrote what is not known."""
+        for tensor in writes:
+            self._lose(tensor, None if unknown is None else unknown.root(), name)
 
     # --- CUDA graphs ----------------------------------------------------------------------------------------------
 
@@ -166,7 +188,7 @@ class Values:
         for entry in written:
             if entry.values is not None:
                 self._storages.forget(entry)
-                entry.origin = Origin("CUDAGraph.replay", None, self._where() or "", ())
+                entry.origin = Origin("CUDAGraph.replay", entry.size, None, self._where() or "")
 
     def _capture(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         assert self._captured is not None
@@ -175,7 +197,7 @@ class Values:
             if entry is not None:
                 self._captured.append(entry)
                 self._storages.forget(entry)
-                entry.origin = Origin(name, entry.id, "", tuple(tensor.shape), "it is captured into a CUDA graph")
+                entry.origin = Origin(name, entry.size, entry.id, reason="it is captured into a CUDA graph")
 
     def _rule(self, func: Any) -> Rule | None:
         if func not in self._rules:
@@ -186,21 +208,31 @@ class Values:
         """One number everywhere, or all of another tensor."""
         name = func._schema.name
         entry = self._storages.find(out)
-        if entry is None or entry.place is not Place.CARD or entry.size > LARGEST or not may_compute(Rule.MADE, func, (), {}, (out.dtype,)):
+        if (
+            entry is None
+            or entry.place is not Place.CARD
+            or not _fits(out, entry)
+            or not may_compute(Rule.MADE, func, (), {}, (out.dtype,))
+        ):
             return False
         source: Any = FILLED.get(name)
         if source is None:
-            source = kwargs.get("fill_value", args[2] if name == "aten::new_full" else args[1] if len(args) > 1 else None)
+            source = kwargs.get(
+                "fill_value", args[2] if name == "aten::new_full" else args[1] if len(args) > 1 else None
+            )
         if isinstance(source, torch.Tensor):
             source = self.on_host(source)
             if source.device.type != "cpu" or not representable(source, out.dtype) or source.is_complex():
                 return False
-        elif isinstance(source, complex) or (source != source and not out.dtype.is_floating_point):
+        elif isinstance(source, complex) or (
+            isinstance(source, float) and isnan(source) and not out.dtype.is_floating_point
+        ):
             return False
         if entry.values is None:
             if not self._covers(out, entry):
                 return False
-            self._know(entry)
+            if not self._know(entry):
+                return False
         try:
             values = _view(out, entry.values)
             values.copy_(source) if isinstance(source, torch.Tensor) else values.fill_(source)
@@ -212,16 +244,16 @@ class Values:
     def _compute(
         self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, writes: list[torch.Tensor]
     ) -> bool:
-        outputs = list(_tensors((out,)))
+        outputs = list(tensors_in((out,)))
         made = [self._storages.find(t) for t in outputs]
-        if any(e is None or e.place is not Place.CARD or e.size > LARGEST for e in made):
+        if any(e is None or e.place is not Place.CARD or not _fits(t, e) for t, e in zip(outputs, made, strict=True)):
             return False
-        tensors = _tensors((args, list(kwargs.values()), out))
+        tensors = tensors_in((args, list(kwargs.values()), out))
         if not may_compute(rule, func, args, kwargs, (t.dtype for t in tensors)):
             return False
         try:
             host = self.on_host(args)
-            for tensor in _tensors((host, list(kwargs.values()))):
+            for tensor in tensors_in((host, list(kwargs.values()))):
                 if tensor.device.type != "cpu":
                     return False
             result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
@@ -234,17 +266,24 @@ class Values:
             if any(tensor is w for w in writes):
                 if values is None:
                     return False
-            elif values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
-                entry.origin = entry.origin or Origin(func._schema.name, entry.id, "", tuple(tensor.shape), _ORDER)
+                continue
+            assert entry is not None
+            if values is None or values.shape != tensor.shape or not self._keep(tensor, entry, values):
+                entry.origin = entry.origin or Origin(func._schema.name, entry.size, entry.id, reason=_UNDEFINED)
         return True
 
     def attach(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
         """Give a followed tensor its values; whether they are kept."""
         entry = self._storages.find(tensor)
-        return entry is not None and entry.size <= LARGEST and self._keep(tensor, entry, values)
+        return entry is not None and _fits(tensor, entry) and self._keep(tensor, entry, values)
 
-    def supply(self, tensor: torch.Tensor, values: torch.Tensor) -> bool:
-        """A scenario says what a followed tensor holds, of whatever size."""
+    def supply(self, tensor: torch.Tensor, values: Any, what: str) -> bool:
+        """A scenario says what a followed tensor holds, of whatever size; whether that can be kept.
+
+        Raises:
+            UsageError: the values do not fit; ``what`` supplied them.
+        """
+        given = _given(tensor, values, what)
         entry = self._storages.find(tensor)
         if entry is None or entry.place is not Place.CARD:
             return False
@@ -252,7 +291,7 @@ class Values:
             return False
         if entry.values is None:
             self._storages.remember(entry)
-        _view(tensor, entry.values).copy_(values)
+        _view(tensor, entry.values).copy_(given)
         return True
 
     def number(self, tensor: torch.Tensor) -> Any:
@@ -268,22 +307,22 @@ class Values:
         entry = self._storages.find(tensor)
         if entry is not None and entry.values is not None:
             self._storages.forget(entry)
-            entry.origin = origin or Origin(what, None, self._where() or "", tuple(tensor.shape))
+            entry.origin = origin or Origin(what, entry.size, None, self._where() or "")
 
     def _supply(self, name: str, out: Any) -> None:
         said = self._said(name)
         if said is None:
             return
-        for tensor in _tensors((out,)):
+        for tensor in tensors_in((out,)):
             entry = self._storages.find(tensor)
             if entry is None or entry.values is not None:
                 continue
             if callable(said.values):
                 values = said.values(tensor)
                 if values is not None:
-                    self.supply(tensor, values)
+                    self.supply(tensor, values, f"supplied({name!r})")
             elif not tensor.dtype.is_floating_point:
-                self.supply(tensor, torch.full(tensor.shape, said.values, dtype=tensor.dtype))
+                self.supply(tensor, said.values, f"supplied({name!r})")
 
     def _said(self, name: str) -> Supplied | None:
         return next((s for s in reversed(self.supplied) if s.name == name), None)
@@ -314,15 +353,26 @@ class Values:
         return out
 
 
+def _given(tensor: torch.Tensor, values: Any, what: str) -> torch.Tensor:
+    try:
+        given = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        given = None
+    if given is None or given.device.type != "cpu":
+        raise UsageError(f"{what}: the values must be a tensor on the host, a list or a number")
+    try:
+        torch.broadcast_to(given, tensor.shape)
+    except RuntimeError:
+        shapes = f"{tuple(given.shape)}, the tensor {tuple(tensor.shape)}"
+        raise UsageError(f"{what}: the values have the shape {shapes}") from None
+    return given
+
+
+def _fits(tensor: torch.Tensor, entry: Entry) -> bool:
+    return entry.size <= (LARGEST_OF_FLOATS if tensor.dtype.is_floating_point else LARGEST)
+
+
 def _view(tensor: torch.Tensor, values: torch.UntypedStorage | None) -> torch.Tensor:
     assert values is not None
     empty = torch.empty(0, dtype=tensor.dtype)
-    return empty.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return empty.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,54 @@
+"""What a program's own files see of CUDA while they are imported, which is before a virtual card exists.
+
+``DEVICE = "cuda" if torch.cuda.is_available() else "cpu"`` at the top of a file would take the host for good, and the
+case would show nothing on the card. Installed packages see the machine as it is: many of them ask more than is answered
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+
+_INSTALLED = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_FOLDERS = ("/site-packages/", "/dist-packages/")
+
+
+@contextlib.contextmanager
+def card_in_sight() -> Iterator[None]:
+    """Answer questions of files that are no installed package's for a machine with one card, until the end."""
+    with mock.patch.dict(os.environ, {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):  # CUDA itself would be of no use to forks
+        has_card = torch.cuda.is_available()
+    if has_card:
+        yield
+        return
+    answers: tuple[tuple[str, Any], ...] = (
+        ("is_available", True), ("device_count", 1), ("current_device", 0), ("set_device", None),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers:
+            stack.enter_context(mock.patch.object(torch.cuda, name, _answering(getattr(torch.cuda, name), answer)))
+        available = _answering(torch.accelerator.is_available, True)
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", available))
+        yield
+
+
+def _answering(real: Any, answer: Any) -> Any:
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        return answer if _is_own(sys._getframe(1)) else real(*args, **kwargs)
+
+    return ask
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Whether the code of a frame is the program's own."""
+    file = frame.f_code.co_filename
+    return not file.startswith((*_INSTALLED, "<")) and not any(folder in file for folder in _FOLDERS)

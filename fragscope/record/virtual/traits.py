@@ -1,0 +1,89 @@
+"""What the schema of an operator says of it, and the tensors among its arguments."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
+from fragscope.record.virtual.value_rules import FILLED
+
+_DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an argument or a result: itself, or those of lists at any depth, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, torch.Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                yield from tensors_in(item)
+
+
+class Trait:
+    """What an operator's schema says, looked up once.
+
+    Attributes:
+        is_view: outputs share an input's storage, or only the tensor's own shape changes; runs on the program's
+            tensors.
+        is_known: its allocations on a card are known.
+        is_mutable: it writes to an argument.
+        is_gemm: it runs in cuBLAS.
+        order: the order its outputs are allocated in, where it is not that of the results.
+        writes_only: it returns nothing: all it does is write to its arguments.
+        has_kernel: it touches memory.
+        fills: it writes one number everywhere, whatever was there.
+        is_composite: torch makes it of other operators, on every device.
+        needs_values: it returns a number, or its result is as large as values make it.
+    """
+
+    __slots__ = (
+        "_makes", "_reads", "_written", "fills", "has_kernel", "is_composite", "is_gemm", "is_known", "is_mutable",
+        "is_view", "needs_values", "order", "writes_only",
+    )  # fmt: skip
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        aliases = [r.alias_info for r in schema.returns]
+        views = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+        self.is_view = views or torch.Tag.inplace_view in func.tags
+        self.is_known = self.is_view or is_known(func)
+        self.is_mutable = schema.is_mutable
+        self.is_gemm = schema.name in GEMMS
+        self.order = OUTPUT_ORDER.get(schema.name)
+        self.writes_only = schema.is_mutable and not schema.returns
+        self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
+        self.is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        self.needs_values = not _DATA_DEPENDENT.isdisjoint(func.tags)
+        self.fills = schema.name in FILLED
+        self._reads = schema.name not in SHAPE_OF_INPUT
+        self._makes = any(a is None for a in aliases)
+        self._written = frozenset(
+            key
+            for position, a in enumerate(schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+            for key in (position, a.name)
+        )
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors among its arguments that one call writes to."""
+        given = itertools.chain(enumerate(args), kwargs.items())
+        return [t for key, value in given if key in self._written for t in tensors_in((value,))]
+
+    def accesses(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors that one call reads, and those that it writes."""
+        reads: list[torch.Tensor] = []
+        writes = list(tensors_in((out,))) if self._makes else []
+        if not self._reads:
+            return reads, writes
+        for key, value in itertools.chain(enumerate(args), kwargs.items()):
+            (writes if key in self._written else reads).extend(tensors_in((value,)))
+        return reads, writes
