@@ -19,6 +19,7 @@ from fragscope.record.virtual.footprints import (
     copy_temporaries,
     is_known,
     needs_copies,
+    scratch,
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Place
@@ -124,6 +125,9 @@ class DispatchMode(TorchDispatchMode):
             outputs = [outputs[i] for i in trait.order]
         for tensor in outputs:
             device.register(tensor)
+        if sizes := scratch(func, args):
+            with device.temporaries(sizes):
+                pass
         if trait.is_gemm:
             device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:
