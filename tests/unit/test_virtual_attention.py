@@ -105,8 +105,24 @@ def test_with_gradients_sums_are_kept():
         assert kinds == ["ALLOC"] * 5 + ["FREE"]
         assert rows.size[before:].tolist()[:5] == [8, 8, 698_112, 21_816, 256]
         assert rows.id[-1] == rows.id[-2]
-        out.backward(out.detach())
+        grad = torch.zeros_like(out)
+        before = len(device.memory.requests)
+        out.backward(grad)
+        rows = device.memory.requests.finish()
+        taken = [int(s) for s, k in zip(rows.size[before:], rows.kind[before:], strict=True) if k == RequestKind.ALLOC]
+        # As in that recording's backward pass: the gradients of query, key and value, and a workspace.
+        assert taken[:4] == [698_112, 698_112, 698_112, 1_418_296]
         assert q.grad.is_cuda
+
+
+def test_softmax_takes_a_product_on_its_way_back():
+    """``softmax_backward`` of tests/data/footprints."""
+    import test_footprints
+
+    events, _, _ = test_footprints.events_on_virtual_card(
+        test_footprints.footprint_cases.COMPOSITES["softmax_backward"]
+    )
+    assert events == test_footprints.RECORDED["softmax_backward"]["second"]
 
 
 def test_host_tensors_attend_as_ever():

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.footprints import CUDNN_WORKSPACE
 
 _META = torch.device("meta")  # of the card, where operators of the program run
 _HALF = (torch.float16, torch.bfloat16)
-_CUDNN_WORKSPACE = 256
-"""Bytes that cuDNN's kernel took in every recording so far; a lower bound elsewhere."""
 _CUDNN_FIRST = (2, 11)
 """From this torch on an H100 was seen to take cuDNN's kernel; a 2.9 was seen not to."""
 _NAMES = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}  # of SDPBackend in torch/nn/attention
@@ -69,19 +68,14 @@ class Attention:
             return out
         if keeps_sums:
             run = torch.ops.aten._scaled_dot_product_cudnn_attention
-            out = run(query, key, value, bias, True, dropout_p, is_causal, False, **scaled)[0]
-            self._take_workspace()
-            return out
+            return run(query, key, value, bias, True, dropout_p, is_causal, False, **scaled)[0]  # type: ignore[no-any-return]
         # Without gradients it writes no sums, which torch's rule for its shapes makes all the same.
         with self._device.temporaries([8, 8]):  # seed and offset of the random numbers
             out = _like(query, (*query.shape[:3], value.shape[-1]))
             self._device.launched("aten::_scaled_dot_product_cudnn_attention", tensors, [out])
-            self._take_workspace()
+            with self._device.temporaries([CUDNN_WORKSPACE]):
+                pass
         return out
-
-    def _take_workspace(self) -> None:
-        with self._device.temporaries([_CUDNN_WORKSPACE]):
-            pass
 
     def pick(
         self,

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fragscope.record.virtual.accumulation import ADD_IN_PLACE, Accumulation, is_accumulation
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
     adds_bias,
     copy_temporaries,
     needs_copies,
+    scratch,
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.storages import Entry, Place
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
-_ADD = torch.ops.aten.add.Tensor
 _NONZERO = torch.ops.aten.nonzero.default
 
 
@@ -32,6 +33,7 @@ class DispatchMode(TorchDispatchMode):
         self._device = device
         self._traits: dict[Any, Trait] = {}
         self._inference = Inference()
+        self._accumulation = Accumulation()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,6 +48,11 @@ class DispatchMode(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
+        if is_accumulation(func):
+            if storages.place(args[0]) is Place.CARD:
+                device.estimate("accumulation of gradients")
+            if self._accumulation.is_in_place(args[0]):
+                func = ADD_IN_PLACE
         on_card, on_host, real, entries = _sort(storages.find, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
@@ -164,10 +171,6 @@ class DispatchMode(TorchDispatchMode):
         device = self._device
         if not trait.is_known:
             device.estimate(func._schema.name)
-        elif func is _ADD and torch._C._current_graph_task_id() != -1:
-            # The engine adds up gradients in place where it holds the last reference, but never while a dispatch mode
-            # is active (``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp).
-            device.estimate("accumulation of gradients")
         elif trouble := needs_copies(func, args):
             device.estimate(f"{func._schema.name} {trouble}")
         outputs = [t for t in tensors_in(out) if t.device.type == "meta"]
@@ -175,6 +178,9 @@ class DispatchMode(TorchDispatchMode):
             outputs = [outputs[i] for i in trait.order]
         for tensor in outputs:
             device.register(tensor)
+        if sizes := scratch(func, args):
+            with device.temporaries(sizes):
+                pass
         if trait.is_gemm:
             device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:

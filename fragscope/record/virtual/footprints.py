@@ -7,6 +7,8 @@ card (tests/data/footprints).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,6 +115,39 @@ _CONTIGUOUS_ONLY = frozenset(
     )
 )
 """Operators whose CUDA kernels first copy an input that is not contiguous."""
+
+
+CUDNN_WORKSPACE = 256
+"""Bytes that cuDNN's attention took in every recording so far; a lower bound elsewhere."""
+
+
+def _flash_sums(args: tuple[Any, ...]) -> list[int]:
+    batch, heads, rows, head = args[1].shape
+    rows = -(-rows // 128) * 128
+    step = 32 if head <= 128 else 64
+    return [4 * batch * heads * rows, 4 * batch * heads * rows * (-(-head // step) * step)]
+
+
+_SCRATCH: dict[str, Callable[[tuple[Any, ...]], list[int]]] = {
+    "aten::_scaled_dot_product_cudnn_attention": lambda args: [CUDNN_WORKSPACE],
+    # sums in float32 as large as the query, and those of its rows
+    "aten::_scaled_dot_product_cudnn_attention_backward": lambda args: [
+        4 * (args[1].numel() + math.prod(args[1].shape[:3])) + CUDNN_WORKSPACE
+    ],
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_sums,
+    "aten::_softmax_backward_data": lambda args: [args[0].numel() * args[0].itemsize],  # gradient times result
+}
+
+
+def scratch(func: Any, args: tuple[Any, ...]) -> list[int]:
+    """Bytes that an operator takes after its outputs and gives back, as far as that is known; there may be more.
+
+    Source: recordings of an H100 with torch 2.11 for cuDNN's attention (``sdpa`` of tests/data/footprints, and the
+    backward passes of tests/data/traces/train_vit-default) and for softmax (``softmax_backward``); ``mha_bwd`` in
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp for the flash kernel.
+    """
+    sizes = _SCRATCH.get(func._schema.name)
+    return [] if sizes is None else sizes(args)
 
 
 _COMPLEX_FIRST = frozenset({"aten::abs", "aten::angle"})
