@@ -99,6 +99,7 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.cli.doctor",
         "fragscope.cli.fit",
         "fragscope.cli.gate",
+        "fragscope.cli.lock",
         "fragscope.cli.report",
         "fragscope.cli.record",
         "fragscope.cli.thresholds",
