@@ -6,8 +6,10 @@ one and the same place; then the comparison would be of that code with itself, a
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -20,6 +22,8 @@ import msgspec
 import fragscope
 from fragscope.errors import printable
 
+_PYTHON = [Path(sys.prefix).resolve() / part for part in ("lib", "bin")]
+_PYTHON += [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 _TOOL = Path(fragscope.__file__).resolve().parent  # the same on both sides
 
 
@@ -33,8 +37,8 @@ def folders_in_use(trees: Sequence[Path]) -> list[Path]:
         trees: the working trees of the repository; an install may lead to another one than that which is gated.
     """
     found = [Path(entry).resolve() for entry in sys.path if entry]
-    for project in _editable_projects():
-        found += [project / "src", project]
+    for project, modules in _editable_projects():
+        found += [*filter(None, map(_import_folder, modules)), project / "src", project]
     folders = [f for f in found if f.is_dir() and not is_environment(f)]
     # Of trees that lie in each other, the innermost is meant.
     innermost = sorted(trees, key=lambda tree: -len(tree.parts))
@@ -65,38 +69,54 @@ class Foreign(msgspec.Struct, frozen=True):
     installed: bool
 
 
-def foreign_modules(
-    modules: Mapping[str, ModuleType | None], top: Path, others: Iterable[Path], names: set[str]
-) -> list[Foreign]:
-    """The loaded modules that are the repository's and come from elsewhere than from this side's tree.
+class Own(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the repository's, and where one side must have it from.
 
-    Args:
-        modules: ``sys.modules``.
-        top: this side's tree.
-        others: other trees of the same repository.
-        names: distributions that are the repository's own.
+    Attributes:
+        top: the side's tree.
+        others: other trees of the repository.
+        distributions: names under which it may be installed.
+        packages: top-level packages that its tree holds.
     """
-    files = {
-        name: Path(file).resolve()
-        for name, module in list(modules.items())
-        if isinstance(file := getattr(module, "__file__", None), str)
-    }
-    own = installed_names(names)
-    found = []
-    for name, file in sorted(files.items()):
+
+    top: str
+    others: list[str]
+    distributions: list[str]
+    packages: list[str]
+
+    def is_elsewhere(self, module: str, file: Path, installed: set[str]) -> bool:
+        """Whether a module is the repository's, but not of this side's tree.
+
+        Args:
+            module: dotted name.
+            file: it comes from, resolved.
+            installed: top-level modules that the repository's distributions bring along.
+        """
+        first = module.partition(".")[0]
         if file.is_relative_to(_TOOL):
-            continue
-        outside = not file.is_relative_to(top) or is_environment(file)
-        if (outside and name.partition(".")[0] in own) or is_of_another(file, top, others):
-            found.append(Foreign(name, str(file), installed=is_environment(file)))
-    return found
+            return False
+        if is_environment(file):
+            return first in installed
+        if file.is_relative_to(self.top):
+            return False
+        # A clone of the repository is none of its trees, and may be what is installed as editable all the same.
+        return first in self.packages or any(file.is_relative_to(other) for other in self.others)
+
+    def foreign(self, modules: Mapping[str, ModuleType | None]) -> list[Foreign]:
+        """The modules of ``sys.modules`` that are elsewhere."""
+        installed = installed_names(set(self.distributions))
+        found = []
+        for name, module in sorted(modules.items()):
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and self.is_elsewhere(name, path := Path(file).resolve(), installed):
+                found.append(Foreign(name, str(path), installed=is_environment(path)))
+        return found
 
 
-def is_of_another(file: Path, top: Path, others: Iterable[Path]) -> bool:
-    """Whether a file is one of the repository's, but not of this tree."""
-    if file.is_relative_to(top) or is_environment(file):
-        return False
-    return any(file.is_relative_to(other) for other in others)
+def packages_of(files: Iterable[Path]) -> list[str]:
+    """The top-level packages among a tree's files."""
+    folders = {file.parent for file in files if file.name == "__init__.py"}
+    return sorted({folder.name for folder in folders if folder.parent not in folders and folder.name})
 
 
 def installed_names(names: set[str]) -> set[str]:
@@ -143,11 +163,11 @@ def is_environment(path: Path) -> bool:
     """Whether a path belongs to an environment of Python, which may lie inside a repository."""
     if any(part in ("site-packages", "dist-packages") for part in path.parts):
         return True
-    return any(path.is_relative_to(Path(sys.prefix).resolve() / part) for part in ("lib", "bin"))
+    return any(path.is_relative_to(folder) for folder in _PYTHON)
 
 
-def _editable_projects() -> list[Path]:
-    """Folders of the projects that are installed as editable (PEP 610)."""
+def _editable_projects() -> list[tuple[Path, list[str]]]:
+    """Folders of the projects that are installed as editable (PEP 610), and the modules that they say they have."""
     found = []
     for distribution in metadata.distributions():
         text = distribution.read_text("direct_url.json")
@@ -158,8 +178,21 @@ def _editable_projects() -> list[Path]:
         except (msgspec.MsgspecError, RecursionError):
             continue
         if origin.dir_info.editable and origin.url.startswith("file://"):
-            found.append(Path(unquote(urlparse(origin.url).path)).resolve())
+            modules = (distribution.read_text("top_level.txt") or "").split()
+            found.append((Path(unquote(urlparse(origin.url).path)).resolve(), modules))
     return sorted(found)
+
+
+def _import_folder(module: str) -> Path | None:
+    """Where a finder that an editable install has put into this Python gets a module from."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).resolve()
+    return file.parents[1] if file.name == "__init__.py" else file.parent
 
 
 class _DirInfo(msgspec.Struct):

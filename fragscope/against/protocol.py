@@ -7,17 +7,15 @@ from typing import Any
 
 import msgspec
 
-from fragscope.against.imports import Foreign
+from fragscope.against.imports import Foreign, Own
 
 
 class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What to run.
 
     Attributes:
-        top: the tree.
+        own: the tree, and what is the repository's.
         root: the project's folder in it, which is the working directory.
-        others: other trees of the repository.
-        names: distributions that are the repository's own.
         files: scenario files of the tree.
         borrowed: scenario files of the other tree, put into this one. What they define counts where the tree's own
             do not define it, and one that cannot be imported is left out.
@@ -28,10 +26,8 @@ class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
         jobs, timeout: as options of ``fragscope run``.
     """
 
-    top: str
+    own: Own
     root: str
-    others: list[str]
-    names: list[str]
     files: list[str]
     borrowed: list[str]
     lenient: bool

@@ -19,12 +19,13 @@ import fragscope
 from fragscope.against.git import Repository, environment
 from fragscope.against.imports import (
     Foreign,
+    Own,
     dotted,
     folders_in_use,
     installed_names,
     is_environment,
-    is_of_another,
     own_names,
+    packages_of,
     refusal,
 )
 from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
@@ -129,15 +130,14 @@ def run_both(
     after = Side("the working tree", repository.top, root.resolve(), config, options.out / "after")
     trees = [repository.top, *(t for t in repository.other_trees() if t != tree)]
     names = sorted(own_names(root) | own_names(before.root))
+    packages = packages_of(repository.files_below(repository.top))
     jobs = max(1, options.jobs // 2)
     shim = _shim(tree.parent)
 
     def request(side: Side, files: Sequence[Path], others: Sequence[Path], *, lenient: bool) -> SideRequest:
         return SideRequest(
-            top=str(side.top),
+            own=Own(top=str(side.top), others=[str(o) for o in others], distributions=names, packages=packages),
             root=str(side.root),
-            others=[str(o) for o in others],
-            names=names,
             files=[str(f) for f in files],
             borrowed=[str(side.top / b) for b in side.borrowed],
             lenient=lenient,
@@ -340,22 +340,16 @@ def _refuse_foreign(side: Side, request: SideRequest, answer: SideAnswer, top: P
         UsageError: it did.
     """
     found = list(answer.foreign)
-    others = [Path(o) for o in request.others]
-    copies = installed_names(set(request.names))
+    installed = installed_names(set(request.own.distributions))
     for case in load_results(side.folder).cases if answer.ran else ():
-        found += [
-            Foreign(dotted(Path(s)), s, installed=False)
-            for s in case.sources
-            if is_of_another(Path(s), side.top, others)
-        ]
-        if copies and case.trace is not None:
+        files = set(case.sources)
+        if installed and case.trace is not None:
             # What a function imports is not among the sources of a case where it is installed; its stacks tell.
             stacks = load_trace(side.folder / case.trace).stacks
-            files = sorted({frame.file for stack in stacks for frame in stack})
-            found += [
-                Foreign(name, file, installed=True)
-                for file in files
-                if is_environment(Path(file)) and (name := dotted(Path(file))).partition(".")[0] in copies
-            ]
+            files |= {frame.file for stack in stacks for frame in stack if Path(frame.file).is_absolute()}
+        for file in sorted(files):
+            name, path = dotted(Path(file)), Path(file)
+            if request.own.is_elsewhere(name, path.resolve(), installed):
+                found.append(Foreign(name, file, installed=is_environment(path)))
     if found:
         raise UsageError(refusal(found[0], side.which, top))

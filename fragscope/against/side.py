@@ -16,7 +16,6 @@ from typing import IO, NoReturn
 
 import msgspec
 
-from fragscope.against.imports import foreign_modules
 from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
 from fragscope.errors import EXIT_INTERRUPTED, EXIT_PASS, FragscopeError, UsageError, printable, to_plain
 from fragscope.results import Case
@@ -35,7 +34,7 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
     Raises:
         FragscopeError: as ``fragscope run`` would.
     """
-    top, root = Path(request.top), Path(request.root)
+    top, root = Path(request.own.top), Path(request.root)
     left_out: list[LeftOut] = []
     scenarios = _scenarios(request, left_out)
     selections = []
@@ -49,7 +48,7 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
     selections, absent = applicable(selections)
     settings, refused = cells(request.confs, request.releases, [request.card], None)
     files = {s.scenario.name: str(s.scenario.file.relative_to(top)) for s in selections}
-    foreign = foreign_modules(sys.modules, top, [Path(o) for o in request.others], set(request.names))
+    foreign = request.own.foreign(sys.modules)
     answer = SideAnswer(left_out=left_out, scenarios=files, foreign=foreign)
     if not selections or foreign:
         return answer
@@ -76,7 +75,7 @@ def _scenarios(request: SideRequest, left_out: list[LeftOut]) -> list[Scenario]:
             except FragscopeError as e:
                 if not (borrowed or request.lenient):
                     raise
-                name = str(Path(file).relative_to(request.top))
+                name = str(Path(file).relative_to(request.own.top))
                 left_out.append(LeftOut(name, printable(str(e).replace(f"{file}: ", ""), 400), borrowed))
                 continue
             found += [scenario for scenario in loaded if scenario.name not in own]

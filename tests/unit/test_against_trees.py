@@ -13,11 +13,12 @@ from repositories import Team, git
 from fragscope.against.git import Repository
 from fragscope.against.imports import (
     Foreign,
+    Own,
     dotted,
     folders_in_use,
-    foreign_modules,
     is_environment,
     own_names,
+    packages_of,
     refusal,
 )
 from fragscope.errors import NotMeasuredError, UsageError
@@ -162,18 +163,37 @@ def loaded(*files: Path) -> dict[str, ModuleType | None]:
     return found
 
 
+def own(top: Path, *others: Path, packages: tuple[str, ...] = ()) -> Own:
+    return Own(top=str(top), others=[str(o) for o in others], distributions=[], packages=list(packages))
+
+
 def test_modules_of_the_other_tree_are_found_and_those_of_an_environment_in_it_are_not(tmp_path: Path):
     mine, other = tmp_path / "mine", tmp_path / "other"
     modules = loaded(mine / "a.py", other / "b.py", other / ".venv/lib/python3/site-packages/numpy/__init__.py")
-    found = foreign_modules(modules, mine, [other], set())
+    found = own(mine, other).foreign(modules)
     assert [(f.file, f.installed) for f in found] == [(str(other / "b.py"), False)]
-    assert foreign_modules(modules, other, [mine], set())[0].file == str(mine / "a.py")
+    assert own(other, mine).foreign(modules)[0].file == str(mine / "a.py")
 
 
 def test_a_tree_inside_the_other_one_is_not_the_other_one(tmp_path: Path):
     """Where temporary folders lie in the working tree."""
     inside = tmp_path / "top" / "tmp" / "tree"
-    assert foreign_modules(loaded(inside / "a.py"), inside, [tmp_path / "top"], set()) == []
+    assert own(inside, tmp_path / "top").foreign(loaded(inside / "a.py")) == []
+
+
+def test_a_package_of_the_repository_that_comes_from_a_clone_of_it_is_found(tmp_path: Path):
+    file = tmp_path / "clone" / "acme" / "loader.py"
+    module = ModuleType("acme.loader")
+    module.__file__ = str(file)
+    assert own(tmp_path / "mine", packages=("acme",)).foreign({"acme.loader": module}) == [
+        Foreign("acme.loader", str(file), installed=False)
+    ]
+    assert own(tmp_path / "mine", packages=("other",)).foreign({"acme.loader": module}) == []
+
+
+def test_packages_of_a_tree_are_its_outermost_ones():
+    names = ["src/acme/__init__.py", "src/acme/sub/__init__.py", "tests/helpers/__init__.py", "setup.py", "__init__.py"]
+    assert packages_of(map(Path, names)) == ["acme", "helpers"]
 
 
 def test_what_is_an_environment(tmp_path: Path):
