@@ -36,9 +36,11 @@ def folders_in_use(trees: Sequence[Path]) -> list[Path]:
     Args:
         trees: the working trees of the repository; an install may lead to another one than that which is gated.
     """
-    found = [Path(entry).resolve() for entry in sys.path if entry]
+    found: list[Path] = []
     for project, modules in _editable_projects():
         found += [*filter(None, map(_import_folder, modules)), project / "src", project]
+    # After these, since an editable install may put a folder of links there, and the files themselves are meant.
+    found += [Path(entry).resolve() for entry in sys.path if entry]
     folders = [f for f in found if f.is_dir() and not is_environment(f)]
     # Of trees that lie in each other, the innermost is meant.
     innermost = sorted(trees, key=lambda tree: -len(tree.parts))

@@ -104,13 +104,15 @@ def by_case(changes: list[Change]) -> list[list[Change]]:
 
 
 def with_details(group: list[Change], shown: _Shown) -> Iterator[tuple[Change, list[str]]]:
-    """Each change with its lines, below the last of those that have the same places."""
+    """Each change with its lines; of those that have the same places the last one, with the sizes of the first."""
+    first = group[0]
     for number, change in enumerate(group):
         following = group[number + 1] if number + 1 < len(group) else None
-        if following is not None and _places(following) == _places(change):
+        if following is not None and _places(following) == _places(first):
             yield change, []
         else:
-            yield change, [*stack_texts(change.stacks, shown), *_peak(change, shown)]
+            yield change, [*stack_texts(first.stacks, shown), *_peak(first, shown)]
+            first = following or first
 
 
 def _places(change: Change) -> tuple[object, ...]:

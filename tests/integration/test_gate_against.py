@@ -115,7 +115,7 @@ SEEDED = [
     (("    del parts\n", ""), "listed", "transient", 128, "parts = [on_card(64), on_card(64)]", "longer"),
     (("    del first\n", ""), "deleted", "transient", 256, "first = on_card(256)", "longer"),
     (("    return part\n", "    return part.clone()\n"), "viewed", "retained", 128, "return part.clone()", ""),
-    (("scratch = on_card(128)", "scratch = on_card(2 * 128)"), "scratched", "transient", 128, "on_card(2 * 128)", "larger"),
+    (("scratch = on_card(128)", "scratch = on_card(2 * 128)"), "scratched", "transient", 128, "(2 * 128)", "larger"),
     (("on_card(64, torch.uint8)", "on_card(64, torch.int32)"), "typed", "transient", 192, "torch.int32", "larger"),
     (("range(8):\n        chunk = on_card(32)", "range(1):\n        chunk = on_card(8 * 32)"), "chunked", "transient",
      192, "on_card(8 * 32)", ""),
@@ -155,7 +155,8 @@ def test_the_message_names_the_line_its_cost_and_where_the_peak_is_now(tmp_path:
     team.edit(
         WHERE, "        for expert in range(experts):\n", "        kept = []\n        for expert in range(experts):\n"
     )
-    team.edit(WHERE, "            swapped = torch.cat([up, gate])\n", "            swapped = torch.cat([up, gate])\n            kept.append(swapped)\n")  # fmt: skip
+    made = "            swapped = torch.cat([up, gate])\n"
+    team.edit(WHERE, made, f"{made}            kept.append(swapped)\n")
     now = team.run()
     gated = team.gate()
     change = gated.regressed("transient")

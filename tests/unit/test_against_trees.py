@@ -146,7 +146,7 @@ def test_folders_of_the_repository_that_python_imports_from(tmp_path: Path, monk
     origin = {"url": f"file://{other}/packages/acme", "dir_info": {"editable": True}}
     (information / "direct_url.json").write_text(json.dumps(origin))
     monkeypatch.setattr(sys, "path", [str(top / "on_path"), str(top / ".venv" / "site-packages"), str(site)])
-    assert folders_in_use([top, other]) == [Path("on_path"), Path("packages/acme/src"), Path("packages/acme")]
+    assert folders_in_use([top, other]) == [Path("packages/acme/src"), Path("packages/acme"), Path("on_path")]
     assert folders_in_use([top]) == [Path("on_path")]
     (information / "direct_url.json").write_text('{"url": 5}')
     assert folders_in_use([top, other]) == [Path("on_path")]

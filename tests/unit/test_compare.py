@@ -241,7 +241,7 @@ def test_tolerances_are_a_size_or_a_share(text: str, tolerance: Tolerance):
 
 @pytest.mark.parametrize("text", ["much", "-1", "101 %", "-1 %", "nan %", "1/0 %", "%", ""])
 def test_anything_else_is_refused_with_its_place(text: str):
-    with pytest.raises(UsageError, match="^--tolerance: "):
+    with pytest.raises(UsageError, match=r"^--tolerance: "):
         parse_tolerance(text, "--tolerance")
 
 

@@ -20,7 +20,8 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
     root = _project(
         tmp_path,
         '[tool.fragscope]\nscenarios = ["scenarios", "more/one.py"]\nbudgets = "ci/budgets.toml"\n'
-        'card = "h100-80gb"\ntorch = "2.11"\nout = "build/mem"\nlock = "ci/memory.lock"\nwarn_only = true\n',
+        'card = "h100-80gb"\ntorch = "2.11"\nout = "build/mem"\nimport_paths = ["lib"]\ntolerance = "2 %"\n'
+        'lock = "ci/memory.lock"\nwarn_only = true\n',
     )
     assert load_config(tmp_path) == Config(
         root=root,
@@ -31,7 +32,18 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
         card="h100-80gb",
         torch="2.11",
         out=root / "build/mem",
+        import_paths=(root / "lib",),
+        tolerance="2 %",
     )
+
+
+def test_code_is_imported_from_the_project_and_from_src_unless_it_says_where(tmp_path):
+    root = _project(tmp_path, "")
+    assert load_config(tmp_path).import_folders(root) == [root]
+    (root / "src").mkdir()
+    assert load_config(tmp_path).import_folders(root) == [root, root / "src"]
+    _project(tmp_path, '[tool.fragscope]\nimport_paths = ["lib", "python"]\n')
+    assert load_config(tmp_path).import_folders(root) == [root, root / "lib", root / "python"]
 
 
 def test_the_nearest_file_upward_counts(tmp_path):
