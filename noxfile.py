@@ -20,9 +20,9 @@ WITHOUT_COVERAGE = (
         f"tests/integration/test_{name}.py"
         for name in (
             "recorded_traces", "scenarios", "alltoall_scenarios", "device_memory", "hazard_outcome",
-            "installed_variants", "kv_cache_growth", "moe_chunking", "moe_layouts", "own_loader_guide",
-            "pytest_guide", "ranks", "record_command", "run_command", "run_outcomes", "run_resume", "sweep_command",
-            "w4a8_convert",
+            "gate_against_lock", "installed_variants", "kv_cache_growth", "lock_guide", "moe_chunking", "moe_layouts",
+            "own_loader_guide", "pytest_guide", "ranks", "record_command", "run_command", "run_outcomes", "run_resume",
+            "sweep_command", "w4a8_convert",
         )
     ),
 )  # fmt: skip

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_outputs(verdict: Verdict, *, summary: Path | None, comment: Path | None, junit: Path | None) -> int:
-    """Write what was asked for, each whole or not at all.
+    """Write what was asked for, each file whole or not at all.
 
     A file that cannot be written is one line on stderr. It never makes a failed gate pass; one that passed ends with 1,
     since someone waits for that file.
@@ -33,15 +33,14 @@ def write_outputs(verdict: Verdict, *, summary: Path | None, comment: Path | Non
     """
     from fragscope.gate.junit import as_junit
     from fragscope.gate.markdown import as_comment
-    from fragscope.trace.containers import write_atomically
 
     written = True
     if summary is not None:
         written &= _written(summary, lambda path: _add_summary(verdict, path))
     if comment is not None:
-        written &= _written(comment, lambda path: write_atomically(path, as_comment(verdict).encode()))
+        written &= _written(comment, lambda path: _replace(path, as_comment(verdict).encode()))
     if junit is not None:
-        written &= _written(junit, lambda path: write_atomically(path, as_junit(verdict).encode()))
+        written &= _written(junit, lambda path: _replace(path, as_junit(verdict).encode()))
     return verdict.exit_code if written or verdict.exit_code != EXIT_PASS else EXIT_INTERNAL
 
 
@@ -69,7 +68,6 @@ def _written(path: Path, write: Callable[[Path], None]) -> bool:
 
 def _add_summary(verdict: Verdict, path: Path) -> None:
     from fragscope.gate.markdown import SUMMARY_LIMIT, as_markdown
-    from fragscope.trace.containers import write_atomically
 
     size = path.stat().st_size if path.exists() else 0
     room = SUMMARY_LIMIT - size - 1
@@ -79,4 +77,15 @@ def _add_summary(verdict: Verdict, path: Path) -> None:
     before = path.read_bytes() if size else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    write_atomically(path, before + text)
+    _replace(path, before + text)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file; what is none, such as /dev/stdout or a pipe, is written to and stays what it is."""
+    from fragscope.trace.containers import write_atomically
+
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        with path.open("wb") as f:
+            f.write(data)
+    else:
+        write_atomically(path, data)

@@ -86,7 +86,7 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
         raise UsageError(change.mixed)
     text = lock_text(change.lock)
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path.resolve(), text.encode())  # where the name is a link, it stays one
     except OSError as e:
         raise FragscopeError(f"cannot write {printable(shown)}: {e.strerror or type(e).__name__}") from e
     click.echo(f"fragscope: locked {_cases(len(change.lock.cases))} in {printable(shown)}", err=True)

@@ -2,7 +2,7 @@
 
     version = 1
     fragscope = "0.1.0"                     # what measured them
-    torch = "2.13.0+cpu"
+    torch = "2.13.0"
 
     [case."moe/deepseek/list@default,torch-2.13,h100-80gb,virtual"]
     peak_requested = 9_437_184_000  # 9,000.00 MiB
@@ -77,6 +77,12 @@ class LockedCase:
     line: int = field(default=0, compare=False)
     lines: dict[str, int] = field(default_factory=dict, compare=False)
 
+    @property
+    def stated(self) -> dict[str, int]:
+        """The figures that have a line of their own."""
+        same = _OPTIONAL in self.figures and self.figures[_OPTIONAL] == self.figures["peak_reserved"]
+        return {metric: value for metric, value in self.figures.items() if not (same and metric == _OPTIONAL)}
+
 
 @dataclass(frozen=True, slots=True)
 class Lock:
@@ -114,8 +120,17 @@ def lock_of(results: Results, file: str) -> tuple[Lock, dict[str, str]]:
             left_out[case.id] = reason
         else:
             cases[case.id] = locked_case(case)
+    return Lock(file, cases, *makers(results)), left_out
+
+
+def makers(results: Results) -> tuple[str, str]:
+    """The releases of fragscope and torch that measured; "" where that is not known.
+
+    Which build of a release, as in ``2.13.0+cpu``, does not matter to the virtual device, and differs from machine to
+    machine.
+    """
     versions = results.run.versions
-    return Lock(file, cases, versions.get("fragscope", ""), versions.get("torch", "")), left_out
+    return versions.get("fragscope", ""), versions.get("torch", "").partition("+")[0]
 
 
 def why_not_locked(case: Case) -> str:
@@ -158,10 +173,9 @@ def lock_text(lock: Lock) -> str:
         if case.outcome != "ok":
             lines.append(f"outcome = {_string(case.outcome)}")
         for metric in METRICS:
-            value = case.figures.get(metric)
-            if value is None or (metric == _OPTIONAL and value == case.figures["peak_reserved"]):
-                continue
-            lines.append(f"{metric} = {value:_}" + (f"  # {format_bytes(value)}" if abs(value) >= KIB else ""))
+            if metric in case.stated:
+                value = case.stated[metric]
+                lines.append(f"{metric} = {value:_}" + (f"  # {format_bytes(value)}" if abs(value) >= KIB else ""))
         if case.estimated:
             lines.append(f"estimated = {_string(case.estimated)}")
     text = "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ import msgspec
 from fragscope.errors import printable
 from fragscope.gate.budgets import METRICS
 from fragscope.gate.evaluate import caveats_of, names_of
-from fragscope.gate.lock import Lock, LockedCase, LockOptions, locked_case, why_not_locked
+from fragscope.gate.lock import Lock, LockedCase, LockOptions, locked_case, makers, why_not_locked
 from fragscope.gate.verdict import CaseName, LockDifference, LockPlace, LockUse, NotMeasured, Verdict, decided
 from fragscope.results import Case, Results
 
@@ -70,8 +70,7 @@ def hold_to_lock(
 
 def made_otherwise(lock: Lock, results: Results) -> str:
     """What the lock was made with, where these results were made with something else; ``""`` where that is the same."""
-    now = results.run.versions
-    pairs = [("fragscope", lock.fragscope, now.get("fragscope", "")), ("torch", lock.torch, now.get("torch", ""))]
+    pairs = zip(("fragscope", "torch"), (lock.fragscope, lock.torch), makers(results), strict=True)
     changed = [f"{name} {then}, not {here}" for name, then, here in pairs if then and here and then != here]
     return f"the lock was made with {' and '.join(changed)}" if changed else ""
 
@@ -98,6 +97,8 @@ def _differences(
         then, value = locked.figures.get(metric), now.figures.get(metric)
         if then is None or value is None or then == value:
             continue
+        if metric not in locked.stated and metric not in now.stated:
+            continue  # said already, of what it equals
         smaller = value < then
         yield LockDifference(
             case=named,

@@ -76,7 +76,7 @@ def _differences(old: LockedCase, new: LockedCase) -> tuple[str, ...]:
     found = [f"outcome {old.outcome} -> {new.outcome}"] if old.outcome != new.outcome else []
     for metric in METRICS:
         then, now = old.figures.get(metric), new.figures.get(metric)
-        if then != now:
+        if then != now and (metric in old.stated or metric in new.stated):
             found.append(f"{metric} {_size(then)} -> {_size(now)}{_bytes(then, now)}")
     if old.estimated != new.estimated:
         found.append(f"{_certainty(old)} -> {_certainty(new)}")

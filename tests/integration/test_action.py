@@ -264,3 +264,66 @@ def test_a_failing_gate_as_a_runner_sees_it(runner):
     assert summary.startswith("# Something before\n### fragscope gate: failed\n")
     assert Path(runner.outputs["comment"]).read_text() == f"<!-- fragscope-gate -->\n{summary.partition(chr(10))[2]}"
     assert len(ElementTree.parse(runner.outputs["junit"]).findall("testsuite/testcase/failure")) == 1
+
+
+# --- the workflow that may write comments -------------------------------------------------------------------------
+
+COMMENT = next(text for text in DOCUMENTED if "gh api" in text)
+MARKER = "<!-- fragscope-gate -->"
+
+
+def comment(folder: Path, body: str, *, pull: str = "17", old: str = "", **event: str) -> tuple[int, list[str]]:
+    """Run its script where GitHub answers this; the exit code and what GitHub was asked, one call a line."""
+    (folder / "comment").mkdir()
+    (folder / "comment/comment.md").write_text(body)
+    gh = folder / "gh"
+    gh.write_text(
+        f"""#!/bin/bash
+printf '%s|' "$@" | tr '\\n' ' ' >> "{folder}/asked"
+echo >> "{folder}/asked"
+case "$*" in
+  *'/pulls '*) echo '{pull}';;
+  *--paginate*) printf '%s\\n' {old};;
+esac
+"""
+    )
+    gh.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "GITHUB_REPOSITORY": "us/ours"}
+    environment |= {"HEAD": "them:branch", "SHA": "0" * 40, "GH_TOKEN": "t", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", COMMENT], env=environment | event, cwd=folder, capture_output=True, text=True, check=False
+    )
+    asked = folder / "asked"
+    return done.returncode, asked.read_text().splitlines() if asked.exists() else []
+
+
+def test_a_first_comment_is_made_and_a_later_one_replaces_it(tmp_path):
+    for name, old, last in (
+        ("first", "", "api|-X|POST|repos/us/ours/issues/17/comments|-F|body=@"),
+        ("later", "5 6", "api|-X|PATCH|repos/us/ours/issues/comments/5|-F|body=@"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        code, asked = comment(folder, f"{MARKER}\n### hi\n", old=old)
+        assert code == 0
+        assert asked[-1].startswith(f"{last}{folder}/comment/comment.md|")
+
+
+@pytest.mark.parametrize("body", ["", "hi\n", f"hi\n{MARKER}\n", f"{MARKER}\n" + "x" * 65_536])
+def test_what_is_no_comment_of_the_gate_is_not_posted(tmp_path, body):
+    code, asked = comment(tmp_path, body)
+    assert code != 0
+    assert asked == []
+
+
+def test_nothing_is_posted_where_the_pull_request_moved_on(tmp_path):
+    code, asked = comment(tmp_path, f"{MARKER}\n", pull="")
+    assert code == 0
+    assert len(asked) == 1
+
+
+def test_the_name_of_a_branch_is_not_run(tmp_path):
+    code, asked = comment(tmp_path, f"{MARKER}\n", HEAD='them:$(touch "owned")`touch owned`";touch owned;"')
+    assert code == 0
+    assert not list(tmp_path.rglob("owned"))
+    assert 'head=them:$(touch "owned")`touch owned`";touch owned;"|' in asked[0]

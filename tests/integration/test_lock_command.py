@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -249,6 +250,35 @@ def test_a_file_that_cannot_be_written_is_one_line_and_never_a_pass(repository, 
     assert out[-1].startswith("pass: ")
     (line,) = err
     assert line.startswith("fragscope: cannot write file/x: ")
+
+
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(repository, capsys):
+    failing(repository)
+    device, link = repository / "null", repository / "link"
+    device.symlink_to("/dev/null")
+    (repository / "real").write_text("old")
+    link.symlink_to("real")
+    os.mkfifo(repository / "pipe")
+    reader = os.open(repository / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run(["gate", "--summary", "null", "--comment", "link", "--junit", "pipe"]) == 3
+        assert os.read(reader, 100).startswith(b"<?xml ")
+    finally:
+        os.close(reader)
+    assert capsys.readouterr().err == ""
+    assert device.is_symlink()
+    assert link.is_symlink()
+    assert (repository / "real").read_text().startswith("<!-- fragscope-gate -->\n")
+    assert run(["gate", "--junit", "/dev/full"]) == 3
+    assert Path("/dev/full").is_char_device()
+    assert "cannot write /dev/full: No space left on device" in capsys.readouterr().err
+
+
+def test_a_lock_behind_a_link_stays_behind_it(repository):
+    (repository / "fragscope.lock").symlink_to("real.lock")
+    assert run(["lock"]) == 0
+    assert (repository / "fragscope.lock").is_symlink()
+    assert (repository / "real.lock").read_text().startswith("# ")
 
 
 def test_annotations_name_files_from_the_root_of_the_checkout(repository, capsys, monkeypatch):

@@ -103,6 +103,7 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.cli.fit_cards",
         "fragscope.cli.gate",
         "fragscope.cli.init",
+        "fragscope.cli.lock",
         "fragscope.cli.report",
         "fragscope.cli.record",
         "fragscope.cli.thresholds",

@@ -150,8 +150,9 @@ def test_no_more_annotations_than_github_takes_the_worst_of_them_and_the_rest_co
     crash = Undeclared(case=name("z"), outcome="crash", expected_outcome="ok")
     policy = [PolicyChange(file="b", line=i, what="x", kind="raised", before=1, after=2) for i in range(13)]
     unused = WaiverName(pattern="a/b/c", metrics=[], owner="o", reason="r", expires="2027-01-01", file="b", line=1)
-    text = as_github(verdict_of(checks=checks, undeclared=[crash], policy=policy, waivers=[
-        WaiverUse(waiver=unused, state="unused", findings=0)] * 10, appeared=[OneSided(case=name("n"), reason="new")]))  # fmt: skip
+    waivers = [WaiverUse(waiver=unused, state="unused", findings=0)] * 10
+    new = [OneSided(case=name("n"), reason="new")]
+    text = as_github(verdict_of(checks=checks, undeclared=[crash], policy=policy, waivers=waivers, appeared=new))
     found = commands(text)
     levels = [level for level, _, _ in found]
     assert [levels.count(level) for level in ("error", "warning", "notice")] == [10, 10, 10] == [PER_LEVEL] * 3

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 from builders import bare_case, results_of
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fragscope.errors import InputFileError, UsageError
@@ -57,6 +57,11 @@ def test_the_file_as_it_stands_in_a_repository():
         "",
     ]
     assert all(line.startswith("# ") or not line for line in text.split("\n")[:3])
+
+
+def test_which_build_of_torch_it_was_does_not_matter():
+    results = results_of([case()], versions={"fragscope": "0.1.0", "torch": "2.13.0+cpu"})
+    assert lock_of(results, "x.lock")[0].torch == "2.13.0"
 
 
 def test_one_value_that_changes_is_one_line_of_the_diff():
@@ -147,6 +152,7 @@ _LOCKED = st.builds(
 )  # fmt: skip
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.lists(_LOCKED, max_size=5, unique_by=lambda c: c.id), _ANY_TEXT)
 def test_whatever_names_hold_the_file_reads_back_as_it_was_written(cases, torch):
     lock = Lock("x.lock", {c.id: c for c in cases}, "0.1.0", torch)

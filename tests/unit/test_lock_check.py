@@ -10,7 +10,7 @@ from test_lock import ID, MIB, case
 from fragscope.gate import Budgets, Verdict, evaluate, hold_to_lock, lock_of, lock_text, parse_budgets, parse_lock
 from fragscope.gate.lock import Lock, LockOptions
 from fragscope.gate.render import as_text
-from fragscope.results import Case, Results
+from fragscope.results import Case, Peak, Results
 
 STRICT = LockOptions()
 
@@ -52,6 +52,11 @@ def test_one_byte_is_a_difference(metric, by, kind):
     assert verdict.exit_code == 3
     (difference,) = verdict.lock_differences
     assert (difference.kind, difference.metric, difference.value - difference.locked) == (kind, metric, by)
+
+
+def test_a_value_that_follows_from_another_is_not_said_twice():
+    peak = Peak(requested=3 * MIB, allocated=4 * MIB, reserved=8 * MIB, hbm=8 * MIB)
+    assert [d.metric for d in held(locked(case()), case(peak=peak)).lock_differences] == ["peak_reserved"]
 
 
 def test_the_line_is_that_of_the_value():
