@@ -3,8 +3,8 @@
 Source: ``convert_moe_weights_to_flashinfer_trtllm_block_layout`` of vLLM and its callers, in three forms: clones and
 gathers of every expert in two lists, then stacks (0.23.0); outputs first, and the swap of w13's halves part of the row
 index (#45589; 0.24.0); and in place through scratch of one expert (#54699; 0.33.0). ``vllm`` is the function itself, as
-it is installed. ``sliced``, a proposal, does the same with a quarter of that scratch: of every run of 128 bytes a quarter is moved at a time, and a byte keeps its place
-within its run, so what is overwritten has been read.
+it is installed. ``sliced``, a proposal, does the same with a quarter of that scratch: of every run of 128 bytes a
+quarter is moved at a time, and a byte keeps its place within its run, so what is overwritten has been read.
 
 Lifetimes are the callers': the old parameters live until a layer is done, the swapped copy of w13, where there is one,
 until the conversion returns, row indices for as long as the conversion of their layer.

@@ -1,8 +1,8 @@
 """MXFP8 MoE weights and block scales, shuffled for TensorRT-LLM kernels after loading.
 
 Source: ``_shuffle_mxfp8_moe_weights`` of vLLM and its callers, in two forms: six lists and four stacks (0.19.0 to
-0.27.0), and one gather a step for all experts (0.33.0). ``vllm`` is the function itself, as it is installed. ``in-place``
-is a proposal.
+0.27.0), and one gather a step for all experts (0.33.0). ``vllm`` is the function itself, as it is installed.
+``in-place`` is a proposal.
 
 Lifetimes are the callers': swapped copies of w13 and its scales live until the shuffle returns. Up to 0.27.0 results
 become new parameters and the old die; 0.33.0 copies results into the old parameters, so that they live until the layer

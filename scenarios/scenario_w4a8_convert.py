@@ -4,9 +4,9 @@ Source: vLLM #40310. A checkpoint's unsigned 4-bit values become signed ones on 
 legacy default stream encodes them. vLLM works on a stream of its own making (``current_stream``, #29207), which does
 not wait for the default stream, nor it for that. Four forms of upstream's sequence: without a word about order
 (0.19.0), with a synchronisation before each encode (0.20.0), the same as one function that returns all results at
-once (0.33.0), and 0.20.0 with the order that is still missing there, before the scales are packed (proposed). ``vllm`` is
-vLLM's own function as it is installed, with the kernels of its extension declared. ``bounded`` is a proposal: kernels on the current stream, in place, through scratch for one expert's values and
-for the scales of a few.
+once (0.33.0), and 0.20.0 with the order that is still missing there, before the scales are packed (proposed).
+``vllm`` is vLLM's own function as it is installed, with the kernels of its extension declared. ``bounded`` is a
+proposal: kernels on the current stream, in place, through scratch for one expert's values and for the scales of a few.
 
 The kernels of upstream's extension are declared, and computed in plain torch where numbers are compared. Of the encode
 the values are computed, not their order within an expert, which no variant decides.

@@ -98,14 +98,14 @@ def command(
 
     import msgspec
 
+    from fragscope.cli.configured import configured
     from fragscope.cli.gate_files import BUDGETS, budgets_file, lock_to_hold, relative
     from fragscope.cli.gate_outputs import write_outputs
-    from fragscope.config import load_config
     from fragscope.gate import Budgets, decided, load_budgets, load_lock, waive
 
     if no_lock and lock is not None:
         raise UsageError("--lock names a lock and --no-lock wants none; give one of them")
-    config = load_config()
+    config = configured()
     limits_file = budgets_file(budgets, config)
     locked_file = None if no_lock else lock_to_hold(lock, config)
     shown = relative(limits_file or BUDGETS)

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 import fragscope
 
 sys.path.append(str(Path(__file__).parents[2] / "scenarios"))
-from moe_models import preset, whole_preset  # noqa: E402  # shapes of models, as the shipped scenarios have them
+from moe_models import preset, whole_preset  # shapes of models, as the shipped scenarios have them
 
 BLOCK = 128
 
@@ -118,5 +118,3 @@ def sglang_swizzle(case: fragscope.Case) -> None:
     with case.measure():
         kept = swizzle_blockscale(scale)
     assert kept.shape == scale.shape
-
-
