@@ -53,13 +53,15 @@ class Tree:
         self.top = top
         self.sources = Sources(top)
         self._root = root
+        self._own: dict[str, str | None] = {}
 
     def own(self, frame: Frame) -> str | None:
         """The file of a frame relative to the tree; None where it is not the repository's."""
-        path = self._root / frame.file
-        if is_environment(path) or not path.is_relative_to(self.top):
-            return None
-        return str(path.relative_to(self.top))
+        if frame.file not in self._own:
+            path = self._root / frame.file
+            ours = path.is_relative_to(self.top) and not is_environment(path)
+            self._own[frame.file] = str(path.relative_to(self.top)) if ours else None
+        return self._own[frame.file]
 
     def frames(self, stack: Stack) -> list[_OwnFrame]:
         """The frames of the repository, innermost first."""

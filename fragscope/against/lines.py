@@ -100,6 +100,8 @@ def _renamed(before: Sources, after: Sources, files_before: set[str], files_afte
 
 def _line_map(before: list[str], after: list[str]) -> dict[int, int]:
     """Line numbers, counted from 1, of lines that both have; edited ones among them."""
+    if before == after:
+        return {number: number for number in range(1, len(before) + 1)}
     out: dict[int, int] = {}
     # Empty lines are everywhere, and none of them is a place to begin at.
     for tag, a, a_end, b, b_end in SequenceMatcher(lambda x: not x, before, after, autojunk=False).get_opcodes():
