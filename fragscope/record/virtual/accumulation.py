@@ -28,11 +28,12 @@ def is_accumulation(func: Any) -> bool:
 
 def is_in_place(gradient: torch.Tensor) -> bool:
     """Whether autograd would write the sum into the first gradient."""
-    is_favorable = not torch.is_grad_enabled() and torch.ops.aten.is_non_overlapping_and_dense(gradient)
-    return bool(is_favorable) and _references(gradient) == _references_to_the_last()
+    if torch.is_grad_enabled() or not hasattr(gradient, "_use_count"):  # a torch that does not tell
+        return False
+    return torch.ops.aten.is_non_overlapping_and_dense(gradient) and _references(gradient) == _references_to_the_last()
 
 
-def _references(tensor: torch.Tensor) -> tuple[int, int]:
+def _references(tensor: Any) -> tuple[int, int]:
     """Of a tensor and of its storage, as seen from a dispatch mode."""
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
@@ -51,7 +52,7 @@ class _Watch(TorchDispatchMode):
     """Counts the references to the first gradient of each sum."""
 
     def __init__(self, seen: list[tuple[int, int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen = seen
 
     @classmethod
