@@ -224,7 +224,7 @@ def _change(name: str, *edits: tuple[str, str, str], case: str = "", line: str =
 
 
 REGRESSIONS = (
-    _change(  # all experts' parts at once in a list, and the stack of them: 32 MiB instead of none, beside the result
+    _change(  # all experts of w13 in a list beside the stack of them: 32 MiB
         "list-and-stack",
         ("layout.py", "    out = torch.empty_like(weight)\n", "    out = []\n"),
         (
@@ -233,7 +233,7 @@ REGRESSIONS = (
             "        out.append(torch.index_select(weight[expert], 0, order))\n    return torch.stack(out)\n",
         ),
         case="load",
-        line="out.append(torch.index_select(weight[expert], 0, order))",
+        line="return torch.stack(out)",
     ),
     _change(  # while w2 is shuffled: 32 MiB
         "old-weights-kept",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fragscope.record.virtual.accumulation import ADD_IN_PLACE, Accumulation, is_accumulation
+from fragscope.record.virtual.accumulation import ADD_IN_PLACE, is_accumulation, is_in_place
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
     adds_bias,
@@ -33,7 +33,6 @@ class DispatchMode(TorchDispatchMode):
         self._device = device
         self._traits: dict[Any, Trait] = {}
         self._inference = Inference()
-        self._accumulation = Accumulation()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -51,7 +50,7 @@ class DispatchMode(TorchDispatchMode):
         if is_accumulation(func):
             if storages.place(args[0]) is Place.CARD:
                 device.estimate("accumulation of gradients")
-            if self._accumulation.is_in_place(args[0]):
+            if is_in_place(args[0]):
                 func = ADD_IN_PLACE
         on_card, on_host, real, entries = _sort(storages.find, args, kwargs)
         wanted = kwargs.get("device")
