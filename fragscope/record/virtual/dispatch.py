@@ -136,7 +136,7 @@ class DispatchMode(TorchDispatchMode):
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
             )
-        made = [self._made(func, values) for values in tensors_in((result,))]
+        made = [self._made(values) for values in tensors_in((result,))]
         if name != "aten::_local_scalar_dense":
             device.estimate(name)
         if any(e.place is Place.CARD for e in entries):
@@ -154,12 +154,9 @@ class DispatchMode(TorchDispatchMode):
         shape = torch.broadcast_shapes(data.shape, mask.shape)
         return torch.empty(int(known.expand(shape).count_nonzero()), dtype=data.dtype, device=_META)
 
-    def _made(self, func: Any, values: torch.Tensor) -> torch.Tensor:
+    def _made(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor on the card that holds values."""
-        strides = values.stride()
-        if func is _NONZERO:  # ``nonzero_cuda_out_impl`` in aten/src/ATen/native/cuda/Nonzero.cu returns a transpose
-            strides = (1, max(1, values.shape[0]))
-        out = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=_META)
+        out = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=_META)
         self._device.register(out)
         if values.device.type != "meta":
             self._device.values.attach(out, values)
