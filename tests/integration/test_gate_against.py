@@ -171,7 +171,9 @@ def test_the_message_names_the_line_its_cost_and_where_the_peak_is_now(tmp_path:
     assert requested["peak_before"]["code"] == "swapped = torch.cat([up, gate])"
     text = team.gate(layout="text")
     line = team.line(WHERE, "swapped = torch.cat")
-    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  held 2.75 MiB, now 22.00 MiB" in text.out
+    was_held, is_held = (change["stacks"][0][key] / MIB for key in ("before", "after"))
+    held_text = f"held {was_held:.2f} MiB, now {is_held:.2f} MiB: the same memory is kept longer"
+    assert f"acme/loader.py:{line}  swapped = torch.cat([up, gate])  {held_text}" in text.out
     assert text.out.splitlines()[-1].startswith("fail: 2 values regressed; 1 case of ")
 
 
