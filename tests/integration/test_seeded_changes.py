@@ -1,4 +1,4 @@
-"""Twenty seeded regressions of an engine's loader are found, each with its case and line; twenty refactorings stay green.
+"""Twenty seeded regressions of an engine's loader are found, each with case and line; twenty refactorings stay green.
 
 Each change is made in a copy of the loader of its own, so that all of them cost one comparison.
 """
@@ -21,7 +21,8 @@ PROJECT = '[project]\nname = "engines"\nversion = "1"\n\n[tool.fragscope]\nscena
 def gated(folder: Path, changes: tuple[Change, ...]) -> Gated:
     files = {"pyproject.toml": PROJECT, ".gitignore": ".fragscope/\n__pycache__/\n"}
     for change in changes:
-        files |= package(_package(change)) | {f"scenario_{_package(change)}.py": scenario(change.name, _package(change))}
+        name = _package(change)
+        files |= package(name) | {f"scenario_{name}.py": scenario(change.name, name)}
     team = Team.made(folder, files)
     for change in changes:
         team.write(package(_package(change), (change,)))
