@@ -297,6 +297,8 @@ def main() -> None:
     for old in (folder / "jobs").iterdir():
         old.unlink()
     warnings.simplefilter("ignore")
+    # Libraries that are imported ask whether there is a GPU; without this the answer makes CUDA unusable in forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
