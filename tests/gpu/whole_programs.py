@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("programs", nargs="*", metavar="PROGRAM")
     parser.add_argument("--virtual-only", action="store_true")
     parser.add_argument("--seconds", type=float, default=90.0, help="that a process may take")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     unknown = set(options.programs) - PROGRAMS.keys()
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
