@@ -34,7 +34,7 @@ def footprints_of(program: Callable[[], object], device: str) -> dict[str, list[
 
 def _operators(node: Any, within: str = "") -> Iterator[Any]:
     """ATen operators below a node, but for those inside one of the same name."""
-    name = node.name if node.typed[0] is _EventType.TorchOp and node.name.startswith("aten::") else ""
+    name = node.name if node.typed[0] == _EventType.TorchOp and node.name.startswith("aten::") else ""
     if name and name != within:
         yield node
     for child in node.children:
@@ -42,7 +42,7 @@ def _operators(node: Any, within: str = "") -> Iterator[Any]:
 
 
 def _allocations(node: Any) -> Iterator[Any]:
-    if node.typed[0] is _EventType.Allocation:
+    if node.typed[0] == _EventType.Allocation:
         yield node
     for child in node.children:
         yield from _allocations(child)

@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("programs", nargs="*", metavar="PROGRAM")
     parser.add_argument("--virtual-only", action="store_true")
     parser.add_argument("--seconds", type=float, default=90.0, help="that a process may take")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     unknown = set(options.programs) - PROGRAMS.keys()
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
@@ -297,6 +297,8 @@ def main() -> None:
     for old in (folder / "jobs").iterdir():
         old.unlink()
     warnings.simplefilter("ignore")
+    # Libraries that are imported ask whether there is a GPU; without this the answer makes CUDA unusable in forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
