@@ -14,6 +14,7 @@ from scenario_files import cases_in, results_in, write_scenarios
 
 from fragscope.allocator import CARDS, DEFAULT_CARD, Card, ReplaySettings, rules_for
 from fragscope.cli import run
+from fragscope.cli.running import RichProgress
 from fragscope.errors import NotMeasuredError
 from fragscope.report.summary import summarize
 from fragscope.results import Case, load_results
@@ -299,8 +300,7 @@ def test_a_recording_follows_its_own_precheck(card: StandInCard, monkeypatch: py
     """So that an interrupted run has results."""
     write_scenarios(Path(), "needs", NEEDS)
     started: list[str] = []
-    progress = sys.modules["fragscope.cli.run"].__dict__["RichProgress"]
-    monkeypatch.setattr(progress, "started", lambda _, what: started.append(what.partition("/")[0]))
+    monkeypatch.setattr(RichProgress, "started", lambda _, what: started.append(what.partition("/")[0]))
     runs("fits", "caught")
     assert started == ["need of fits", "fits", "need of caught", "caught"]
 
