@@ -75,6 +75,14 @@ def finished_cases(folder: Path) -> dict[str, Case]:
     return out
 
 
+def _leave_out_of_commits(folder: Path) -> None:
+    """What runs write to the default folder is no file of a repository's; one that users name may be."""
+    ours = next((f for f in (folder, *folder.parents) if f.name == ".fragscope"), None)
+    if ours is not None:
+        with contextlib.suppress(FileExistsError), (ours / ".gitignore").open("x") as f:
+            f.write("*\n")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make a run's folder and hold it for this process; the lock ends with the process, however that ends.
@@ -84,6 +92,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _leave_out_of_commits(folder)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e:
         raise UsageError(f"--out {printable(str(folder))}: {(e.strerror or type(e).__name__).lower()}") from None

@@ -137,3 +137,16 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=r"--out .*file"):
             locked(path).__enter__()
+
+
+def test_what_goes_to_the_default_folder_is_not_committed(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "reports", tmp_path / ".fragscope" / "sweep"
+    for folder in (theirs, ours, ours):
+        with locked(folder):
+            pass
+    assert (tmp_path / ".fragscope" / ".gitignore").read_text() == "*\n"
+    assert not list(tmp_path.glob("**/reports/.gitignore"))
+    (tmp_path / ".fragscope" / ".gitignore").write_text("!results.json\n")  # a user's own stays
+    with locked(ours):
+        pass
+    assert (tmp_path / ".fragscope" / ".gitignore").read_text() == "!results.json\n"
