@@ -28,6 +28,10 @@ WITHOUT_COVERAGE = (
 )  # fmt: skip
 
 
+# A file's tests stay together: what they share, such as a run of every scenario, is made once.
+PARALLEL = ("-n", "auto", "--dist", "loadfile")
+
+
 def group(name: str) -> list[str]:
     return nox.project.dependency_groups(PROJECT, name)
 
@@ -48,9 +52,9 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    session.run("pytest", "-n", "auto", *WITHOUT_COVERAGE)
+    session.run("pytest", *PARALLEL, *WITHOUT_COVERAGE)
     left_out = [f"--ignore={path}" for path in (*WITHOUT_COVERAGE, "tests/browser", "tests/benchmarks")]
-    session.run("pytest", "-n", "auto", "--cov", "--cov-report=term:skip-covered", *left_out)
+    session.run("pytest", *PARALLEL, "--cov", "--cov-report=term:skip-covered", *left_out)
 
 
 @nox.session

@@ -19,10 +19,14 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "lock.md").read_text(encoding="utf
 def test_the_lock_and_the_gate_as_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "acme"\n')
-    original, scenario, _, fixed = ((where, text) for _, where, text in list(blocks())[:6] if "file" in where)
-    for part in (original, scenario, fixed):
+    parts = [(where, text) for _, where, text in blocks() if "file" in where]
+    original, preset, _, fixed, *_ = parts
+    write(tmp_path, *original)
+    assert run(["init", "--loader", "acme_loader.weights:load_layers"]) == 0
+    (tmp_path / "budgets.toml").unlink()
+    for part in (preset, fixed):
         write(tmp_path, *part)
-    arguments = ["run", "scenario_acme.py", "--device", "virtual", "--no-report", "--jobs", "1"]
+    arguments = ["run", "scenarios", "--device", "virtual", "--no-report", "--jobs", "1"]
     assert run(arguments) == 0
     assert run(["lock"]) == 0
     assert capsys.readouterr().err.splitlines()[-1] == "fragscope: locked 1 case in fragscope.lock"

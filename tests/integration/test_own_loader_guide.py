@@ -109,3 +109,9 @@ def test_the_fix_computes_what_the_loader_computed(tmp_path: Path):
     assert len(after) == 2
     for weights in after:
         assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+def test_the_page_about_the_gate_shows_the_same_comparison():
+    shown = [text for language, _, text in blocks() if language == "console" and "$ fragscope gate --against" in text]
+    page = (GUIDE.parent / "gate.md").read_text(encoding="utf-8")
+    assert f"```console\n{shown[0]}```" in page

@@ -25,7 +25,13 @@ _PLUGIN = ("-p", "no:fragscope", "-p", "fragscope.pytest_plugin", "-p", "no:cach
 def test_the_guide_as_written(tmp_path: Path):
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "80"}
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CI", "BUILD_NUMBER"):  # pytest prints more in CI
+    for name in (
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "CI",
+        "BUILD_NUMBER",
+        "PYTEST_ADDOPTS",
+    ):  # pytest prints more in CI
         environment.pop(name, None)
     release = ".".join(torch.__version__.split(".")[:2])
     played = 0
