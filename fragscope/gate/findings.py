@@ -259,8 +259,8 @@ def _outcome(entry: OutcomeChange) -> Finding:
     where = [entry.place] if entry.place is not None else []
     file, line, in_code = _place((*where, *entry.stacks), "", 0)
     return Finding(
-        level="error" if entry.regressed else "notice",
-        word="regressed" if entry.regressed else "improved",
+        level="error" if entry.regressed else "warning" if entry.declared else "notice",
+        word=entry.word,
         said=(f"outcome {entry.after}, was {entry.before}", *_if(entry.message)),
         case_id=entry.case.id,
         case=entry.case.name,

@@ -48,7 +48,8 @@ def hold_to_lock(
             twin = other_rules.get(_RULES.sub("*", case.id), "")
             if not reason and case.as_expected:  # another outcome is told as undeclared
                 why = f"it is locked under the rules of torch {_rules(twin)}, not of {_rules(case.id)}" if twin else ""
-                found.append(_unlocked(lock, named, why, options))
+                # A case that is locked under other rules is no new one: "new" must not switch the lock off.
+                found.append(_unlocked(lock, named, why, allowed=options.new and not twin))
             seen.add(twin)  # said already
         elif reason:
             place = LockPlace(file=lock.file, line=locked.line)
@@ -123,7 +124,7 @@ def _differences(
         )
 
 
-def _unlocked(lock: Lock, named: CaseName, why: str, options: LockOptions) -> LockDifference:
+def _unlocked(lock: Lock, named: CaseName, why: str, *, allowed: bool) -> LockDifference:
     return LockDifference(
         case=named,
         kind="unlocked",
@@ -131,7 +132,7 @@ def _unlocked(lock: Lock, named: CaseName, why: str, options: LockOptions) -> Lo
         locked=None,
         value=None,
         lock=LockPlace(file=lock.file, line=1),
-        allowed=options.new,
+        allowed=allowed,
         reason=why,
     )
 

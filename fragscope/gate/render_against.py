@@ -47,7 +47,8 @@ def regression_lines(verdict: Verdict) -> list[str]:
 
 def other_lines(verdict: Verdict) -> list[str]:
     """What is better, what only one side has, and what was done."""
-    lines = ["  ".join(("improved", *_outcome(o, plain))) for o in verdict.outcomes if not o.regressed]
+    ordered = sorted((o for o in verdict.outcomes if not o.regressed), key=lambda o: not o.declared)
+    lines = ["  ".join((o.word, *_outcome(o, plain))) for o in ordered]
     lines += ["  ".join(("improved", *_change(change, plain))) for change in verdict.changes if change.improved]
     for word, found in (("new", verdict.appeared), ("removed", verdict.removed)):
         lines += ["  ".join((word, plain(one.case.name), plain(one.reason))) for one in found]

@@ -304,6 +304,7 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
         case: as it is now.
         before, after: outcomes.
         regressed: it ended as declared and does no more; else it is mended, or both are as declared.
+        declared: it came to its end, and is declared not to now: its values are held against nothing.
         message: one line about how it ends now, or ended before where it is mended.
         place: the request that failed, where it runs out of memory now.
         stacks: which places held more or less then than at the peak before.
@@ -313,9 +314,17 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
     before: str
     after: str
     regressed: bool
+    declared: bool = False
     message: str = ""
     place: CodePlace | None = None
     stacks: list[StackChange] = []
+
+    @property
+    def word(self) -> Literal["regressed", "declared otherwise", "improved"]:
+        """What people call it."""
+        if self.regressed:
+            return "regressed"
+        return "declared otherwise" if self.declared else "improved"
 
 
 class OneSided(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import pytest
 
 from fragscope.errors import UsageError
 from fragscope.gate.compare import Comparison, Tolerance, compare, parse_tolerance
-from fragscope.results import Case, EstimatedOp, Peak, Results, Run
+from fragscope.results import AssumptionRecord, Case, EstimatedOp, Peak, Results, Run
 
 MIB = 2**20
 GIB = 2**30
@@ -250,3 +250,19 @@ def test_a_size_replaces_the_share_and_the_other_way_round():
     assert judged(compared(before, after)) == {"peak_reserved": "allowed"}
     assert judged(compared(before, after, parse_tolerance("20 MiB", "x"))) == {"peak_reserved": "regressed"}
     assert judged(compared(before, after, parse_tolerance("0.5 %", "x"))) == {"peak_reserved": "regressed"}
+
+
+@pytest.mark.parametrize("outcome", ["oom", "unsupported"])
+def test_an_early_end_that_is_declared_in_the_same_change_is_no_improvement(outcome: str):
+    (change,) = compared(case(), case(outcome=outcome, expected_outcome=outcome)).outcomes
+    assert (change.regressed, change.declared, change.word) == (False, True, "declared otherwise")
+    (mended,) = compared(case(outcome=outcome, expected_outcome=outcome), case()).outcomes
+    assert (mended.declared, mended.word) == (False, "improved")
+
+
+def test_figures_that_were_exact_and_are_no_more_are_not_measured():
+    guess = AssumptionRecord(code="capacity_assumed", effect="unknown", events=1)
+    (missing,) = compared(case(), case(exact=False, assumptions=[guess])).not_measured
+    assert "were exact and are no more" in missing.reason
+    assert "capacity_assumed" in missing.reason
+    assert compared(case(exact=False, assumptions=[guess]), case(exact=False, assumptions=[guess])).not_measured == []

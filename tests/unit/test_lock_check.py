@@ -149,6 +149,7 @@ def test_cases_of_other_rules_are_named_once_and_with_both_releases():
     assert kinds(verdict) == [("unlocked", "", None, None)]
     assert verdict.not_measured == []
     assert "it is locked under the rules of torch 2.13, not of 2.14" in as_text(verdict)
+    assert held(locked(case()), case(other), options=LockOptions(new=True)).exit_code == 3  # it is no new case
 
 
 def test_what_measured_the_lock_is_said_where_it_is_something_else():
