@@ -123,7 +123,7 @@ def run_both(
     if not files:
         searched = ", ".join(printable(str(p)) for p in config.scenarios)
         raise NotMeasuredError(f"no scenario files in {searched} (in a folder, they are named scenario_*.py)")
-    theirs = _config_of(tree, tree / inside, config, repository.top)
+    theirs = _with_ours(stated_config(tree, tree / inside), tree, config, repository.top)
     own = scenario_files(p for p in theirs.scenarios if p.exists())
     borrowed = _borrow(repository, tree, files)
     before = Side(which, tree, tree / inside, theirs, options.out / "before", borrowed=tuple(map(str, borrowed)))
@@ -174,14 +174,22 @@ def _without_paths(results: Results, top: Path) -> Results:
     return msgspec.structs.replace(results, cases=cases)
 
 
-def _config_of(tree: Path, root: Path, current: Config, top: Path) -> Config:
-    """The settings in the other tree; those of the current one, at the same places, where it has none of use."""
+def stated_config(tree: Path, root: Path) -> Config:
+    """The settings as a tree states them; none where they cannot be used.
+
+    Args:
+        tree: of the other commit.
+        root: the project's folder in it.
+    """
     try:
         config = load_config(root)
     except FragscopeError:
-        config = Config()
-    if config.root is None or not config.root.is_relative_to(tree):
-        config = Config()
+        return Config()
+    return config if config.root is not None and config.root.is_relative_to(tree) else Config()
+
+
+def _with_ours(config: Config, tree: Path, current: Config, top: Path) -> Config:
+    """What the other tree is run with: its settings, or the current ones at the same places where it has none of use."""
 
     def moved(path: Path) -> Path:
         path = path.resolve()
@@ -191,8 +199,6 @@ def _config_of(tree: Path, root: Path, current: Config, top: Path) -> Config:
         config = replace(config, scenarios=tuple(moved(p) for p in current.scenarios))
     if not config.import_paths:
         config = replace(config, import_paths=tuple(moved(p) for p in current.import_paths))
-    if config.budgets is None and current.budgets is not None:
-        config = replace(config, budgets=moved(current.budgets))
     return config
 
 
