@@ -88,7 +88,8 @@ def setting_changes(key: str, before: str | None, after: str | None) -> list[Pol
 
     Args:
         key: such as ``tolerance`` or ``lock``.
-        before, after: as they are written; None where the table has no such key.
+        before: as it was written; None where the table had no such key.
+        after: as it is written.
     """
     if before == after:
         return []
