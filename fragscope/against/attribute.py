@@ -52,7 +52,7 @@ class Tree:
     def __init__(self, top: Path, root: Path) -> None:
         self.top = top
         self.sources = Sources(top)
-        self._root = root
+        self._root = root.absolute()
         self._own: dict[str, str | None] = {}
 
     def own(self, frame: Frame) -> str | None:
@@ -62,6 +62,13 @@ class Tree:
             ours = path.is_relative_to(self.top) and not is_environment(path)
             self._own[frame.file] = str(path.relative_to(self.top)) if ours else None
         return self._own[frame.file]
+
+    def file(self, frame: Frame) -> str:
+        """The file of a frame as any tree calls it: relative to the tree, absolute where it is not the repository's.
+
+        An environment in the project's folder is relative in stacks of the one tree and absolute in those of another.
+        """
+        return self.own(frame) or str(self._root / frame.file)
 
     def frames(self, stack: Stack) -> list[_OwnFrame]:
         """The frames of the repository, innermost first."""
@@ -242,7 +249,7 @@ class Attribution:
         for frame in stack:
             file = self._before.own(frame)
             if file is None:
-                out.append((frame.file, frame.line))
+                out.append((self._before.file(frame), frame.line))
                 continue
             moved = self._lines.moved(file, frame.line)
             if moved is None:
@@ -251,7 +258,7 @@ class Attribution:
         return tuple(out)
 
     def _whole_after(self, stack: Stack) -> Hashable:
-        return tuple((self._after.own(frame) or frame.file, frame.line) for frame in stack)
+        return tuple((self._after.file(frame), frame.line) for frame in stack)
 
     def _leaf_before(self, stack: Stack) -> Hashable:
         frames = self._before.frames(stack)

@@ -26,6 +26,7 @@ _QUIET = {
     "GIT_OPTIONAL_LOCKS": "0",  # git status would write the index
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_LFS_SKIP_SMUDGE": "1",  # large files would be downloaded
+    "GIT_NO_LAZY_FETCH": "1",  # so would what a partial clone lacks
 }
 
 

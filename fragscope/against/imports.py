@@ -86,27 +86,34 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
     distributions: list[str]
     packages: list[str]
 
-    def is_elsewhere(self, module: str, file: Path, installed: set[str]) -> bool:
+    def is_elsewhere(self, module: str, file: Path, installed: set[Path]) -> bool:
         """Whether a module is the repository's, but not of this side's tree.
 
         Args:
             module: dotted name.
             file: it comes from, resolved.
-            installed: top-level modules that the repository's distributions bring along.
+            installed: what the repository's distributions have copied into this Python, see ``installed_files``.
         """
-        first = module.partition(".")[0]
         if file.is_relative_to(_TOOL):
             return False
         if is_environment(file):
-            return first in installed
+            return file in installed or not installed.isdisjoint(file.parents)
         if file.is_relative_to(self.top):
             return False
         # A clone of the repository is none of its trees, and may be what is installed as editable all the same.
+        first = module.partition(".")[0]
         return first in self.packages or any(file.is_relative_to(other) for other in self.others)
+
+    def is_others(self, path: Path) -> bool:
+        """Whether a folder or a file is another tree's: not this one's, which may lie in it, nor an environment's."""
+        path = path.resolve()
+        if is_environment(path) or path.is_relative_to(self.top):
+            return False
+        return any(path.is_relative_to(other) for other in self.others)
 
     def foreign(self, modules: Mapping[str, ModuleType | None]) -> list[Foreign]:
         """The modules of ``sys.modules`` that are elsewhere."""
-        installed = installed_names(set(self.distributions))
+        installed = installed_files(set(self.distributions))
         found = []
         for name, module in sorted(modules.items()):
             file = getattr(module, "__file__", None)
@@ -116,20 +123,39 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def packages_of(files: Iterable[Path]) -> list[str]:
-    """The top-level packages among a tree's files."""
-    folders = {file.parent for file in files if file.name == "__init__.py"}
+    """The top-level packages among a tree's files; no import statement can name one that is not UTF-8."""
+    folders = {file.parent for file in files if file.name == "__init__.py" and is_utf8(file)}
     return sorted({folder.name for folder in folders if folder.parent not in folders and folder.name})
 
 
-def installed_names(names: set[str]) -> set[str]:
-    """Top-level modules that distributions of these names bring along."""
-    if not names:
-        return set()
-    return {
-        module
-        for module, distributions in metadata.packages_distributions().items()
-        if any(_normal(d) in names for d in distributions)
-    }
+def is_utf8(path: Path) -> bool:
+    """Whether a path can be written into a file or a message as it is."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def installed_files(names: set[str]) -> set[Path]:
+    """What distributions of these names have copied into this Python; not what editable ones lead to it by.
+
+    A top-level name alone says little: of a namespace package, others may have other parts.
+
+    Returns:
+        Files; of a distribution that does not list its files, the folders and modules that it says it has.
+    """
+    found: set[Path] = set()
+    for distribution in metadata.distributions() if names else ():
+        if _name(distribution) not in names or _editable_from(distribution) is not None:
+            continue
+        files = distribution.files
+        if files is None:
+            modules = (distribution.read_text("top_level.txt") or "").split()
+            found.update(Path(str(distribution.locate_file(m + end))).resolve() for m in modules for end in ("", ".py"))
+        else:
+            found.update(Path(str(distribution.locate_file(file))).resolve() for file in files)
+    return found
 
 
 def dotted(file: Path) -> str:
@@ -172,17 +198,30 @@ def _editable_projects() -> list[tuple[Path, list[str]]]:
     """Folders of the projects that are installed as editable (PEP 610), and the modules that they say they have."""
     found = []
     for distribution in metadata.distributions():
-        text = distribution.read_text("direct_url.json")
-        if text is None or "editable" not in text:
-            continue
-        try:
-            origin = msgspec.json.decode(text, type=_Origin)
-        except (msgspec.MsgspecError, RecursionError):
-            continue
-        if origin.dir_info.editable and origin.url.startswith("file://"):
+        origin = _editable_from(distribution)
+        if origin is not None and origin.startswith("file://"):
             modules = (distribution.read_text("top_level.txt") or "").split()
-            found.append((Path(unquote(urlparse(origin.url).path)).resolve(), modules))
+            found.append((Path(unquote(urlparse(origin).path)).resolve(), modules))
     return sorted(found)
+
+
+def _name(distribution: metadata.Distribution) -> str:
+    """A distribution's name, as packaging compares it; ``""`` for what is left of one that was removed."""
+    texts = (distribution.read_text(file) for file in ("METADATA", "PKG-INFO", ""))
+    found = re.search(r"^Name:[ \t]*(\S+)", next(filter(None, texts), ""), re.MULTILINE)
+    return _normal(found[1]) if found else ""
+
+
+def _editable_from(distribution: metadata.Distribution) -> str | None:
+    """The URL that a distribution is installed from as editable; None for any other."""
+    text = distribution.read_text("direct_url.json")
+    if text is None or "editable" not in text:
+        return None
+    try:
+        origin = msgspec.json.decode(text, type=_Origin)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return origin.url if origin.dir_info.editable else None
 
 
 def _import_folder(module: str) -> Path | None:

@@ -13,6 +13,7 @@ from fragscope.against.held import Recorded
 from fragscope.against.run import Side
 from fragscope.errors import printable
 from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock
+from fragscope.gate.budgets import Budget, case_name
 from fragscope.gate.compare import Comparison, Pair, Tolerance, compare
 from fragscope.gate.verdict import (
     Against,
@@ -27,6 +28,7 @@ from fragscope.gate.verdict import (
 from fragscope.results import CAME_TO_ITS_END, Results, Run
 from fragscope.units import format_bytes
 
+_SHOWN_LINES = 8
 _NOTHING = Results(run=Run(started="", seconds=0.0, complete=True, planned=0), cases=[])
 
 
@@ -60,13 +62,10 @@ def judge(before: Side, after: Side, rules: Rules, against: Against) -> Verdict:
     results = after.results or _NOTHING
     earlier, unable = _able(before, results)
     found = compare(earlier, results, rules.tolerance, before.which)
-    appeared = [msgspec.structs.replace(o, reason=unable.get(o.case.id, o.reason)) for o in found.appeared]
-    appeared = [_why_left_out(o, before, after) for o in appeared]
+    appeared, lost = _without_what_cannot_be_compared(found.appeared, before, after)
+    appeared = [msgspec.structs.replace(o, reason=unable.get(o.case.id, o.reason)) for o in appeared]
     notes = [*against.notes, *_notes(before, after)]
-    budgets = Budgets(rules.budgets.file, tuple(b for b in rules.budgets.budgets if b.device != "cuda"))
-    elsewhere = len(rules.budgets.budgets) - len(budgets.budgets)
-    if elsewhere:
-        notes.append(f"{elsewhere} budgets for device cuda are not held here: both sides run on the virtual device")
+    budgets = _held_here(rules.budgets, results, notes)
     held_to = evaluate(results, budgets)
     explained = _Explained(before, after, found)
     changes = [explained.change(c) for c in found.changes]
@@ -78,6 +77,7 @@ def judge(before: Side, after: Side, rules: Rules, against: Against) -> Verdict:
         not_measured=[
             *_whole_runs(before, after, found),
             *(n for n in held_to.not_measured if n.case is not None or (n.budget is not None and not rules.selected)),
+            *lost,
             *found.not_measured,
         ],
         against=msgspec.structs.replace(against, compared=found.compared, notes=notes),
@@ -113,14 +113,49 @@ def _able(before: Side, after: Results) -> tuple[Results | None, dict[str, str]]
     return msgspec.structs.replace(before.results, cases=kept), unable
 
 
-def _why_left_out(one: OneSided, before: Side, after: Side) -> OneSided:
-    file = (after.scenarios or {}).get(one.case.scenario)
-    for left in before.left_out:
-        if left.file == file:
-            return msgspec.structs.replace(
-                one, reason=f"{printable(left.file)} cannot be imported with {before.which}'s code: {left.reason}"
-            )
-    return one
+def _held_here(budgets: Budgets, results: Results, notes: list[str]) -> Budgets:
+    """The budgets that can hold for a run on the virtual device under these settings; says how many cannot."""
+    virtual = [b for b in budgets.budgets if b.device != "cuda"]
+    cuda = len(budgets.budgets) - len(virtual)
+    if cuda:
+        notes.append(f"{cuda} budgets for device cuda are not held here: both sides run on the virtual device")
+    elsewhere = [b for b in virtual if _is_for_other_settings(b, results)]
+    if elsewhere:
+        lines = ", ".join(f"{b.line}" for b in elsewhere[:_SHOWN_LINES]) + ", …" * (len(elsewhere) > _SHOWN_LINES)
+        count = f"{len(elsewhere)} budget{'s' * (len(elsewhere) > 1)}"
+        notes.append(
+            f"{count} for another conf, torch or card than was run: not held here ({budgets.file}:{lines}); "
+            "--conf, --torch and --card choose what is run"
+        )
+    return Budgets(budgets.file, tuple(b for b in virtual if b not in elsewhere))
+
+
+def _is_for_other_settings(budget: Budget, results: Results) -> bool:
+    """Whether a budget's cases were run, but none under one of the settings that it is narrowed to."""
+    named = [case for case in results.cases if budget.matches_name(case_name(case).split("/"))]
+    return bool(named) and any(
+        not any(Budget(budget.pattern, {}, 0, **{key: value}).matches_settings(case) for case in named)
+        for key, value in budget.narrowing.items()
+    )
+
+
+def _without_what_cannot_be_compared(
+    appeared: list[OneSided], before: Side, after: Side
+) -> tuple[list[OneSided], list[NotMeasured]]:
+    """New cases, and those that the other side may have, too, in a file of its own that cannot be imported there."""
+    left_out = {left.file: left for left in before.left_out}
+    new, lost = [], []
+    for one in appeared:
+        left = left_out.get((after.scenarios or {}).get(one.case.scenario, ""))
+        if left is None:
+            new.append(one)
+            continue
+        reason = f"{printable(left.file)} cannot be imported with {before.which}'s code: {left.reason}"
+        if left.borrowed:
+            new.append(msgspec.structs.replace(one, reason=reason))
+        else:
+            lost.append(NotMeasured(case=one.case, reason=reason))
+    return new, lost
 
 
 def _whole_runs(before: Side, after: Side, found: Comparison) -> list[NotMeasured]:

@@ -22,8 +22,9 @@ from fragscope.against.imports import (
     Own,
     dotted,
     folders_in_use,
-    installed_names,
+    installed_files,
     is_environment,
+    is_utf8,
     own_names,
     packages_of,
     refusal,
@@ -123,12 +124,13 @@ def run_both(
     if not files:
         searched = ", ".join(printable(str(p)) for p in config.scenarios)
         raise NotMeasuredError(f"no scenario files in {searched} (in a folder, they are named scenario_*.py)")
-    theirs = _config_of(tree, tree / inside, config, repository.top)
+    theirs = _with_ours(stated_config(tree, tree / inside), tree, config, repository.top)
     own = scenario_files(p for p in theirs.scenarios if p.exists())
+    trees = [repository.top, *(t for t in repository.other_trees() if t != tree)]
+    _refuse_names(*files, *own, *trees)
     borrowed = _borrow(repository, tree, files)
     before = Side(which, tree, tree / inside, theirs, options.out / "before", borrowed=tuple(map(str, borrowed)))
     after = Side("the working tree", repository.top, root.resolve(), config, options.out / "after")
-    trees = [repository.top, *(t for t in repository.other_trees() if t != tree)]
     names = sorted(own_names(root) | own_names(before.root))
     packages = packages_of(repository.files_below(repository.top))
     jobs = max(1, options.jobs // 2)
@@ -160,6 +162,17 @@ def run_both(
     return _with(before, answers[0]), _with(after, answers[1])
 
 
+def _refuse_names(*paths: Path) -> None:
+    """Refuse scenario files and trees whose names can be told to no process.
+
+    Raises:
+        UsageError: one is not UTF-8.
+    """
+    for path in paths:
+        if not is_utf8(path):
+            raise UsageError(f"{printable(str(path))}: the name is not UTF-8, and cannot be compared; rename it")
+
+
 def _with(side: Side, answer: SideAnswer) -> Side:
     results = load_results(side.folder) if answer.ran else None
     if results is not None:
@@ -174,14 +187,22 @@ def _without_paths(results: Results, top: Path) -> Results:
     return msgspec.structs.replace(results, cases=cases)
 
 
-def _config_of(tree: Path, root: Path, current: Config, top: Path) -> Config:
-    """The settings in the other tree; those of the current one, at the same places, where it has none of use."""
+def stated_config(tree: Path, root: Path) -> Config:
+    """The settings as a tree states them; none where they cannot be used.
+
+    Args:
+        tree: of the other commit.
+        root: the project's folder in it.
+    """
     try:
         config = load_config(root)
     except FragscopeError:
-        config = Config()
-    if config.root is None or not config.root.is_relative_to(tree):
-        config = Config()
+        return Config()
+    return config if config.root is not None and config.root.is_relative_to(tree) else Config()
+
+
+def _with_ours(config: Config, tree: Path, current: Config, top: Path) -> Config:
+    """What the other tree is run with: its settings, or ours at the same places where it has none of use."""
 
     def moved(path: Path) -> Path:
         path = path.resolve()
@@ -191,8 +212,6 @@ def _config_of(tree: Path, root: Path, current: Config, top: Path) -> Config:
         config = replace(config, scenarios=tuple(moved(p) for p in current.scenarios))
     if not config.import_paths:
         config = replace(config, import_paths=tuple(moved(p) for p in current.import_paths))
-    if config.budgets is None and current.budgets is not None:
-        config = replace(config, budgets=moved(current.budgets))
     return config
 
 
@@ -340,7 +359,7 @@ def _refuse_foreign(side: Side, request: SideRequest, answer: SideAnswer, top: P
         UsageError: it did.
     """
     found = list(answer.foreign)
-    installed = installed_names(set(request.own.distributions))
+    installed = installed_files(set(request.own.distributions))
     for case in load_results(side.folder).cases if answer.ran else ():
         files = set(case.sources)
         if installed and case.trace is not None:

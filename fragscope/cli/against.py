@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragscope.cli.gate_files import LOCK
+from fragscope.cli.gate_files import BUDGETS, LOCK
 from fragscope.cli.running import RichProgress, stopped_by_signals
 from fragscope.errors import UsageError, printable
 
@@ -34,6 +34,7 @@ class Wanted:
         only, confs, releases, cards: as options; empty where not given.
         tolerance: as it is written; None where not given.
         jobs: recordings at once; None for one a core.
+        budgets, lock: files that options name.
     """
 
     ref: str
@@ -43,18 +44,17 @@ class Wanted:
     card: str | None = None
     tolerance: str | None = None
     jobs: int | None = None
+    budgets: Path | None = None
+    lock: Path | None = None
 
 
-def verdict_against(
-    wanted: Wanted, config: Config, budgets: Path | None, limits: Budgets, lock: Lock | None
-) -> Verdict:
+def verdict_against(wanted: Wanted, config: Config, limits: Budgets, lock: Lock | None) -> Verdict:
     """Run both trees and compare them.
 
     Args:
         wanted: the options.
         config: of the working tree.
-        budgets: its budgets file, if there is one.
-        limits: what that file says.
+        limits: what its budgets file says.
         lock: of the working tree, if there is one.
 
     Raises:
@@ -69,7 +69,7 @@ def verdict_against(
         )
     from fragscope.against.git import Repository
     from fragscope.against.judge import Rules, judge
-    from fragscope.against.run import SideOptions, run_both
+    from fragscope.against.run import SideOptions, run_both, stated_config
     from fragscope.allocator import DEFAULT_CARD, NEWEST
     from fragscope.gate.compare import Tolerance, parse_tolerance
     from fragscope.suite.journal import locked
@@ -104,7 +104,7 @@ def verdict_against(
     with stopped_by_signals(), locked(options.out), repository.checked_out(commit) as tree, _progress() as step:
         click.echo(f"fragscope: running {which} and the working tree", err=True)
         before, after = run_both(repository, tree, which, root, config, options, step)
-        policy = _policy(repository, before.config, config, budgets, limits.file, tree)
+        policy = policy_changes(repository, tree, stated_config(tree, before.root), config, wanted)
         rules = Rules(limits, tolerance, policy, selected=bool(wanted.only), lock=lock)
         verdict = judge(before, after, rules, against)
     click.echo(f"fragscope: results of both are in {_short(options.out)}", err=True)
@@ -133,24 +133,53 @@ def _against(repository: Repository, ref: str, commit: str, which: str, out: Pat
     return Against(ref=ref, commit=commit, current=repository.commit, dirty=dirty, notes=notes)
 
 
-def _policy(
-    repository: Repository, theirs: Config, config: Config, budgets: Path | None, shown: str, tree: Path
+def policy_changes(
+    repository: Repository, tree: Path, theirs: Config, config: Config, wanted: Wanted
 ) -> list[PolicyChange]:
-    """What changed in the limits: budgets, lock and tolerance."""
-    from fragscope.gate.policy import budget_changes, lock_changes, read_policy, tolerance_changes
+    """What changed in the limits: which files hold them, what these say, and how strictly they are held.
 
-    root = (config.root or Path.cwd()).resolve()
+    Each side's own settings say which files are its limits. Otherwise a change could name a looser file, or none.
 
-    def of_theirs(file: Path) -> Path | None:
+    Args:
+        repository: whose working tree is gated.
+        tree: of the other commit.
+        theirs: the settings as that tree states them.
+        config: of the working tree.
+        wanted: a file that an option names is compared with the one at its place in the other tree.
+
+    Raises:
+        InputFileError: the current budgets file cannot be used.
+    """
+    from fragscope.gate.policy import PolicyFile, budget_changes, lock_changes, read_policy, setting_changes
+
+    def at_its_place(file: Path) -> Path | None:
         name = repository.relative(file)
         return None if name is None else tree / name
 
-    file = budgets if budgets is not None else config.budgets or root / "budgets.toml"
-    old = theirs.budgets if theirs.budgets is not None and budgets in (None, config.budgets) else of_theirs(file)
-    found = budget_changes(read_policy(old, shown), read_policy(file, shown))
-    lock = config.lock or root / LOCK
-    found += lock_changes(read_policy(of_theirs(lock), _short(lock)), read_policy(lock, _short(lock)))
-    return [*tolerance_changes(theirs.tolerance, config.tolerance), *found]
+    def files(option: Path | None, was: Path | None, now: Path | None, usual: Path) -> tuple[PolicyFile, PolicyFile]:
+        new = option or now or usual
+        old = at_its_place(new) if option is not None else was or at_its_place(usual)
+        shown = _short(new)
+        if old is not None:
+            shown = _short(repository.top / old.relative_to(tree)) if old.is_relative_to(tree) else _short(old)
+        return read_policy(old, shown), read_policy(new, _short(new))
+
+    found = budget_changes(*files(wanted.budgets, theirs.budgets, config.budgets, BUDGETS))
+    found += lock_changes(*files(wanted.lock, theirs.lock, config.lock, LOCK))
+    stated = [
+        ("budgets", _stated(theirs.budgets, theirs.root), _stated(config.budgets, config.root)),
+        ("lock", _stated(theirs.lock, theirs.root), _stated(config.lock, config.root)),
+        ("warn_only", str(theirs.warn_only).lower(), str(config.warn_only).lower()),
+        ("tolerance", theirs.tolerance, config.tolerance),
+    ]
+    return [*(change for key, was, now in stated for change in setting_changes(key, was, now)), *found]
+
+
+def _stated(file: Path | None, root: Path | None) -> str | None:
+    """A file as pyproject.toml names it."""
+    if file is None:
+        return None
+    return str(file.relative_to(root) if root is not None and file.is_relative_to(root) else file)
 
 
 @contextlib.contextmanager

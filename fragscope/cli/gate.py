@@ -128,8 +128,8 @@ def command(
             raise UsageError(f"--against runs what it compares, and takes no results: leave {results} out")
         from fragscope.cli.against import Wanted, verdict_against
 
-        wanted = Wanted(against, only, conf, releases, card, tolerance, jobs)
-        verdict = verdict_against(wanted, config, limits_file, limits, locked)
+        wanted = Wanted(against, only, conf, releases, card, tolerance, jobs, budgets, lock)
+        verdict = verdict_against(wanted, config, limits, locked)
     verdict = waive(verdict, limits.waivers, limits.file, datetime.datetime.now(datetime.UTC).date())
     verdict = decided(msgspec.structs.replace(verdict, warn_only=config.warn_only if warn_only is None else warn_only))
     _print(verdict, layout)

@@ -6,8 +6,8 @@ costs memory and raises the budget by as much would pass in silence otherwise.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Literal
 from fragscope.errors import InputFileError, printable
 from fragscope.gate.budgets import METRICS, Budget, Limit
 from fragscope.gate.budgets_file import Budgets, parse_budgets
+from fragscope.gate.lock import FILE_LIMIT
 from fragscope.gate.verdict import PolicyChange
-from fragscope.units import MIB, format_bytes
+from fragscope.units import format_bytes
 
-_FILE_LIMIT = MIB  # budgets files are no larger; of a lock more is not compared
 _Key = tuple[str, tuple[tuple[str, str], ...], str]
 """A budget's glob, what narrows it, and a metric."""
 
@@ -38,12 +38,15 @@ class PolicyFile:
 
 
 def read_policy(file: Path | None, shown: str) -> PolicyFile:
-    """The file as it is there; what cannot be read is as if it were not."""
+    """The file as it is there; what cannot be read is as if it were not.
+
+    Neither budgets nor a lock are larger than what is read: a lock may be as large, a budgets file less.
+    """
     if file is None:
         return PolicyFile(shown, None)
     try:
         with file.open("rb") as f:
-            return PolicyFile(shown, f.read(_FILE_LIMIT).decode("utf-8", errors="replace"))
+            return PolicyFile(shown, f.read(FILE_LIMIT).decode("utf-8", errors="replace"))
     except OSError:
         return PolicyFile(shown, None)
 
@@ -74,17 +77,23 @@ def lock_changes(before: PolicyFile, after: PolicyFile) -> list[PolicyChange]:
     """Whether the lock changed, and by how many lines."""
     if before.text == after.text or after.text is None or before.text is None:
         return _of_file(before, after, "lock")
-    lines = list(difflib.unified_diff(before.text.splitlines(), after.text.splitlines(), n=0, lineterm=""))[2:]
-    gone, new = (sum(line.startswith(sign) for line in lines) for sign in "-+")
-    detail = f"{new:,} lines written, {gone:,} taken out"
+    # Counted, not aligned: a lock has no order to speak of, and aligning a large one may take minutes.
+    was, now = Counter(before.text.splitlines()), Counter(after.text.splitlines())
+    detail = f"{(now - was).total():,} lines written, {(was - now).total():,} taken out"
     return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail)]
 
 
-def tolerance_changes(before: str | None, after: str | None) -> list[PolicyChange]:
-    """Whether the tolerance of comparisons changed, as ``[tool.fragscope]`` states it."""
+def setting_changes(key: str, before: str | None, after: str | None) -> list[PolicyChange]:
+    """Whether a key of ``[tool.fragscope]`` that decides what the gate lets pass changed.
+
+    Args:
+        key: such as ``tolerance`` or ``lock``.
+        before: as it was written; None where the table had no such key.
+        after: as it is written.
+    """
     if before == after:
         return []
-    detail = f"tolerance was {before or 'the default'}, now {after or 'the default'}"
+    detail = f"{key} was {before or 'the default'}, now {after or 'the default'}"
     return [
         PolicyChange(file="pyproject.toml", line=0, what="[tool.fragscope]", kind="changed", detail=printable(detail))
     ]
@@ -94,7 +103,9 @@ def _of_file(before: PolicyFile, after: PolicyFile, what: str) -> list[PolicyCha
     if before.text == after.text or before.text is after.text:
         return []
     if after.text is None:
-        detail = f"the {what} file is removed"
+        # A file that is only no longer named may still be there.
+        how = "removed" if before.shown == after.shown else "no longer in force"
+        detail = f"the {what} file is {how}"
         return [PolicyChange(file=before.shown, line=0, what=before.shown, kind="removed", detail=detail)]
     detail = f"the {what} file is new"
     return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="new", detail=detail)]

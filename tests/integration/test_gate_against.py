@@ -349,6 +349,21 @@ def test_what_only_one_side_has_is_said_and_fails_nothing(tmp_path: Path) -> Non
     assert [one["case"]["scenario"] for one in verdict["removed"]] == ["old"]
 
 
+def test_a_package_that_comes_with_the_change_is_new_where_the_project_is_editable(tmp_path: Path) -> None:
+    """A .pth file, here what it does, leads the import of what the other commit lacks to the working tree."""
+    team = Team.made(tmp_path / "theirs")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(team.folder)!r})\n")
+    fresh = SCENARIO.replace("acme.loader", "acme2.loader").replace('"acme-experts"', '"fresh"')
+    team.write({"acme2/__init__.py": "", "acme2/loader.py": LOADER, "scenarios/scenario_fresh.py": fresh})
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH", ""))))}
+    gated = team.gate(environment=environment)
+    assert gated.code == 0, gated.err
+    assert gated.verdict["against"]["compared"] == 1
+    (new,) = gated.verdict["appeared"]
+    assert new["case"]["scenario"] == "fresh"
+    assert "No module named 'acme2'" in new["reason"]
+
+
 # --- outcomes, limits ---------------------------------------------------------------------------------------------
 
 ENDS = """\
@@ -580,6 +595,14 @@ def test_other_calls_that_are_wrong(team: Team, tmp_path: Path) -> None:
     assert "is in none" in refused(folder=alone)
     team.write({"pyproject.toml": "[tool.fragscope]\n"})
     assert "no scenarios are configured" in refused()
+
+
+def test_a_scenario_file_whose_name_is_not_utf8_is_refused(team: Team) -> None:
+    team.write({os.fsdecode(b"scenarios/scenario_caf\xe9.py"): SCENARIO})
+    gated = team.gate()
+    assert (gated.code, gated.out) == (2, "")
+    assert "scenario_caf\\udce9.py: the name is not UTF-8, and cannot be compared; rename it\n" in gated.err
+    assert "Traceback" not in gated.err
 
 
 def test_a_scenario_that_cannot_be_imported_ends_the_command_and_the_other_side(team: Team) -> None:

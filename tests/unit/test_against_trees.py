@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from fragscope.against.imports import (
     Own,
     dotted,
     folders_in_use,
+    installed_files,
     is_environment,
     own_names,
     packages_of,
@@ -127,6 +129,21 @@ def test_a_submodule_without_the_commit_says_how_to_get_it(team: Team, tmp_path:
     assert git(team.folder, "worktree", "list").count("\n") == 1
 
 
+def test_a_partial_clone_fetches_nothing(team: Team, tmp_path: Path):
+    """The blobs of its first commit are only at the remote."""
+    first = git(team.folder, "rev-parse", "HEAD").strip()
+    team.write({"a.py": "new\n"})
+    team.commit()
+    git(team.folder, "config", "uploadpack.allowFilter", "true")
+    git(team.folder, "config", "uploadpack.allowAnySHA1InWant", "true")
+    git(tmp_path, "clone", "-q", "--filter=blob:none", f"file://{team.folder}", "partial")
+    repository = Repository.at(tmp_path / "partial")
+    packs = sorted((tmp_path / "partial" / ".git" / "objects" / "pack").iterdir())
+    with pytest.raises(NotMeasuredError, match="git worktree failed"), repository.checked_out(first):
+        pytest.fail("it was checked out")
+    assert sorted((tmp_path / "partial" / ".git" / "objects" / "pack").iterdir()) == packs
+
+
 def test_a_folder_in_no_repository_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="--against needs a git repository"):
         Repository.at(tmp_path)
@@ -189,6 +206,68 @@ def test_a_package_of_the_repository_that_comes_from_a_clone_of_it_is_found(tmp_
         Foreign("acme.loader", str(file), installed=False)
     ]
     assert own(tmp_path / "mine", packages=("other",)).foreign({"acme.loader": module}) == []
+
+
+def test_folders_that_a_side_takes_off_its_import_path(tmp_path: Path):
+    mine, other = tmp_path / "top" / "tmp" / "tree", tmp_path / "top"
+    entries = [other, other / "src", mine, mine / "src", other / ".venv/lib/python3/site-packages", tmp_path / "more"]
+    assert [e for e in entries if own(mine, other).is_others(e)] == [other, other / "src"]
+
+
+def installed(site: Path, *files: str, **information: str) -> None:
+    """A distribution acme-kernels that is installed there."""
+    folder = site / "acme_kernels-1.dist-info"
+    texts = {"METADATA": "Metadata-Version: 2.1\nName: Acme_Kernels\nVersion: 1\n", **information}
+    texts |= {"RECORD": "".join(f"{file},,\n" for file in files)} if files else {}
+    for name, text in {
+        **{f"{folder.name}/{name}": text for name, text in texts.items()},
+        **dict.fromkeys(files, ""),
+    }.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+
+
+def foreign_of(site: Path, *names: str) -> list[str]:
+    asked = Own(top=str(site.parent / "tree"), others=[], distributions=["acme-kernels"], packages=["acme"])
+    return [Path(f.file).relative_to(site).as_posix() for f in asked.foreign(loaded(*(site / n for n in names)))]
+
+
+def test_another_part_of_a_namespace_package_is_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    site = tmp_path / "site-packages"
+    installed(site, "acme/kernels/__init__.py", "acme/kernels/gemm.py")
+    (site / "left-1.dist-info").mkdir()  # what a removal may leave behind
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert foreign_of(site, "acme/core.py", "acme/kernels/gemm.py") == ["acme/kernels/gemm.py"]
+
+
+def test_the_loader_of_an_editable_install_is_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As setuptools writes it where a .pth file will not do; there is no top_level.txt."""
+    site = tmp_path / "site-packages"
+    finder = "__editable___acme_kernels_1_finder.py"
+    installed(site, finder, **{"direct_url.json": '{"url": "file:///acme", "dir_info": {"editable": true}}'})
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert installed_files({"acme-kernels"}) == set()
+    assert foreign_of(site, finder) == []
+    (site / "acme_kernels-1.dist-info" / "direct_url.json").write_text('{"url": "file:///acme", "dir_info": {}}')
+    assert foreign_of(site, finder) == [finder]
+
+
+def test_a_copy_that_lists_no_files_is_known_by_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As distributions of Linux make them."""
+    site = tmp_path / "dist-packages"
+    installed(site, **{"top_level.txt": "acme\nsingle\n"})
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert foreign_of(site, "acme/core.py", "single.py", "other.py") == ["acme/core.py", "single.py"]
+
+
+def test_names_that_are_not_utf8_are_no_packages(team: Team):
+    """What the sides are asked is written as JSON, which is UTF-8."""
+    odd = os.fsdecode(b"caf\xe9")
+    team.write({f"{odd}/__init__.py": "", "acme/__init__.py": ""})
+    repository = Repository.at(team.folder)
+    files = repository.files_below(team.folder)
+    assert Path(odd, "__init__.py") in files
+    assert packages_of(files) == ["acme"]
 
 
 def test_packages_of_a_tree_are_its_outermost_ones():

@@ -29,11 +29,13 @@ class Program:
         self.log.append(RequestKind.PHASE_BEGIN, phase=1)
         self.count = 0
 
-    def ask(self, *texts: str, mib: int = 1, library: bool = False) -> int:
+    def ask(self, *texts: str, mib: int = 1, library: bool = False, through: Frame | None = None) -> int:
         """Ask for memory in the innermost of these lines, or in a library that it calls."""
         frames = [Frame(self.file, self._line(text), "load") for text in texts]
         if library:
-            frames.insert(0, Frame("/env/lib/python3.11/site-packages/einops/parts.py", 7, "rearrange"))
+            through = Frame("/env/lib/python3.11/site-packages/einops/parts.py", 7, "rearrange")
+        if through is not None:
+            frames.insert(0, through)
         self.count += 1
         self.log.append(RequestKind.ALLOC, id=self.count, size=mib * MIB, stack=self.stacks.add(tuple(frames)), phase=1)
         return self.count
@@ -194,7 +196,7 @@ def test_lines_that_come_and_go(tmp_path: Path):
     before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", other)
     before.ask("second = make", mib=4)
     after.ask("buffer = torch", mib=3)
-    assert told(attribution(before, after).of_value("retained")) == [
+    assert told(attribution(before, after).of_value("retained", fell=True)) == [
         ("gone", "second = make(4)", 4, 0, ""),
         ("new", "buffer = torch.zeros(n, device=d)", 0, 3, ""),
     ]
@@ -253,3 +255,15 @@ def test_files_that_are_missing_or_no_text_have_no_lines(tmp_path: Path):
     assert sources.line("none.py", 1) == ""
     assert sources.line("bad.py", 9) == ""
     assert sources.line("nul\0.py", 1) == ""
+
+
+def test_an_environment_in_the_projects_folder_is_the_same_for_both_trees(tmp_path: Path):
+    """Its frames are relative to the folder that holds it; one of two calls of a line asks for more now."""
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    library = ".venv/lib/python3.11/site-packages/einops/parts.py"
+    sizes = {7: (4, 4), 9: (4, 8)}
+    for number, (program, file) in enumerate(((before, str(after.folder / library)), (after, library))):
+        for line, mib in sizes.items():
+            program.ask("first = make", mib=mib[number], through=Frame(file, line, "rearrange"))
+    (change,) = attribution(before, after).of_value("peak_allocated")
+    assert (change.before // MIB, change.after // MIB, change.why) == (4, 8, "larger")

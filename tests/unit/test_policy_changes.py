@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from fragscope.against.git import Repository
+from fragscope.against.run import stated_config
+from fragscope.cli.against import Wanted, policy_changes
+from fragscope.config import load_config
 from fragscope.errors import InputFileError
-from fragscope.gate.policy import PolicyFile, budget_changes, lock_changes, read_policy, tolerance_changes
+from fragscope.gate.policy import PolicyFile, budget_changes, lock_changes, read_policy, setting_changes
 
 GIB = 2**30
 FILE = "budgets.toml"
@@ -74,8 +78,8 @@ def test_a_lock_says_how_many_lines_changed():
 
 
 def test_a_changed_tolerance_is_said():
-    assert tolerance_changes("1 %", "1 %") == []
-    (change,) = tolerance_changes(None, "5 %")
+    assert setting_changes("tolerance", "1 %", "1 %") == []
+    (change,) = setting_changes("tolerance", None, "5 %")
     assert change.detail == "tolerance was the default, now 5 %"
 
 
@@ -85,3 +89,51 @@ def test_what_cannot_be_read_is_as_if_it_were_not_there(tmp_path: Path):
     assert read_policy(None, "none").text is None
     (tmp_path / "bad").write_bytes(b"\xff\xfe")
     assert read_policy(tmp_path / "bad", "bad").text is not None
+
+
+def test_a_lock_is_compared_as_far_as_a_lock_may_reach(tmp_path: Path):
+    """4 MiB, of which every second line changed; both figures are counted here."""
+    lines = [f"{number:063d}" for number in range(2**16)]
+    changed = [line if number % 2 else f"x{line[1:]}" for number, line in enumerate(lines)]
+    for name, content in (("old", lines), ("new", changed)):
+        (tmp_path / name).write_text("\n".join(content) + "\n")
+    (change,) = lock_changes(read_policy(tmp_path / "old", "lock"), read_policy(tmp_path / "new", "lock"))
+    assert change.detail == "32,768 lines written, 32,768 taken out"
+
+
+STRICT, LOOSE = LIMIT.format(5), LIMIT.format(9)
+
+
+@pytest.mark.parametrize(
+    ("files", "before", "after", "said"),
+    [
+        ({"memory.lock": "a"}, 'lock = "memory.lock"', "",
+         ["lock was memory.lock, now the default", "memory.lock the lock file is no longer in force"]),
+        ({"a.lock": "a\nb\n", "b.lock": "a\n"}, 'lock = "a.lock"', 'lock = "b.lock"',
+         ["lock was a.lock, now b.lock", "b.lock 0 lines written, 1 taken out"]),
+        ({"budgets.toml": STRICT, "loose.toml": LOOSE}, "", 'budgets = "loose.toml"',
+         ["budgets was the default, now loose.toml", "loose.toml raised by 4 B, from 5 B to 9 B"]),
+        ({"budgets.toml": LOOSE, "strict.toml": STRICT}, 'budgets = "strict.toml"', "",
+         ["budgets was strict.toml, now the default", "budgets.toml raised by 4 B, from 5 B to 9 B"]),
+        ({}, "", "warn_only = true", ["warn_only was false, now true"]),
+        ({"memory.lock": "a", "strict.toml": STRICT}, 'lock = "memory.lock"\nbudgets = "strict.toml"',
+         'lock = "memory.lock"\nbudgets = "strict.toml"', []),
+    ],
+)  # fmt: skip
+def test_settings_that_name_other_limits_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], before: str, after: str, said: list[str]
+):
+    """The same files lie in both trees; only what pyproject.toml says of them changes."""
+    tree, top = tmp_path / "tree", tmp_path / "top"
+    for folder, table in ((tree, before), (top, after)):
+        folder.mkdir()
+        for name, text in {**files, "pyproject.toml": f"[tool.fragscope]\n{table}\n"}.items():
+            (folder / name).write_text(text)
+    monkeypatch.chdir(top)
+    repository, current = Repository(top, ""), load_config(top)
+    found = policy_changes(repository, tree, stated_config(tree, tree), current, Wanted("main"))
+    assert [c.detail if c.file == "pyproject.toml" else f"{c.file} {c.detail}" for c in found] == said
+    # What an option names is held whatever the keys say, and is the same file in both trees.
+    options = Wanted("main", budgets=Path("budgets.toml"), lock=Path("fragscope.lock"))
+    found = policy_changes(repository, tree, stated_config(tree, tree), current, options)
+    assert {c.file for c in found} <= {"pyproject.toml"}
