@@ -18,7 +18,8 @@ _ACTION = re.compile(r"[A-Za-z0-9-]{1,39}/[A-Za-z0-9._-]{1,100}(?:/[A-Za-z0-9._/
               help="The function to measure; it is looked for in the sources, nothing is imported.")  # fmt: skip
 @click.option("--github/--no-github", "github", default=None,
               help="Write a GitHub workflow. [default: where .github or a remote at github.com is]")  # fmt: skip
-@click.option("--action", metavar="OWNER/REPO@REF", help="Where fragscope's action is, for the workflow.")
+@click.option("--action", metavar="OWNER/REPO@REF",
+              help="Where fragscope's action is, for the workflow. [default: OWNER is left to fill in]")  # fmt: skip
 @click.option("--write-config", is_flag=True, help="Add [tool.fragscope] at the end of pyproject.toml.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 def command(
@@ -37,7 +38,6 @@ def command(
     written at all.
     """
     from fragscope.starter import find_loader, look_at, plan_files, write_all
-    from fragscope.starter.files import ACTION
     from fragscope.starter.write import refuse_existing
 
     if action is not None and not _ACTION.fullmatch(action):
@@ -45,7 +45,7 @@ def command(
     repository = look_at(path or Path())
     loader = None if named is None else find_loader(repository, named)
     wanted = repository.github if github is None else github
-    plan = plan_files(repository, loader, github=wanted, action=action or ACTION)
+    plan = plan_files(repository, loader, github=wanted, action=action)
     if write_config and not plan.table:
         raise UsageError("--write-config: pyproject.toml has [tool.fragscope] already; leave the option out")
     click.echo(f"found: {printable(repository.found, 300)}")
@@ -59,7 +59,7 @@ def command(
     click.echo("")
     for name in plan.files:
         click.echo(f"{'would write' if dry_run else 'wrote'} {name.ljust(width)}  {plan.roles[name]}")
-    for line in plan.left_out:
+    for line in plan.left_to_do:
         click.echo(line)
     if plan.table:
         added = write_config and not dry_run

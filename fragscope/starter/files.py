@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from fragscope.errors import UsageError, printable
@@ -13,8 +14,6 @@ from fragscope.starter.repository import Repository
 
 SIZE = 16
 """What sizes are in a scenario whose model nobody named: small enough for any loader."""
-ACTION = "fragscope/fragscope@main"
-"""Where this project's action.yml lies."""
 _LIMIT = "79 GiB"  # what a card of 80 GB has free, allocator/cards.py
 _TAKEN = {
     "device",
@@ -40,26 +39,35 @@ class Plan:
         roles: what each is for, a few words for people.
         table: lines of [tool.fragscope] for pyproject.toml; empty where there is one already.
         run: what ``fragscope run`` is called with for these scenarios, ``""`` once the table is there.
-        left_out: what was not written and what to do instead, for people.
+        left_to_do: what was not written, or only in part, and what to do about it, for people.
     """
 
     files: dict[str, str]
     roles: dict[str, str]
     table: str
     run: str
-    left_out: tuple[str, ...]
+    left_to_do: tuple[str, ...]
 
 
-def plan_files(repository: Repository, loader: Loader | None, *, github: bool, action: str = ACTION) -> Plan:
+def plan_files(repository: Repository, loader: Loader | None, *, github: bool, action: str | None = None) -> Plan:
     """The files for a repository.
 
     Args:
         repository: what it is made of.
         loader: what the scenario runs; None for a stand-in that is to be replaced.
         github: write a workflow.
-        action: ``OWNER/REPOSITORY@REF`` of fragscope's action, for the workflow.
+        action: ``OWNER/REPOSITORY@REF`` of fragscope's action, for the workflow; None for this release's with an owner
+            to fill in, since nothing here knows who publishes it.
+
+    Raises:
+        UsageError: a workflow where GitHub would not look for one, or a configured place outside the repository.
     """
     config, root = repository.config, repository.root
+    if github and not repository.git:
+        raise UsageError(
+            f"--github: there is no .git in {printable(str(root), 200)}, and GitHub runs only workflows at a "
+            "repository's root; call fragscope init there, or leave the option out"
+        )
     folder = _scenario_folder(repository)
     subject = loader.function if loader is not None else (repository.packages[0] if repository.packages else "loader")
     scenario = str(PurePosixPath(folder) / f"scenario_{_file_name(subject)}.py")
@@ -75,26 +83,35 @@ def plan_files(repository: Repository, loader: Loader | None, *, github: bool, a
         else "a stand-in to put your loader in",
         budgets: "what it may take",
     }
-    left_out: tuple[str, ...] = ()
+    left_to_do: list[str] = []
     if github:
         workflow = ".github/workflows/fragscope.yml"
         files[workflow] = _workflow(repository, folder, budgets, action)
         roles[workflow] = "both on every pull request"
+        if action is None:
+            left_to_do.append(f"replace OWNER in {workflow} by whoever publishes the fragscope that you use")
+    elif repository.git:
+        left_to_do.append("no workflow: nothing says that this lies on GitHub (--github writes one)")
     else:
-        left_out = ("no workflow: nothing says that this lies on GitHub (--github writes one)",)
+        left_to_do.append("no workflow: this is not the root of a git repository")
     table = (
         ""
         if repository.has_table
         else f"[tool.fragscope]\nscenarios = [{_quoted(folder)}]\nbudgets = {_quoted(budgets)}\n"
     )
-    configured = repository.has_table and bool(config.scenarios)
-    return Plan(files, roles, table, "" if configured else folder, left_out)
+    places = (_relative(root, path) for path in config.scenarios)
+    configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
+    if repository.has_table and not configured:
+        left_to_do.append(
+            f"add {_quoted(scenario)} to scenarios of [tool.fragscope] in pyproject.toml: nothing there holds it"
+        )
+    return Plan(files, roles, table, "" if configured else folder, tuple(left_to_do))
 
 
 def _scenario_folder(repository: Repository) -> str:
     """Where scenarios stand: the folder that is configured, beside the tests, or a folder of their own."""
     for path in repository.config.scenarios:
-        if not path.suffix:
+        if path.suffix != ".py":
             return _inside(repository.root, path)
     return repository.tests or "scenarios"
 
@@ -105,19 +122,26 @@ def _inside(root: Path, path: Path) -> str:
     Raises:
         UsageError: it lies elsewhere, or is not plain text.
     """
-    try:
-        relative = path.resolve().relative_to(root).as_posix()
-    except (ValueError, OSError):
-        raise UsageError(
-            f"{printable(str(path), 200)}, named in [tool.fragscope], lies outside the repository"
-        ) from None
+    relative = _relative(root, path)
+    if relative is None:
+        raise UsageError(f"{printable(str(path), 200)}, named in [tool.fragscope], lies outside the repository")
     if not relative.isprintable() or relative in ("", "."):
         raise UsageError(f"{printable(str(path), 200)}, named in [tool.fragscope], is no place for a file")
     return relative
 
 
+def _relative(root: Path, path: Path) -> str | None:
+    """A path relative to the root; None where it lies elsewhere."""
+    try:
+        return path.resolve().relative_to(root).as_posix()
+    except (ValueError, OSError):
+        return None
+
+
 def _file_name(subject: str) -> str:
-    return re.sub(r"[^a-z0-9_]+", "_", subject.lower()).strip("_")[:60] or "loader"
+    """What a file and, with an ending, a function may be called."""
+    name = re.sub(r"[^a-z0-9_]+", "_", subject.lower()).strip("_")[:60] or "loader"
+    return f"load_{name}" if name[0].isdigit() else name
 
 
 def _scenario_name(subject: str) -> str:
@@ -253,7 +277,8 @@ peak_reserved = "{_LIMIT}"  # what a card of 80 GB has free; put in what your mo
 """
 
 
-def _workflow(repository: Repository, folder: str, budgets: str, action: str) -> str:
+def _workflow(repository: Repository, folder: str, budgets: str, action: str | None) -> str:
+    used = action or f"OWNER/fragscope@v{version('fragscope')} # replace OWNER by whoever publishes the release"
     installed = repository.pyproject is not None or (repository.root / "setup.py").is_file()
     install = ""  # the action installs torch and fragscope itself
     if installed and repository.packages:
@@ -274,15 +299,17 @@ jobs:
     steps:
       - uses: actions/checkout@v4
         with:
-          fetch-depth: 0
+          fetch-depth: 2 # with HEAD^1, for against
+          persist-credentials: false
       - uses: actions/setup-python@v5
         with:
           python-version: "3.12"
-{install}      - uses: {action}
+{install}      - uses: {used}
         with:
           scenarios: {_quoted(folder)}
           budgets: {_quoted(budgets)}
           # Instead of scenarios, once pyproject.toml has [tool.fragscope]: what the change costs, line by line.
-          # against: ${{{{ github.event.pull_request.base.sha }}}}
+          # HEAD is the pull request merged into its base, and HEAD^1 that base.
+          # against: HEAD^1
           # warn-only: true
 """

@@ -40,7 +40,9 @@ class Repository:
         source: folder that its packages are imported from, relative to the root: ``""`` or ``"src"``.
         packages: importable names, the one that the project is called by first.
         tests: folder of its tests, relative to the root; ``""`` where there is none.
-        pytest, nox, tox, git, github: whether it uses them.
+        pytest, nox, tox: whether it uses them.
+        git: whether this is the root of a git repository.
+        github: whether that says it lies on GitHub.
         scenarios: scenario files that are there already, relative to the root.
     """
 
@@ -86,6 +88,7 @@ def look_at(root: Path) -> Repository:
     tool = tool if isinstance(tool, dict) else {}
     source, packages = _packages(root, _project_name(root, content))
     tests = next((name for name in ("tests", "test") if (root / name).is_dir()), "")
+    git = (root / ".git").exists()
     return Repository(
         root=root,
         pyproject=file if file.is_file() else None,
@@ -97,8 +100,8 @@ def look_at(root: Path) -> Repository:
         pytest="pytest" in tool or _has_pytest(root, tests),
         nox=(root / "noxfile.py").is_file(),
         tox="tox" in tool or (root / "tox.ini").is_file(),
-        git=(root / ".git").exists(),
-        github=(root / ".github").is_dir() or "github.com" in _text(root / ".git" / "config"),
+        git=git,
+        github=git and ((root / ".github").is_dir() or "github.com" in _text(root / ".git" / "config")),
         scenarios=_scenarios(root, tests),
     )
 

@@ -87,13 +87,14 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
 def _with_table(pyproject: Path, table: str) -> str:
     """The text of pyproject.toml with the table at its end, which must still be TOML."""
     try:
-        before = pyproject.read_text(encoding="utf-8") if pyproject.exists() else ""
+        before = pyproject.read_bytes().decode() if pyproject.exists() else ""  # with its line ends as they are
     except OSError as e:
         raise FragscopeError(
             f"pyproject.toml cannot be read ({(e.strerror or '').lower()}); nothing was written"
         ) from None
     gap = "" if not before else "\n" if before.endswith("\n") else "\n\n"
-    text = f"{before}{gap}{table}"
+    end = "\r\n" if before.partition("\n")[0].endswith("\r") else "\n"
+    text = before + (gap + table).replace("\n", end)
     try:
         tomllib.loads(text)
     except (ValueError, RecursionError) as e:

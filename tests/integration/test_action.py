@@ -92,6 +92,14 @@ def test_inputs_that_the_docs_give_are_those_of_the_action():
         assert set(inputs) <= set(ACTION["inputs"])
 
 
+def test_a_pull_request_is_compared_with_the_base_that_it_is_merged_into():
+    steps = [step for flow in WORKFLOWS for job in flow["jobs"].values() for step in job["steps"]]
+    bases = [step["with"]["against"] for step in steps if "against" in step.get("with", {})]
+    depths = [step["with"]["fetch-depth"] for step in steps if "checkout" in step.get("uses", "")]
+    assert set(bases) == {"HEAD^1"}, "the event's base.sha may be older, and HEAD holds what was merged since"
+    assert set(depths) == {"2"}
+
+
 # --- scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +147,8 @@ class Runner:
             check=False,
         )
 
-    def python(self, *, torch: bool = True, run: int = 0, gate: int = 0) -> str:
-        """A Python that only notes what it is asked to do."""
+    def python(self, *, torch: bool = True, run: int = 0, gate: int = 0, writes: bool = True) -> str:
+        """A Python that only notes what it is asked to do, and writes the files that a gate would."""
         file = self.temporary / "python"
         file.write_text(
             f"""#!{sys.executable}
@@ -149,6 +157,9 @@ if sys.argv[1] == "-c":
     sys.exit({0 if torch else 1})
 with open(os.environ["CALLS"], "a") as f:
     print(*map(repr, sys.argv[1:]), file=f)
+for option, name in zip(sys.argv, sys.argv[1:]):
+    if {writes} and option in ("--junit", "--comment"):
+        open(name, "w").write("something")
 sys.exit({{"run": {run}, "gate": {gate}}}.get(sys.argv[3], 0))
 """
         )
@@ -210,7 +221,7 @@ def test_a_comparison_runs_what_it_compares(runner):
 
 def test_scenarios_and_a_commit_exclude_each_other(runner):
     done = runner.step(GATE, python=runner.python(), against="main", scenarios="a.py")
-    assert (done.returncode, runner.called) == (2, [])
+    assert (done.returncode, runner.called, runner.outputs) == (2, [], {"exit-code": "2"})
     assert done.stdout.startswith("::error title=fragscope gate::")
 
 
@@ -220,6 +231,28 @@ def test_scenarios_and_a_commit_exclude_each_other(runner):
 def test_a_run_that_could_not_be_made_ends_the_step_and_the_rest_is_left_to_the_gate(runner, run, gate, code, calls):
     assert runner.step(GATE, python=runner.python(run=run, gate=gate)).returncode == code
     assert len(runner.called) == calls
+    assert runner.outputs["exit-code"] == str(code)
+    assert ("junit" in runner.outputs) == (calls == 2)
+
+
+def test_outputs_name_only_files_that_the_gate_wrote(runner):
+    done = runner.step(GATE, python=runner.python(gate=5, writes=False), comment="true", against="main")
+    assert (done.returncode, runner.outputs) == (5, {"exit-code": "5"})
+
+
+def test_a_step_without_a_folder_to_write_to_says_so(runner):
+    python = runner.python()
+    step = GATE | {"env": GATE["env"] | {"RUNNER_TEMP": str(runner.temporary / "none")}}
+    assert (runner.step(step, python=python).returncode, runner.outputs) == (1, {"exit-code": "1"})
+
+
+def test_a_relative_python_is_the_same_for_both_steps(runner):
+    project = runner.workspace / "project"
+    (project / "venv").mkdir(parents=True)
+    Path(runner.python()).rename(project / "venv/python")
+    for step in STEPS:
+        done = runner.step(step, python="venv/python", working_directory="project")
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["against", "scenarios", "budgets", "python", "fragscope", "torch", "torch_index"])
@@ -269,6 +302,17 @@ def test_a_failing_gate_as_a_runner_sees_it(runner):
 # --- the workflow that may write comments -------------------------------------------------------------------------
 
 COMMENT = next(text for text in DOCUMENTED if "gh api" in text)
+
+
+def test_no_comment_is_no_failure():
+    ((get, post),) = (
+        job["steps"] for flow in WORKFLOWS if "workflow_run" in flow["on"] for job in flow["jobs"].values()
+    )
+    assert get["continue-on-error"] == "true", "a gate that could not be held leaves no artifact"
+    assert post["if"] == f"steps.{get['id']}.outcome == 'success'"
+    assert post["run"] == COMMENT
+
+
 MARKER = "<!-- fragscope-gate -->"
 
 

@@ -43,13 +43,17 @@ KINDS: dict[str, tuple[dict[str, str], list[str], set[str], str]] = {
         "",
     ),
     "one module, nox, GitHub": (
-        {"acme.py": LOADER, "noxfile.py": "raise SystemExit\n", ".github/dependabot.yml": ""},
+        {"acme.py": LOADER, "noxfile.py": "raise SystemExit\n", ".git/HEAD": "", ".github/dependabot.yml": ""},
         ["--loader", "acme:process_weights", "--no-github"],
         {"scenarios/scenario_process_weights.py", "budgets.toml"},
         "scenarios",
     ),
     "configured": (
-        {"acme/__init__.py": LOADER, "pyproject.toml": PROJECT + '[tool.fragscope]\nscenarios = ["mem"]\n'},
+        {
+            "acme/__init__.py": LOADER,
+            "pyproject.toml": PROJECT + '[tool.fragscope]\nscenarios = ["mem"]\n',
+            ".git/HEAD": "",
+        },
         ["--loader", "acme:process_weights", "--github"],
         {"mem/scenario_process_weights.py", "budgets.toml", ".github/workflows/fragscope.yml"},
         "",
@@ -88,6 +92,8 @@ def test_what_is_written_runs_and_passes_as_it_is(kind: str, tmp_path: Path) -> 
     for name in written:
         assert f"--- {name}\n{(tmp_path / name).read_text()}" in shown.stdout, "it shows what it writes"
         assert f"wrote {name}" in done.stdout
+    workflow = ".github/workflows/fragscope.yml"
+    assert (f"replace OWNER in {workflow} " in done.stdout) == (workflow in written)
     said = f"next: fragscope run{f' {what}' if what else ''} --device virtual, then fragscope gate"
     assert done.stdout.splitlines()[-1] == said
     ran = fragscope(tmp_path, "run", *filter(None, [what]), "--device", "virtual", "--no-report")
@@ -131,6 +137,7 @@ def test_a_repository_elsewhere_is_named(
         (["--action", "x y"], 2, "write OWNER/REPOSITORY@REF"),
         (["--action", "a/b@c\nd"], 2, "write OWNER/REPOSITORY@REF"),
         (["--force"], 2, "No such option"),
+        (["told", "--github"], 2, "--github: there is no .git in "),
         (["broken"], 5, "pyproject.toml: line 1"),
         (["told", "--write-config"], 2, "has [tool.fragscope] already"),
     ],

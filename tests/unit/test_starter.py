@@ -35,8 +35,11 @@ def made(root: Path, *names: str, **texts: str) -> Path:
         ({"acme.py": "", "setup.py": "", "noxfile.py": ""}, "acme; nox; no git"),
         ({"tests/conftest.py": "", "tox.ini": "", ".git/HEAD": ""}, "no package; pytest, tox; git"),
         ({"pytest.ini": "", ".git/config": "[remote]\nurl = git@github.com:a/b"}, "no package; pytest; GitHub"),
-        ({"pyproject.toml": "[tool.pytest.ini_options]\n", ".github/x": ""}, "no package; pytest; GitHub"),
-        ({"setup.cfg": "[tool:pytest]\n"}, "no package; pytest; no git"),
+        (
+            {"pyproject.toml": "[tool.pytest.ini_options]\n", ".git/HEAD": "", ".github/x": ""},
+            "no package; pytest; GitHub",
+        ),
+        ({"setup.cfg": "[tool:pytest]\n", ".github/x": ""}, "no package; pytest; no git"),
         (
             {"pyproject.toml": '[project]\nname = "b-pkg"\n', "a_pkg/__init__.py": "", "b_pkg/__init__.py": ""},
             "b_pkg, a_pkg; no pytest, nox or tox; no git",
@@ -143,10 +146,12 @@ def test_where_things_go(tmp_path: Path) -> None:
     plain = plan_files(look_at(made(tmp_path / "a")), None, github=False)
     assert list(plain.files) == ["scenarios/scenario_loader.py", "budgets.toml"]
     assert tomllib.loads(plain.table)["tool"]["fragscope"] == {"scenarios": ["scenarios"], "budgets": "budgets.toml"}
-    tested = plan_files(look_at(made(tmp_path / "b", "tests/test_x.py", "acme/__init__.py")), None, github=True)
+    tested = plan_files(
+        look_at(made(tmp_path / "b", ".git/HEAD", "tests/test_x.py", "acme/__init__.py")), None, github=True
+    )
     assert list(tested.files) == ["tests/scenario_acme.py", "budgets.toml", ".github/workflows/fragscope.yml"]
     table = '[tool.fragscope]\nscenarios = ["perf/mem"]\nbudgets = "ci/mem.toml"\n'
-    configured = plan_files(look_at(made(tmp_path / "c", **{"pyproject.toml": table})), None, github=True)
+    configured = plan_files(look_at(made(tmp_path / "c", ".git/HEAD", **{"pyproject.toml": table})), None, github=True)
     assert list(configured.files)[:2] == ["perf/mem/scenario_loader.py", "ci/mem.toml"]
     assert configured.table == ""
     assert 'scenarios: "perf/mem"' in configured.files[".github/workflows/fragscope.yml"]
@@ -162,17 +167,61 @@ def test_configured_places_elsewhere_are_refused(path: str, tmp_path: Path) -> N
 def test_the_workflow_is_yaml_and_holds_the_gate(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
     files = {"pyproject.toml": '[project]\nname = "acme"\nversion = "0"\n', "acme/__init__.py": "", "tests/x": ""}
-    plan = plan_files(look_at(made(tmp_path, **files)), None, github=True, action="us/fork@v2")
+    plan = plan_files(look_at(made(tmp_path, ".git/HEAD", **files)), None, github=True, action="us/fork@v2")
     workflow = yaml.safe_load(plan.files[".github/workflows/fragscope.yml"])
     assert workflow["permissions"] == {"contents": "read"}, "no more than reading"
     steps = workflow["jobs"]["fragscope"]["steps"]
     assert steps[-1] == {"uses": "us/fork@v2", "with": {"scenarios": "tests", "budgets": "budgets.toml"}}
-    assert steps[0]["with"] == {"fetch-depth": 0}, "a comparison needs the commit it compares with"
+    assert steps[0]["with"] == {"fetch-depth": 2, "persist-credentials": False}, "a comparison needs HEAD^1"
+    assert "base.sha" not in plan.files[".github/workflows/fragscope.yml"]
+    assert plan.left_to_do == ()
     runs = [step["run"] for step in steps if "run" in step]
     assert runs == ["pip install torch --index-url https://download.pytorch.org/whl/cpu", "pip install -e ."]
-    bare = plan_files(look_at(made(tmp_path / "bare", "scenarios/x")), None, github=True)
+    bare = plan_files(look_at(made(tmp_path / "bare", ".git/HEAD", "scenarios/x")), None, github=True)
     workflow = yaml.safe_load(bare.files[".github/workflows/fragscope.yml"])
     assert not [step for step in workflow["jobs"]["fragscope"]["steps"] if "run" in step], "there is nothing to install"
+    used = workflow["jobs"]["fragscope"]["steps"][-1]["uses"]
+    release = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert used == f"OWNER/fragscope@v{release}", "nobody says who publishes it"
+    (said,) = bare.left_to_do
+    assert said.startswith("replace OWNER in .github/workflows/fragscope.yml ")
+
+
+def test_a_workflow_that_github_would_not_find_is_refused(tmp_path: Path) -> None:
+    made(tmp_path, ".git/HEAD", "below/acme.py")
+    with pytest.raises(UsageError, match=r"there is no \.git in .*/below, and GitHub runs only workflows at a"):
+        plan_files(look_at(tmp_path / "below"), None, github=True)
+    assert plan_files(look_at(tmp_path / "below"), None, github=False).left_to_do == (
+        "no workflow: this is not the root of a git repository",
+    )
+
+
+@pytest.mark.parametrize(
+    ("configured", "run", "said"),
+    [
+        ('scenarios = ["tests/scenario_a.py"]', "tests", True),
+        ('scenarios = ["mem.d", "tests/scenario_a.py"]', "", False),
+        ('budgets = "b.toml"', "tests", True),
+        ('scenarios = ["tests/scenario_loader.py"]', "", False),
+    ],
+)
+def test_a_scenario_that_nothing_configured_holds_is_to_be_added(
+    configured: str, run: str, said: bool, tmp_path: Path
+) -> None:
+    files = {"tests/scenario_a.py": "", ".git/HEAD": "", "pyproject.toml": f"[tool.fragscope]\n{configured}\n"}
+    plan = plan_files(look_at(made(tmp_path, **files)), None, github=False)
+    assert plan.run == run
+    line = 'add "tests/scenario_loader.py" to scenarios of [tool.fragscope] in pyproject.toml: nothing there holds it'
+    assert (line in plan.left_to_do) == said
+
+
+@pytest.mark.parametrize("name", ["_4bit_load", "_3d", "__", "größe"])
+def test_any_name_of_a_function_gives_a_scenario_that_is_python(name: str, tmp_path: Path) -> None:
+    repository = look_at(made(tmp_path, **{"acme.py": f"def {name}(): ..."}))
+    plan = plan_files(repository, find_loader(repository, f"acme:{name}"), github=False)
+    ast.parse(next(iter(plan.files.values())))
+    bare = plan_files(look_at(made(tmp_path / "bare", f"{name}/__init__.py")), None, github=False)
+    ast.parse(next(iter(bare.files.values())))
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -234,6 +283,17 @@ def test_the_table_goes_to_the_end_of_pyproject(tmp_path: Path) -> None:
     assert file.read_text() == f'{text}\n\n[tool.fragscope]\nscenarios = ["tests"]\n'
     assert file.stat().st_mode & 0o777 == 0o640
     assert tomllib.loads(file.read_text())["tool"]["fragscope"] == {"scenarios": ["tests"]}
+
+
+@pytest.mark.parametrize("last", ["", "\r\n"])
+def test_line_ends_of_pyproject_are_kept(last: str, tmp_path: Path) -> None:
+    before = b'[project]\r\nname = "x"' + last.encode()
+    (tmp_path / "pyproject.toml").write_bytes(before)
+    write_all(tmp_path, FILES, '[tool.fragscope]\nscenarios = ["tests"]\n')
+    after = (tmp_path / "pyproject.toml").read_bytes()
+    assert after.removeprefix(before).lstrip(b"\r\n") == b'[tool.fragscope]\r\nscenarios = ["tests"]\r\n'
+    assert after.startswith(before)
+    assert after.count(b"\n") == after.count(b"\r\n") == 5
 
 
 def test_a_table_that_does_not_go_there_is_left_to_the_user(tmp_path: Path) -> None:
