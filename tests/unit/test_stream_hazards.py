@@ -297,6 +297,7 @@ def test_many_columns_on_one_stream_are_known_on_another(waits: bool) -> None:
         lambda x, y: x.zero_(),
         lambda x, y: x.__setitem__(slice(0, 10), y[:10]),
         lambda x, y: x.index_put_((torch.zeros(3, dtype=torch.int64, device="cuda"),), y[:3]),
+        lambda x, y: x.index_put_((y.view(torch.bool),), torch.tensor(0, dtype=torch.uint8)),
     ],
 )
 def test_what_an_operator_changes_is_written(write: Callable[..., object]) -> None:

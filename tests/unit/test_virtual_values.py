@@ -45,6 +45,15 @@ KNOWN: dict[str, Make] = {
     "written by places": lambda d: torch.zeros(4, device=d).index_put_(
         (torch.tensor([1, 3], device=d),), torch.tensor([5.0, 6.0], device=d)
     ),
+    "a number put by a mask": lambda d: torch.index_put(
+        torch.arange(3, device=d), (torch.tensor([True, False, True], device=d),), torch.tensor(9)
+    ),
+    "a number put by a mask of the last dimension": lambda d: torch.ops.aten.index_put_(
+        torch.zeros(2, 3, device=d), [None, torch.tensor([True, False, True], device=d)], torch.tensor([9.0])
+    ),
+    "a number put by a mask and places": lambda d: torch.zeros(2, 3, device=d).index_put_(
+        (torch.tensor([True, False], device=d), torch.tensor([2], device=d)), torch.tensor(9.0)
+    ),
     "filled by copy": lambda d: torch.empty(3, device=d).copy_(torch.tensor([1.0, 2.0, 3.0])),
     "zeroed": lambda d: torch.empty(3, device=d).zero_(),
     "integer overflow": lambda d: torch.tensor([2**31 - 1], dtype=torch.int32, device=d) + 1,
@@ -118,6 +127,28 @@ def test_views_and_writes_share_values() -> None:
         assert base.tolist() == [[0, 1, 100, 3], [5, 6, 101, 8], [8, 9, 100, 11]]
         assert column.tolist() == [1, 6, 9]
         assert alias[1, ::2].tolist() == [5, 6, 101, 8]
+
+
+def test_a_number_put_by_a_mask_into_a_copy_leaves_the_input_alone() -> None:
+    with h100():
+        x = torch.zeros(1000, device="cuda")
+        mask = torch.empty(1000, dtype=torch.bool, device="cuda")
+        before = torch.cuda.memory_allocated()
+        y = torch.index_put(x, (mask,), torch.tensor(9.0))
+        assert y is not x
+        assert torch.cuda.memory_allocated() - before == 4096
+        assert x.count_nonzero() == 0
+
+
+def test_a_mask_beside_other_indices_needs_its_values() -> None:
+    with h100():
+        x = torch.zeros(4, 3, device="cuda")
+        mask = torch.empty(4, dtype=torch.bool, device="cuda")
+        x[mask] = 0.0  # a card fills where the mask says so, and asks nothing
+        with pytest.raises(UnsupportedError, match="by a mask"):
+            x[mask, torch.tensor([1], device="cuda")] = 0.0
+        with pytest.raises(IndexError, match=r"The shape of the mask \[4\] at index 0 .* \[4, 3\] at index 1"):
+            x[:, mask] = 0.0
 
 
 def test_control_flow_follows_values() -> None:

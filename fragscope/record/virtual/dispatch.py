@@ -22,6 +22,8 @@ from fragscope.record.virtual.storages import Entry, Place
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
+_CLONE = torch.ops.aten.clone.default
+_MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
 _NONZERO = torch.ops.aten.nonzero.default
 
 
@@ -258,14 +260,15 @@ class DispatchMode(TorchDispatchMode):
             raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents", args[1])
         writes = func._schema.name != "aten::index"
         accumulate = writes and bool(args[3] if len(args) > 3 else kwargs.get("accumulate", False))
+        if writes and not accumulate and _is_host_scalar(args[2]) and (mask := _only_mask(target, args[1])) is not None:
+            if not func._schema.is_mutable:
+                target = self._run(_CLONE, (target,), {})
+            return self._run(_MASKED_FILL, (target, mask, args[2].item()), {})  # which needs no shape
         indices: list[torch.Tensor | None] = []
         for index in args[1]:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 indices.append(index)
             elif index.device.type == "meta":
-                if writes and not accumulate and _is_host_scalar(args[2]):
-                    device.values.follow(func, args, kwargs, target, entries, [target])
-                    return target  # becomes masked_fill_, which needs no shape
                 entry = storages.find(index)
                 if entry is None or entry.values is None:
                     raise device.unsupported(
@@ -309,6 +312,36 @@ def _as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
                     f"The size of tensor a ({m}) must match the size of tensor b ({n}) at non-singleton dimension {dim}"
                 )
     return error
+
+
+def _only_mask(target: torch.Tensor, indices: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """The only index if it is a mask on the card, of dimensions that broadcast to those of ``target``.
+
+    Raises:
+        IndexError: the mask does not fit, as torch words it.
+
+    Source: ``canDispatchToMaskedFill`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+    """
+    mask: torch.Tensor | None = None
+    end = 0
+    for index in indices:
+        if index is None:
+            end += 1
+            continue
+        if mask is not None or index.dtype not in (torch.bool, torch.uint8) or index.device.type != "meta":
+            return None
+        mask = index
+        for dim in range(mask.dim()):
+            if end + dim >= target.dim() or mask.shape[dim] != target.shape[end + dim]:
+                raise IndexError(
+                    f"The shape of the mask {list(mask.shape)} at index {dim} does not match the shape of the indexed "
+                    f"tensor {list(target.shape)} at index {end + dim}"
+                )
+        end += mask.dim()
+    if mask is not None:
+        for _ in range(end, target.dim()):
+            mask = mask.unsqueeze(-1)
+    return mask
 
 
 def _is_host_scalar(value: torch.Tensor) -> bool:
