@@ -308,6 +308,15 @@ def test_what_an_operator_changes_is_written(write: Callable[..., object]) -> No
     assert [(h.first.writes, h.second.writes) for h in hazards(program)] == [(False, True)]
 
 
+@pytest.mark.parametrize(("training", "found"), [(True, 1), (False, 0)])
+def test_batch_norm_writes_its_running_mean_in_training(training: bool, found: int) -> None:
+    def program() -> None:
+        norm, x = torch.nn.BatchNorm1d(8, device="cuda").train(training), torch.zeros(4, 8, device="cuda")
+        on_two_streams(norm.running_mean.clone, lambda: norm(x))
+
+    assert len(hazards(program)) == found
+
+
 def test_making_a_tensor_and_looking_at_it_touch_nothing() -> None:
     def program() -> None:
         x = torch.empty(N, dtype=torch.uint8, device="cuda")
