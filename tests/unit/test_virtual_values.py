@@ -26,8 +26,10 @@ def floats(device: str, *numbers: float, dtype: torch.dtype = torch.float32) -> 
 
 KNOWN: dict[str, Make] = {
     "float product": lambda d: floats(d) * floats(d),
-    "float quotient": lambda d: floats(d) / 3,
-    "quotient of integers": lambda d: torch.arange(7, device=d) / 3,
+    "float quotient": lambda d: floats(d) / torch.tensor(3.0, device=d),
+    "quotient of integers": lambda d: torch.arange(7, device=d) / torch.tensor([3], device=d),
+    "quotient by a power of two": lambda d: floats(d) / 4 + torch.arange(4, device=d) / torch.tensor(-0.5),
+    "difference from a number": lambda d: torch.rsub(floats(d), 1.0),
     "float difference": lambda d: floats(d, dtype=torch.float64) - 0.1,
     "conversion to bfloat16": lambda d: floats(d).to(torch.bfloat16),
     "bfloat16 moved": lambda d: floats(d, dtype=torch.bfloat16)[torch.tensor([2, 0], device=d)],
@@ -68,6 +70,10 @@ UNKNOWN: dict[str, Make] = {
     "sum of floats": lambda d: floats(d).sum(),
     "mean": lambda d: floats(d).mean(),
     "exp": lambda d: floats(d).exp(),
+    "quotient by a number": lambda d: floats(d) / 3,
+    "quotient by a number of the host": lambda d: torch.arange(7, device=d).div(torch.tensor(3)),
+    "scaled difference": lambda d: torch.sub(floats(d), floats(d), alpha=0.3),
+    "scaled difference from a number": lambda d: torch.rsub(floats(d), 1.0, alpha=0.3),
     "bfloat16 product": lambda d: floats(d, dtype=torch.bfloat16) * 3,
     "random": lambda d: torch.rand(3, device=d),
     "random integers": lambda d: torch.randint(5, (3,), device=d),
@@ -149,6 +155,18 @@ def test_a_mask_beside_other_indices_needs_its_values() -> None:
             x[mask, torch.tensor([1], device="cuda")] = 0.0
         with pytest.raises(IndexError, match=r"The shape of the mask \[4\] at index 0 .* \[4, 3\] at index 1"):
             x[:, mask] = 0.0
+
+
+@pytest.mark.parametrize("x", [torch.ones, torch.randn], ids=["known", "unknown"])
+def test_batch_norm_writes_its_running_statistics_in_training_only(x: Callable[..., torch.Tensor]) -> None:
+    with h100():
+        norm, data = torch.nn.BatchNorm1d(8).cuda(), x(4, 8, device="cuda")
+        norm.eval()(data)
+        assert norm.running_mean.tolist() == [0.0] * 8
+        norm.train()(data)
+        for written in (norm.running_mean, norm.running_var):
+            with pytest.raises(UnsupportedError):
+                written.tolist()
 
 
 def test_control_flow_follows_values() -> None:
