@@ -159,6 +159,21 @@ def test_a_copy_from_the_host_is_a_write() -> None:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("others", "found"), [(30, 1), (31, 0)])
+def test_the_first_stream_comes_again_after_32(others: int, found: int) -> None:
+    def program() -> object:
+        x, first = data(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            x.add_(1)
+        kept = [torch.cuda.Stream() for _ in range(others)]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x.add_(1)
+        return x, kept
+
+    assert len(hazards(program)) == found
+
+
 def test_the_default_stream_does_not_wait_for_streams_of_torch() -> None:
     """Source: cudaStreamNonBlocking in c10/cuda/CUDAStream.cpp, and what CUDA documents of that flag."""
 

@@ -644,3 +644,26 @@ def test_every_thread_has_a_current_stream_of_its_own(card):
         thread.join()
         assert torch.cuda.current_stream() == side
     assert seen == [torch.cuda.default_stream()]
+
+
+def test_a_stream_context_can_be_entered_again(card):
+    side = torch.cuda.Stream()
+    for make in (torch.cuda.stream, torch.cuda.StreamContext):
+        context = make(side)
+        for _ in range(2):
+            with context:
+                assert torch.cuda.current_stream() == side
+            assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    with torch.cuda.stream(None):
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_there_are_32_streams_of_each_of_four_priorities(card):
+    """As ``getStreamFromPool`` in c10/cuda/CUDAStream.cpp hands them out."""
+    normal = [torch.cuda.Stream() for _ in range(33)]
+    high = [torch.cuda.Stream(priority=-3) for _ in range(32)]
+    assert len({s.cuda_stream for s in (*normal, *high)}) == 64
+    assert normal[32] == normal[0]
+    assert torch.cuda.Stream(priority=-5) == high[0]
+    with pytest.raises(RuntimeError, match="less than or equal to 0, got 1"):
+        torch.cuda.Stream(priority=1)
