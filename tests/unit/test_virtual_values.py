@@ -261,6 +261,34 @@ def test_a_captured_graph_computes_when_it_is_replayed() -> None:
             steps.item()
 
 
+READ: dict[str, Callable[[torch.Tensor], object]] = {
+    "a number": lambda x: int(x[3]),
+    "places": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 2],
+    "classes": lambda x: torch.nn.functional.one_hot(x),
+    "repetitions": lambda x: torch.repeat_interleave(x),
+    "a number nobody knows": lambda x: torch.rand(3, device="cuda").sum().item(),
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_a_stream_that_is_captured_is_not_waited_for(read: Callable[[torch.Tensor], object]) -> None:
+    with h100():
+        x = torch.arange(5, device="cuda")
+        with (
+            pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            read(x)
+
+
+def test_repetitions_of_a_known_number_are_captured() -> None:
+    with h100():
+        x = torch.arange(5, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            assert torch.repeat_interleave(x, output_size=10).shape == (10,)
+
+
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 

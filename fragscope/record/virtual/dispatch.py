@@ -128,6 +128,9 @@ class DispatchMode(TorchDispatchMode):
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         """An operator that returns a number, or whose result is as large as values make it."""
         device, name = self._device, func._schema.name
+        waits = kwargs.get("output_size") is None and any(e.place is Place.CARD for e in entries)
+        if waits:
+            device.wait_for_stream()
         result = device.values.compute(func, args, kwargs, entries)
         tensors = list(tensors_in((*args, *kwargs.values())))
         if result is None and name == "aten::_local_scalar_dense":
@@ -143,7 +146,8 @@ class DispatchMode(TorchDispatchMode):
             device.estimate(name)
         if any(e.place is Place.CARD for e in entries):
             device.launched(name, tensors, made)
-            device.memory.finished(device.stream)  # the host reads a number, at least that of the result's elements
+            if waits:  # the host reads a number, at least that of the result's elements
+                device.memory.finished(device.stream)
         if isinstance(result, torch.Tensor):
             return made[0]
         return tuple(made) if isinstance(result, tuple) else result
@@ -269,6 +273,7 @@ class DispatchMode(TorchDispatchMode):
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 indices.append(index)
             elif index.device.type == "meta":
+                device.wait_for_stream()  # a card counts what the mask picks
                 entry = storages.find(index)
                 if entry is None or entry.values is None:
                     raise device.unsupported(
