@@ -159,6 +159,21 @@ def test_a_copy_from_the_host_is_a_write() -> None:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("others", "found"), [(30, 1), (31, 0)])
+def test_the_first_stream_comes_again_after_32(others: int, found: int) -> None:
+    def program() -> object:
+        x, first = data(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            x.add_(1)
+        kept = [torch.cuda.Stream() for _ in range(others)]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x.add_(1)
+        return x, kept
+
+    assert len(hazards(program)) == found
+
+
 def test_the_default_stream_does_not_wait_for_streams_of_torch() -> None:
     """Source: cudaStreamNonBlocking in c10/cuda/CUDAStream.cpp, and what CUDA documents of that flag."""
 
@@ -297,6 +312,7 @@ def test_many_columns_on_one_stream_are_known_on_another(waits: bool) -> None:
         lambda x, y: x.zero_(),
         lambda x, y: x.__setitem__(slice(0, 10), y[:10]),
         lambda x, y: x.index_put_((torch.zeros(3, dtype=torch.int64, device="cuda"),), y[:3]),
+        lambda x, y: x.index_put_((y.view(torch.bool),), torch.tensor(0, dtype=torch.uint8)),
     ],
 )
 def test_what_an_operator_changes_is_written(write: Callable[..., object]) -> None:
@@ -305,6 +321,15 @@ def test_what_an_operator_changes_is_written(write: Callable[..., object]) -> No
         on_two_streams(x.clone, lambda: write(x, y))
 
     assert [(h.first.writes, h.second.writes) for h in hazards(program)] == [(False, True)]
+
+
+@pytest.mark.parametrize(("training", "found"), [(True, 1), (False, 0)])
+def test_batch_norm_writes_its_running_mean_in_training(training: bool, found: int) -> None:
+    def program() -> None:
+        norm, x = torch.nn.BatchNorm1d(8, device="cuda").train(training), torch.zeros(4, 8, device="cuda")
+        on_two_streams(norm.running_mean.clone, lambda: norm(x))
+
+    assert len(hazards(program)) == found
 
 
 def test_making_a_tensor_and_looking_at_it_touch_nothing() -> None:

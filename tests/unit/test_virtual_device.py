@@ -626,6 +626,23 @@ def test_threads_see_the_card(card):
     assert allocated() == 512 + 40 * 4096
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_matrix_products_of_a_second_thread_are_estimated(card, multiplies):
+    """Each thread has a cuBLAS handle of its own: cuda/CublasHandlePool.cpp; a workspace belongs to handle and stream."""
+
+    def work():
+        x = torch.ones(8, 8, device="cuda", requires_grad=True)
+        (x @ x if multiplies or threading.current_thread() is threading.main_thread() else x + x).backward(x)
+
+    work()
+    work()
+    before = set(card.estimated)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert set(card.estimated) - before == ({"cuBLAS workspace of another thread"} if multiplies else set())
+
+
 def test_an_executor_from_before_sees_the_card():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
@@ -644,3 +661,26 @@ def test_every_thread_has_a_current_stream_of_its_own(card):
         thread.join()
         assert torch.cuda.current_stream() == side
     assert seen == [torch.cuda.default_stream()]
+
+
+def test_a_stream_context_can_be_entered_again(card):
+    side = torch.cuda.Stream()
+    for make in (torch.cuda.stream, torch.cuda.StreamContext):
+        context = make(side)
+        for _ in range(2):
+            with context:
+                assert torch.cuda.current_stream() == side
+            assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    with torch.cuda.stream(None):
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_there_are_32_streams_of_each_of_four_priorities(card):
+    """As ``getStreamFromPool`` in c10/cuda/CUDAStream.cpp hands them out."""
+    normal = [torch.cuda.Stream() for _ in range(33)]
+    high = [torch.cuda.Stream(priority=-3) for _ in range(32)]
+    assert len({s.cuda_stream for s in (*normal, *high)}) == 64
+    assert normal[32] == normal[0]
+    assert torch.cuda.Stream(priority=-5) == high[0]
+    with pytest.raises(RuntimeError, match="less than or equal to 0, got 1"):
+        torch.cuda.Stream(priority=1)

@@ -26,8 +26,10 @@ def floats(device: str, *numbers: float, dtype: torch.dtype = torch.float32) -> 
 
 KNOWN: dict[str, Make] = {
     "float product": lambda d: floats(d) * floats(d),
-    "float quotient": lambda d: floats(d) / 3,
-    "quotient of integers": lambda d: torch.arange(7, device=d) / 3,
+    "float quotient": lambda d: floats(d) / torch.tensor(3.0, device=d),
+    "quotient of integers": lambda d: torch.arange(7, device=d) / torch.tensor([3], device=d),
+    "quotient by a power of two": lambda d: floats(d) / 4 + torch.arange(4, device=d) / torch.tensor(-0.5),
+    "difference from a number": lambda d: torch.rsub(floats(d), 1.0),
     "float difference": lambda d: floats(d, dtype=torch.float64) - 0.1,
     "conversion to bfloat16": lambda d: floats(d).to(torch.bfloat16),
     "bfloat16 moved": lambda d: floats(d, dtype=torch.bfloat16)[torch.tensor([2, 0], device=d)],
@@ -45,6 +47,15 @@ KNOWN: dict[str, Make] = {
     "written by places": lambda d: torch.zeros(4, device=d).index_put_(
         (torch.tensor([1, 3], device=d),), torch.tensor([5.0, 6.0], device=d)
     ),
+    "a number put by a mask": lambda d: torch.index_put(
+        torch.arange(3, device=d), (torch.tensor([True, False, True], device=d),), torch.tensor(9)
+    ),
+    "a number put by a mask of the last dimension": lambda d: torch.ops.aten.index_put_(
+        torch.zeros(2, 3, device=d), [None, torch.tensor([True, False, True], device=d)], torch.tensor([9.0])
+    ),
+    "a number put by a mask and places": lambda d: torch.zeros(2, 3, device=d).index_put_(
+        (torch.tensor([True, False], device=d), torch.tensor([2], device=d)), torch.tensor(9.0)
+    ),
     "filled by copy": lambda d: torch.empty(3, device=d).copy_(torch.tensor([1.0, 2.0, 3.0])),
     "zeroed": lambda d: torch.empty(3, device=d).zero_(),
     "integer overflow": lambda d: torch.tensor([2**31 - 1], dtype=torch.int32, device=d) + 1,
@@ -59,6 +70,10 @@ UNKNOWN: dict[str, Make] = {
     "sum of floats": lambda d: floats(d).sum(),
     "mean": lambda d: floats(d).mean(),
     "exp": lambda d: floats(d).exp(),
+    "quotient by a number": lambda d: floats(d) / 3,
+    "quotient by a number of the host": lambda d: torch.arange(7, device=d).div(torch.tensor(3)),
+    "scaled difference": lambda d: torch.sub(floats(d), floats(d), alpha=0.3),
+    "scaled difference from a number": lambda d: torch.rsub(floats(d), 1.0, alpha=0.3),
     "bfloat16 product": lambda d: floats(d, dtype=torch.bfloat16) * 3,
     "random": lambda d: torch.rand(3, device=d),
     "random integers": lambda d: torch.randint(5, (3,), device=d),
@@ -118,6 +133,40 @@ def test_views_and_writes_share_values() -> None:
         assert base.tolist() == [[0, 1, 100, 3], [5, 6, 101, 8], [8, 9, 100, 11]]
         assert column.tolist() == [1, 6, 9]
         assert alias[1, ::2].tolist() == [5, 6, 101, 8]
+
+
+def test_a_number_put_by_a_mask_into_a_copy_leaves_the_input_alone() -> None:
+    with h100():
+        x = torch.zeros(1000, device="cuda")
+        mask = torch.empty(1000, dtype=torch.bool, device="cuda")
+        before = torch.cuda.memory_allocated()
+        y = torch.index_put(x, (mask,), torch.tensor(9.0))
+        assert y is not x
+        assert torch.cuda.memory_allocated() - before == 4096
+        assert x.count_nonzero() == 0
+
+
+def test_a_mask_beside_other_indices_needs_its_values() -> None:
+    with h100():
+        x = torch.zeros(4, 3, device="cuda")
+        mask = torch.empty(4, dtype=torch.bool, device="cuda")
+        x[mask] = 0.0  # a card fills where the mask says so, and asks nothing
+        with pytest.raises(UnsupportedError, match="by a mask"):
+            x[mask, torch.tensor([1], device="cuda")] = 0.0
+        with pytest.raises(IndexError, match=r"The shape of the mask \[4\] at index 0 .* \[4, 3\] at index 1"):
+            x[:, mask] = 0.0
+
+
+@pytest.mark.parametrize("x", [torch.ones, torch.randn], ids=["known", "unknown"])
+def test_batch_norm_writes_its_running_statistics_in_training_only(x: Callable[..., torch.Tensor]) -> None:
+    with h100():
+        norm, data = torch.nn.BatchNorm1d(8).cuda(), x(4, 8, device="cuda")
+        norm.eval()(data)
+        assert norm.running_mean.tolist() == [0.0] * 8
+        norm.train()(data)
+        for written in (norm.running_mean, norm.running_var):
+            with pytest.raises(UnsupportedError):
+                written.tolist()
 
 
 def test_control_flow_follows_values() -> None:
@@ -210,6 +259,34 @@ def test_a_captured_graph_computes_when_it_is_replayed() -> None:
         assert static.tolist() == [1, 1, 1]  # the graph reads it
         with pytest.raises(UnsupportedError, match=r"CUDAGraph\.replay"):
             steps.item()
+
+
+READ: dict[str, Callable[[torch.Tensor], object]] = {
+    "a number": lambda x: int(x[3]),
+    "places": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 2],
+    "classes": lambda x: torch.nn.functional.one_hot(x),
+    "repetitions": lambda x: torch.repeat_interleave(x),
+    "a number nobody knows": lambda x: torch.rand(3, device="cuda").sum().item(),
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_a_stream_that_is_captured_is_not_waited_for(read: Callable[[torch.Tensor], object]) -> None:
+    with h100():
+        x = torch.arange(5, device="cuda")
+        with (
+            pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            read(x)
+
+
+def test_repetitions_of_a_known_number_are_captured() -> None:
+    with h100():
+        x = torch.arange(5, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            assert torch.repeat_interleave(x, output_size=10).shape == (10,)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class VirtualCard:
         self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
         self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
+        self._gemm_thread = 0  # the program's first that multiplied matrices
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -226,9 +227,15 @@ class VirtualCard:
         """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept.
 
         cuBLASLt, which adds a bias in the same kernel, has another one besides. On a card backward passes run in a
-        thread of their own, which has its own of both (recorded for ``linear_forward_backward``).
+        thread of their own, which has its own of both (recorded for ``linear_forward_backward``). So has every thread
+        of the program's own, less what it takes over from threads that ended: of those the first is followed.
         """
-        user = self.stream, torch._C._current_graph_task_id() != -1
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward:
+            self._gemm_thread = self._gemm_thread or threading.get_ident()
+            if self._gemm_thread != threading.get_ident():
+                self.estimate("cuBLAS workspace of another thread")
+        user = self.stream, in_backward
         capability = self.card.capability
         if ("cuBLAS", *user) not in self.gemm_workspaces:
             if capability not in GEMM_RECORDED:

@@ -22,6 +22,8 @@ from fragscope.record.virtual.storages import Entry, Place
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
+_CLONE = torch.ops.aten.clone.default
+_MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
 _NONZERO = torch.ops.aten.nonzero.default
 
 
@@ -126,6 +128,9 @@ class DispatchMode(TorchDispatchMode):
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         """An operator that returns a number, or whose result is as large as values make it."""
         device, name = self._device, func._schema.name
+        waits = kwargs.get("output_size") is None and any(e.place is Place.CARD for e in entries)
+        if waits:
+            device.wait_for_stream()
         result = device.values.compute(func, args, kwargs, entries)
         tensors = list(tensors_in((*args, *kwargs.values())))
         if result is None and name == "aten::_local_scalar_dense":
@@ -141,7 +146,8 @@ class DispatchMode(TorchDispatchMode):
             device.estimate(name)
         if any(e.place is Place.CARD for e in entries):
             device.launched(name, tensors, made)
-            device.memory.finished(device.stream)  # the host reads a number, at least that of the result's elements
+            if waits:  # the host reads a number, at least that of the result's elements
+                device.memory.finished(device.stream)
         if isinstance(result, torch.Tensor):
             return made[0]
         return tuple(made) if isinstance(result, tuple) else result
@@ -258,14 +264,16 @@ class DispatchMode(TorchDispatchMode):
             raise device.unsupported("indexing a host tensor by a tensor on the card needs its contents", args[1])
         writes = func._schema.name != "aten::index"
         accumulate = writes and bool(args[3] if len(args) > 3 else kwargs.get("accumulate", False))
+        if writes and not accumulate and _is_host_scalar(args[2]) and (mask := _only_mask(target, args[1])) is not None:
+            if not func._schema.is_mutable:
+                target = self._run(_CLONE, (target,), {})
+            return self._run(_MASKED_FILL, (target, mask, args[2].item()), {})  # which needs no shape
         indices: list[torch.Tensor | None] = []
         for index in args[1]:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 indices.append(index)
             elif index.device.type == "meta":
-                if writes and not accumulate and _is_host_scalar(args[2]):
-                    device.values.follow(func, args, kwargs, target, entries, [target])
-                    return target  # becomes masked_fill_, which needs no shape
+                device.wait_for_stream()  # a card counts what the mask picks
                 entry = storages.find(index)
                 if entry is None or entry.values is None:
                     raise device.unsupported(
@@ -309,6 +317,36 @@ def _as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
                     f"The size of tensor a ({m}) must match the size of tensor b ({n}) at non-singleton dimension {dim}"
                 )
     return error
+
+
+def _only_mask(target: torch.Tensor, indices: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """The only index if it is a mask on the card, of dimensions that broadcast to those of ``target``.
+
+    Raises:
+        IndexError: the mask does not fit, as torch words it.
+
+    Source: ``canDispatchToMaskedFill`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+    """
+    mask: torch.Tensor | None = None
+    end = 0
+    for index in indices:
+        if index is None:
+            end += 1
+            continue
+        if mask is not None or index.dtype not in (torch.bool, torch.uint8) or index.device.type != "meta":
+            return None
+        mask = index
+        for dim in range(mask.dim()):
+            if end + dim >= target.dim() or mask.shape[dim] != target.shape[end + dim]:
+                raise IndexError(
+                    f"The shape of the mask {list(mask.shape)} at index {dim} does not match the shape of the indexed "
+                    f"tensor {list(target.shape)} at index {end + dim}"
+                )
+        end += mask.dim()
+    if mask is not None:
+        for _ in range(end, target.dim()):
+            mask = mask.unsqueeze(-1)
+    return mask
 
 
 def _is_host_scalar(value: torch.Tensor) -> bool:

@@ -382,11 +382,11 @@ class FunctionMode(TorchFunctionMode):
         if self._place(tensor) is not Place.CARD:
             return func(tensor, num_classes)  # type: ignore[no-any-return]
         if num_classes <= 0:
+            self._device.wait_for_stream()
             known = self._device.values.of(tensor)
             if known is None:
                 raise self._device.unsupported("one_hot without num_classes needs the largest class", [tensor])
             self._device.estimate("one_hot without num_classes")
-            self._device.memory.finished(self._device.stream)
             num_classes = int(known.max()) + 1
         out = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=_META)
         return out.scatter_(-1, tensor.unsqueeze(-1), 1)

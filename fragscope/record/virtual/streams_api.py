@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +14,22 @@ from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.card_memory import Recorded
 
 _CUDA = 1  # of c10::DeviceType
+_FIRST_HANDLE = 0x5500_0000_1000
+_PRIORITIES = 4
+_OF_A_PRIORITY = 32
+"""Streams there are of each priority: ``kStreamsPerPool`` in c10/cuda/CUDAStream.cpp."""
 
 
 class Stream:
     """A CUDA stream of the virtual card."""
 
-    _handles = itertools.count(0x5500_0000_1000, 0x1000)
     _api: Streams  # set on the subclass that belongs to one virtual device
     device_type = _CUDA
 
     def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
         self._api.device.check_index(device)
         if _handle is None:
-            _handle = next(self._handles)
-            self._api.memory.ordering.independent(_handle)
+            _handle = self._api.next_handle(priority)
         self.cuda_stream = self.native_handle = _handle
         self.stream_id = _handle
         self.priority = priority
@@ -139,8 +140,25 @@ class Event:
         return id(self)
 
 
+class StreamContext:
+    """Makes a stream the current one, as often as it is entered; with None it does nothing."""
+
+    _api: Streams
+
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        if self.stream is not None:
+            self._api.push(self.stream)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.stream is not None:
+            self._api.pop()
+
+
 class Streams:
-    """Streams of one virtual device; each method replaces the function of its name."""
+    """Streams of one virtual device; what NAMES lists replaces the function of its name."""
 
     NAMES = (
         "Stream", "Event", "ExternalStream", "get_stream_from_external", "StreamContext", "stream", "current_stream",
@@ -154,7 +172,23 @@ class Streams:
         self.Event: type[Event] = type("Event", (Event,), {"_api": self})
         self._default = self.Stream(_handle=0)
         self._local = threading.local()
-        self.StreamContext = self.stream
+        self._made = [itertools.count() for _ in range(_PRIORITIES)]
+        self.StreamContext: type[StreamContext] = type("StreamContext", (StreamContext,), {"_api": self})
+        self.stream = self.StreamContext
+
+    def next_handle(self, priority: int) -> int:
+        """The stream of a priority whose turn it is: when all were handed out, the first comes again.
+
+        Raises:
+            RuntimeError: the priority is above 0; as in torch.
+        """
+        if priority > 0:
+            raise RuntimeError(f"Expected cuda stream priority to be less than or equal to 0, got {priority}")
+        pool = min(-priority, _PRIORITIES - 1)
+        number = pool * _OF_A_PRIORITY + next(self._made[pool]) % _OF_A_PRIORITY
+        handle = _FIRST_HANDLE + number * 0x1000
+        self.memory.ordering.independent(handle)
+        return handle
 
     def not_captured(self, call: str) -> None:
         """Refuse what waits for a stream that is only captured.
@@ -195,17 +229,6 @@ class Streams:
         if stream is not None:
             self._streams[-1] = stream
             self.device.stream = stream.cuda_stream
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream | None) -> Iterator[None]:
-        if stream is None:
-            yield
-            return
-        self.push(stream)
-        try:
-            yield
-        finally:
-            self.pop()
 
     def push(self, stream: Stream) -> None:
         self._streams.append(stream)

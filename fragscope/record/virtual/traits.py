@@ -13,6 +13,21 @@ from fragscope.record.virtual.value_rules import FILLED
 
 _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
+_RUNNING = frozenset({3, 4})
+_WRITTEN_UNMARKED = {
+    "aten::native_batch_norm": _RUNNING,
+    "aten::cudnn_batch_norm": _RUNNING,
+    "aten::batch_norm_gather_stats": _RUNNING,
+    "aten::batch_norm_gather_stats_with_counts": _RUNNING,
+    "aten::batch_norm_update_stats": frozenset({1, 2}),
+}
+"""Positions of running means and variances, which these write although their schemas say nothing of it.
+
+Source: aten/src/ATen/native/cuda/Normalization.cu and cudnn/BatchNorm.cpp.
+"""
+_TRAINING = {"aten::native_batch_norm": 5, "aten::cudnn_batch_norm": 5}
+"""Position of the argument without which those are only read."""
+
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in an argument or a result: itself, or those of lists at any depth, in order."""
@@ -44,8 +59,8 @@ class Trait:
     """
 
     __slots__ = (
-        "_makes", "_reads", "_written", "fills", "has_kernel", "is_composite", "is_gemm", "is_known", "is_mutable",
-        "is_view", "needs_values", "order", "writes_only",
+        "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_composite", "is_gemm",
+        "is_known", "is_mutable", "is_view", "needs_values", "order", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -54,7 +69,9 @@ class Trait:
         views = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
         self.is_view = views or torch.Tag.inplace_view in func.tags
         self.is_known = self.is_view or is_known(func)
-        self.is_mutable = schema.is_mutable
+        self._unmarked = _WRITTEN_UNMARKED.get(schema.name, frozenset())
+        self._training = _TRAINING.get(schema.name)
+        self.is_mutable = schema.is_mutable or bool(self._unmarked)
         self.is_gemm = schema.name in GEMMS
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
@@ -73,8 +90,14 @@ class Trait:
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors among its arguments that one call writes to."""
-        given = itertools.chain(enumerate(args), kwargs.items())
-        return [t for key, value in given if key in self._written for t in tensors_in((value,))]
+        given, written = itertools.chain(enumerate(args), kwargs.items()), self._keys(args)
+        return [t for key, value in given if key in written for t in tensors_in((value,))]
+
+    def _keys(self, args: tuple[Any, ...]) -> frozenset[int | str]:
+        """Positions and names of the arguments that one call writes to."""
+        if self._unmarked and (self._training is None or args[self._training]):
+            return self._written | self._unmarked
+        return self._written
 
     def accesses(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -84,6 +107,7 @@ class Trait:
         writes = list(tensors_in((out,))) if self._makes else []
         if not self._reads:
             return reads, writes
+        written = self._keys(args)
         for key, value in itertools.chain(enumerate(args), kwargs.items()):
-            (writes if key in self._written else reads).extend(tensors_in((value,)))
+            (writes if key in written else reads).extend(tensors_in((value,)))
         return reads, writes

@@ -8,6 +8,7 @@ random numbers, uninitialised memory, and what the order of parallel writes deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import Enum
 from typing import Any
@@ -56,6 +57,12 @@ _ROUNDED_ONCE = _names(
     "trunc", "round", "sign", "relu", "clamp", "clamp_", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_",
 )  # fmt: skip
 """Floats of 32 and 64 bits come out rounded once."""
+
+_SCALED = _names("add", "add_", "sub", "sub_", "rsub")
+"""Of those, the ones that multiply by ``alpha`` first."""
+_DIVIDED = _names("div", "div_")
+_LARGEST_EXPONENT = 126
+"""Powers of two up to here have a normal reciprocal in float32."""
 
 _INTEGERS = _names(
     "sum", "prod", "cumsum", "cumprod", "scatter_add", "scatter_add_", "index_add", "index_add_",
@@ -108,9 +115,32 @@ def may_compute(rule: Rule, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         case Rule.COMPARED:  # a number is rounded to a narrow type here, and not everywhere on a card
             return floats <= _FULL or not any(isinstance(a, float) for a in args)
         case Rule.ROUNDED_ONCE:
-            plain = kwargs.get("alpha", 1) == 1 and kwargs.get("rounding_mode") is None and "decimals" not in kwargs
-            return floats <= _FULL and plain
+            plain = kwargs.get("rounding_mode") is None and "decimals" not in kwargs
+            return floats <= _FULL and plain and _is_one_operation(func._schema.name, args, kwargs)
     return False
+
+
+def _is_one_operation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a card makes no second operation of what an operator's arguments ask for."""
+    if name in _SCALED:
+        return bool(kwargs.get("alpha", args[2] if len(args) > 2 else 1) == 1)
+    if name in _DIVIDED:
+        divisor = args[1] if len(args) > 1 else kwargs["other"]
+        return _has_exact_reciprocal(divisor) or (isinstance(divisor, torch.Tensor) and divisor.device.type != "cpu")
+    return True
+
+
+def _has_exact_reciprocal(number: Any) -> bool:
+    """Whether a number of the host is a power of two: a card multiplies by the reciprocal of those it divides by.
+
+    Source: ``div_true_kernel_cuda`` in aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu.
+    """
+    if isinstance(number, torch.Tensor):
+        if number.device.type != "cpu" or number.dim() > 0:
+            return False
+        number = number.item()
+    mantissa, exponent = math.frexp(number)
+    return abs(mantissa) == 0.5 and abs(exponent) < _LARGEST_EXPONENT
 
 
 def settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
