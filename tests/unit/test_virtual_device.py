@@ -628,7 +628,7 @@ def test_threads_see_the_card(card):
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_matrix_products_of_a_second_thread_are_estimated(card, multiplies):
-    """Each thread has a cuBLAS handle of its own: cuda/CublasHandlePool.cpp; a workspace belongs to handle and stream."""
+    """A thread has a cuBLAS handle of its own (cuda/CublasHandlePool.cpp); a workspace is of handle and stream."""
 
     def work():
         x = torch.ones(8, 8, device="cuda", requires_grad=True)

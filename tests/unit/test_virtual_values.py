@@ -265,8 +265,8 @@ READ: dict[str, Callable[[torch.Tensor], object]] = {
     "a number": lambda x: int(x[3]),
     "places": lambda x: x.nonzero(),
     "a mask": lambda x: x[x > 2],
-    "classes": lambda x: torch.nn.functional.one_hot(x),
-    "repetitions": lambda x: torch.repeat_interleave(x),
+    "classes": torch.nn.functional.one_hot,
+    "repetitions": torch.repeat_interleave,
     "a number nobody knows": lambda x: torch.rand(3, device="cuda").sum().item(),
 }
 
