@@ -468,8 +468,10 @@ def test_junit_is_always_of_its_form(verdict):
     failing = [f for f in findings(verdict) if f.level == "error"]
     failures = int(suite.get("failures", "")) + int(suite.get("errors", ""))
     assert (failures > 0) == (bool(failing) and not verdict.warn_only)
-    names = {printable(f.case, 300) for f in failing if f.case_id and f.case}
-    assert names <= {case.get("classname") for case in suite.findall("testcase")}
+    shown = {case.get("classname") for case in suite.findall("testcase")}
+    for id_ in {f.case_id for f in failing if f.case_id}:  # results of strangers may call one case by several names
+        names = {printable(f.case, 300) for f in findings(verdict) if f.case_id == id_}
+        assert names & shown or "" in names
 
 
 @_FUZZ
