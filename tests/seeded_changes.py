@@ -4,17 +4,12 @@
 The loader is of the kind found in inference engines and knows nothing of fragscope: parameters on the card, a
 checkpoint read expert by expert, weights brought into the order of kernels, scales folded in by parts, a warm-up
 through a workspace, a cache for keys and values. Each change replaces text in one of its files. What it costs follows
-from the shapes below by hand; the comments say how.
+by hand from the scenario's shapes; the comments say how.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 3, 16, 1024, 512, 4096
-W13 = EXPERTS * 2 * INTERMEDIATE * HIDDEN * 2  # bytes of one layer, bfloat16: 32 MiB
-W2 = EXPERTS * HIDDEN * INTERMEDIATE * 2  # 16 MiB
-CACHE = LAYERS * 2 * TOKENS * HIDDEN * 2  # 48 MiB
 
 FILES = {
     "__init__.py": "",
@@ -235,7 +230,7 @@ REGRESSIONS = (
         case="load",
         line="return torch.stack(out)",
     ),
-    _change(  # while w2 is shuffled: 32 MiB
+    _change(  # the old w13 beside the new, while w2 is shuffled: the peak is 16 MiB higher
         "old-weights-kept",
         (
             "experts.py",
@@ -294,7 +289,7 @@ REGRESSIONS = (
         case="load",
         line="self.scratch = torch.empty(2 * intermediate, hidden,",
     ),
-    _change(  # the last layer's old w13, 32 MiB, stays
+    _change(  # the last layer's old w13 and w2, 32 and 16 MiB, stay
         "cached-reference",
         ("layout.py", "CHUNK = 2\n", "CHUNK = 2\n_LAST = {}\n"),
         (
@@ -336,7 +331,7 @@ REGRESSIONS = (
         case="load",
         line="out[expert] = torch.index_select(weight[expert], 0, order)",
     ),
-    _change(  # all experts of a layer on the card before the first is copied: 16 times 2 MiB
+    _change(  # all experts of a layer on the card before the first is copied: 16 times 3 MiB
         "whole-checkpoint-on-card",
         (
             "loader.py",
@@ -359,7 +354,7 @@ REGRESSIONS = (
         case="start",
         line="self.blocks = [torch.empty(2, tokens, hidden, dtype=dtype",
     ),
-    _change(  # all layers are made again for the cache of the next: 16 MiB on the way, one block more
+    _change(  # the blocks so far, the next, and all of them joined at once: 48 MiB
         "grown-by-concatenation",
         (
             "workspace.py",
@@ -410,7 +405,7 @@ REGRESSIONS = (
         case="load",
         line="w13 = torch.empty(experts, rows, hidden",
     ),
-    _change(  # the error that was got over keeps the frame that raised it, and with it 2 MiB
+    _change(  # the error that was got over keeps its frames, and with them both scratches: 4 MiB
         "stored-exception",
         (
             "workspace.py",
