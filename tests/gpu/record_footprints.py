@@ -4,7 +4,7 @@
 
 Writes, for each case, the events of a first and of a second run: ``["alloc", bytes]`` and ``["free", n]``, n counting
 the run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its
-results.
+results. Interrupted, it writes the cases that it has.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import footprint_cases
 import program_cases  # noqa: F401 - adds its cases to footprint_cases.COMPOSITES
+import sweep_cases  # noqa: F401 - likewise
 
 Events = list[list[Any]]
 
@@ -69,6 +70,9 @@ def main(path: str) -> None:
     for name, make in {**footprint_cases.CASES, **footprint_cases.COMPOSITES}.items():
         try:
             results[name] = {"first": record(make), "second": record(make)}
+        except KeyboardInterrupt:
+            print(f"interrupted at {name}")
+            break
         except Exception as e:
             results[name] = {"error": f"{type(e).__name__}: {str(e)[:200]}"}
             torch.cuda.memory._record_memory_history(enabled=None)

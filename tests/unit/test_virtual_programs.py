@@ -81,8 +81,10 @@ def default_devices():
 
 @program(block(40, 20, 40, 80, 40))
 def types_that_name_the_card():
-    a = torch.cuda.FloatTensor(10)
-    b = torch.cuda.HalfTensor([1] * 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        a = torch.cuda.FloatTensor(10)
+        b = torch.cuda.HalfTensor([1] * 10)
     c = torch.zeros(10).type("torch.cuda.FloatTensor")
     d = torch.zeros(10, dtype=torch.half).type(torch.cuda.DoubleTensor)
     assert isinstance(a, torch.cuda.FloatTensor)
