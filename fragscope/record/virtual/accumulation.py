@@ -2,9 +2,13 @@
 
 It never does so while a dispatch mode is active, and asks for a sum instead. Whether it would have is told by the
 references to the tensor it hands over, counted once on a gradient that nobody else holds. A sum of the program's own
-has more; one of a formula may not, so that sums in backward passes stay estimated.
+has fewer; one of a formula of derivatives may have as many, and those formulas that add two results of their own are
+named here.
 
-Source: ``accumulate`` and ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp.
+Formulas that write by index into zeros of their own do so in place, unless a dispatch mode is active, too.
+
+Source: ``accumulate`` and ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp;
+``areAnyTensorSubclassLike`` in torch/csrc/autograd/FunctionsManual.cpp.
 """
 
 from __future__ import annotations
@@ -19,18 +23,42 @@ from fragscope.record.virtual.threads import PlainThread
 
 ADD = torch.ops.aten.add.Tensor
 ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+_aten = torch.ops.aten
+IN_PLACE = {
+    _aten.index_add.default: _aten.index_add_.default,
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter.value: _aten.scatter_.value,
+    _aten.index_put.default: _aten.index_put_.default,
+    _aten._index_put_impl.default: _aten._index_put_impl_.default,
+}
+"""What formulas of derivatives call, and what they call without a dispatch mode."""
 
 
-def is_accumulation(func: Any) -> bool:
-    """Whether an operator may be autograd's own sum of two gradients; a few formulas of derivatives add as well."""
-    return func is ADD and torch._C._current_graph_task_id() != -1
+_ADDING = (
+    "Linalg", "Cholesky", "Lu", "Svd", "Qr", "Solve", "Det", "Inverse", "Prod", "Cumprod", "Logcumsumexp", "Lerp",
+    "VarMean", "StdMean", "Bilinear", "Cdist", "Pdist", "ThnnFused", "Prelu", "Renorm", "NormBackward", "Trace",
+)  # fmt: skip
+"""How names of nodes begin whose formulas add tensors. Source: tools/autograd/derivatives.yaml, FunctionsManual.cpp."""
+
+
+def adds_itself() -> str:
+    """Name of the node whose formula runs, if that adds tensors; else empty."""
+    node = torch._C._current_autograd_node()
+    name = "" if node is None else node.name()
+    return name if name.startswith(_ADDING) or "BackwardBackward" in name else ""
 
 
 def is_in_place(gradient: torch.Tensor) -> bool:
-    """Whether autograd would write the sum into the first gradient."""
+    """Whether autograd would write into a tensor that is the first argument of what it calls."""
     if torch.is_grad_enabled() or not hasattr(gradient, "_use_count"):  # a torch that does not tell
         return False
     return torch.ops.aten.is_non_overlapping_and_dense(gradient) and _references(gradient) == _references_to_the_last()
+
+
+def is_of_formula(tensor: torch.Tensor) -> bool:
+    """Whether a formula in C++ holds a tensor, and not the program."""
+    return not torch.is_grad_enabled() and hasattr(tensor, "_use_count") and _references(tensor) >= _references_to_the_last()
 
 
 def _references(tensor: Any) -> tuple[int, int]:
@@ -62,7 +90,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if is_accumulation(func):
+        if func is ADD and torch._C._current_graph_task_id() != -1:
             self._seen.append(_references(args[0]))
         return func(*args, **(kwargs or {}))
 

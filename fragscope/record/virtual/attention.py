@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.card import VirtualCard
-from fragscope.record.virtual.footprints import CUDNN_WORKSPACE
+from fragscope.record.virtual.scratch.attention_kernels import cudnn_workspace
 
 _META = torch.device("meta")  # of the card, where operators of the program run
 _HALF = (torch.float16, torch.bfloat16)
 _CUDNN_FIRST = (2, 11)
 """From this torch on an H100 was seen to take cuDNN's kernel; a 2.9 was seen not to."""
+_CUDNN = "aten::_scaled_dot_product_cudnn_attention"
 _NAMES = {0: "math", 1: "flash", 2: "mem_efficient", 3: "cudnn"}  # of SDPBackend in torch/nn/attention
 _PLAIN = [1, 2, 0, 3]
 
@@ -52,10 +53,11 @@ class Attention:
         if lower is not None:  # the kernel is picked after the casts, of which the last argument's comes first
             attn_mask, value, key, query = (autocast.cast(t, lower) for t in (attn_mask, value, key, query))
         kernel = self.pick(query, key, value, attn_mask, dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
-        self._device.estimate(f"scaled_dot_product_attention ({kernel})")
         scaled = {"scale": scale}
         if kernel == "math":
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            if any(t.is_nested for t in (query, key, value)):
+                return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return _multiplied(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         tensors = [t for t in (query, key, value, attn_mask) if t is not None]
         keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         bias = _additive(attn_mask, query.dtype)
@@ -72,9 +74,8 @@ class Attention:
         # Without gradients it writes no sums, which torch's rule for its shapes makes all the same.
         with self._device.temporaries([8, 8]):  # seed and offset of the random numbers
             out = _like(query, (*query.shape[:3], value.shape[-1]))
-            self._device.launched("aten::_scaled_dot_product_cudnn_attention", tensors, [out])
-            with self._device.temporaries([CUDNN_WORKSPACE]):
-                pass
+            self._device.launched(_CUDNN, tensors, [out])
+            self._device.follow_plan(_CUDNN, cudnn_workspace(query.shape[2], self._device.card), [])
         return out
 
     def pick(
@@ -188,7 +189,11 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     """Kernels add masks to scores: one of booleans becomes numbers of the query's type."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+    kept = torch.scalar_tensor(0.0, dtype=dtype, device=_META)
+    masked = torch.scalar_tensor(-math.inf, dtype=dtype, device=_META)
+    added = torch.where(mask, kept, masked)
+    del masked, kept
+    return added
 
 
 def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -201,6 +206,50 @@ def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) 
     return bias.expand(*query.shape[:3], key.shape[2])
 
 
+def _multiplied(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    shares_heads: bool,
+) -> torch.Tensor:
+    """By matrix products, in float32. Tensors die in the order in which those of the C++ function do.
+
+    Torch's own function writes the mask into the scores only where no dispatch mode is active, and picks the kernel of
+    dropout by the device.
+
+    Source: ``_scaled_dot_product_attention_math`` in aten/src/ATen/native/transformers/attention.cpp.
+    """
+    given = query.dtype
+    if given in _HALF and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
+        query, key, value = (t.to(torch.float32) for t in (query, key, value))
+    factor = math.sqrt(abs(scale) if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    scaled = query * (-factor if scale is not None and scale < 0 else factor)
+    if is_causal:
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=_META).tril()
+        mask = _additive(seen, scaled.dtype)
+        del seen
+    else:
+        mask = _additive(mask, scaled.dtype)
+    if shares_heads:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+    scores = torch.matmul(scaled, key.transpose(-2, -1) * factor)
+    if mask is not None:
+        scores.add_(mask)
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    del scores
+    if dropout > 0:
+        weights = torch.ops.aten.native_dropout(weights, dropout, True)[0]
+    kept = weights.to(given)
+    product = torch.matmul(weights, value)
+    out = product.to(given)
+    del product, weights, scaled, mask, value, key, query, kept
+    return out
+
+
 def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, is_causal: bool, scale: float | None
 ) -> torch.Tensor:
@@ -210,5 +259,8 @@ def _flash(
     if head % 8:
         query, key, value = (torch.nn.functional.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
     run: Any = torch.ops.aten._scaled_dot_product_flash_attention
-    out: torch.Tensor = run(query, key, value, dropout, is_causal, False, scale=scale)[0]
+    results = list(run(query, key, value, dropout, is_causal, False, scale=scale))
+    out: torch.Tensor = results.pop(0)
+    while results:  # in the order in which C++ lets go of them
+        results.pop(0)
     return out[..., :head]

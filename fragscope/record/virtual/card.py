@@ -21,6 +21,7 @@ from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.footprints import GEMM_RECORDED, LT_WORKSPACE, gemm_workspace
 from fragscope.record.virtual.pinned import Pinned
 from fragscope.record.virtual.scopes import Scopes
+from fragscope.record.virtual.scratch.plan import Plan
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.values import Values
 from fragscope.trace import Trace
@@ -185,6 +186,27 @@ class VirtualCard:
         finally:
             for id_ in ids:
                 self.memory.free(id_)
+
+    def follow_plan(self, op: str, plan: Plan, results: Sequence[torch.Tensor]) -> None:
+        """Take the memory of an operator's results and scratch, and give the scratch back, in the order of its plan.
+
+        A result that the plan does not name takes none.
+        """
+        if plan.why:
+            self.estimate(f"{op} {plan.why}")
+        scratch: list[int | None] = []
+        try:
+            for step, n in plan.steps:
+                if step == "out":
+                    self.register(results[n])
+                elif step == "take":
+                    scratch.append(self.allocate(n))
+                else:
+                    id_, scratch[n] = scratch[n], None
+                    self._release(id_)
+        finally:
+            for id_ in reversed(scratch):
+                self._release(id_)
 
     @contextlib.contextmanager
     def index_temporaries(self, indices: Sequence[torch.Tensor | None], on_host: Sequence[bool]) -> Iterator[None]:

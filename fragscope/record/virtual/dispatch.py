@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fragscope.record.virtual.accumulation import ADD_IN_PLACE, is_accumulation, is_in_place
+from fragscope.record.virtual.accumulation import ADD, ADD_IN_PLACE, IN_PLACE, adds_itself, is_in_place, is_of_formula
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
     adds_bias,
     copy_temporaries,
-    needs_copies,
-    scratch,
 )
 from fragscope.record.virtual.inference import Inference
+from fragscope.record.virtual.layouts import KEEPS_LAYOUT, channels_last_as
+from fragscope.record.virtual.scratch.indexed import accumulated
 from fragscope.record.virtual.storages import Entry, Place
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
 _CLONE = torch.ops.aten.clone.default
 _MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
+_ZEROS = ("aten::new_zeros", "aten::zeros", "aten::zeros_like")
 _NONZERO = torch.ops.aten.nonzero.default
 
 
@@ -49,11 +50,14 @@ class DispatchMode(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
-        if is_accumulation(func):
-            if storages.place(args[0]) is Place.CARD:
-                device.estimate("accumulation of gradients")
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and func is ADD:
             if is_in_place(args[0]):
                 func = ADD_IN_PLACE
+                if formula := adds_itself():
+                    device.estimate(f"sums in {formula}")
+        elif in_backward and func in IN_PLACE and is_of_formula(args[0]) and storages.made_by(args[0]) in _ZEROS:
+            func = IN_PLACE[func]
         on_card, on_host, real, entries = _sort(storages.find, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
@@ -77,6 +81,9 @@ class DispatchMode(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if trait.made_of is not None and on_card and not real:
+            with self:
+                return trait.made_of(*args, **kwargs)
         known = device.values.begin(name, entries)
         if name == "aten::_to_copy":
             return self._to_copy(func, args, kwargs, made_on_card, entries)
@@ -110,6 +117,8 @@ class DispatchMode(TorchDispatchMode):
                     f"{name}: what it allocates is not known without a fake kernel (torch.library.register_fake)"
                 ) from None
             raise _as_on_card(RuntimeError(str(e)) if isinstance(e, AssertionError) else e, args) from None
+        if name in KEEPS_LAYOUT:
+            out = channels_last_as(name, args, out)
         if made_on_card or on_card:
             self._account(func, trait, args, kwargs, out)
             if trait.has_kernel and device.memory.ordered:
@@ -171,18 +180,17 @@ class DispatchMode(TorchDispatchMode):
     def _account(self, func: Any, trait: Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Register outputs, and storages that an output argument made larger."""
         device = self._device
-        if not trait.is_known:
-            device.estimate(func._schema.name)
-        elif trouble := needs_copies(func, args):
-            device.estimate(f"{func._schema.name} {trouble}")
         outputs = [t for t in tensors_in(out) if t.device.type == "meta"]
-        if trait.order is not None:
-            outputs = [outputs[i] for i in trait.order]
-        for tensor in outputs:
-            device.register(tensor)
-        if sizes := scratch(func, args):
-            with device.temporaries(sizes):
-                pass
+        if trait.plan is not None:
+            plan = trait.plan(args, kwargs, outputs, device.card)
+            device.follow_plan(func._schema.name, plan, outputs)
+        else:
+            if not trait.is_known:
+                device.estimate(func._schema.name)
+            if trait.order is not None:
+                outputs = [outputs[i] for i in trait.order]
+            for tensor in outputs:
+                device.register(tensor)
         if trait.is_gemm:
             device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:
@@ -293,10 +301,10 @@ class DispatchMode(TorchDispatchMode):
             values = tuple(_to_meta(a) for a in args[2:])
             out = self._inference.run(func, (target, moved, *values), kwargs)
             device.values.begin(func._schema.name, entries)
-            if accumulate:
-                device.estimate("aten::index_put_ with accumulate")
             for tensor in tensors_in(out):
                 device.register(tensor)
+            if accumulate:
+                device.follow_plan("aten::index_put_", accumulated(target, indices, args[2], device.card), [])
             device.launched(func._schema.name, tensors_in([target, indices, *values]), tensors_in(out))
             written = [target] if func._schema.is_mutable else ()
             device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)

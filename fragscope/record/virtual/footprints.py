@@ -7,8 +7,6 @@ card (tests/data/footprints).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +27,15 @@ OUTPUTS_ONLY = frozenset(
         "repeat", "constant_pad_nd", "tril", "triu", "_unsafe_view", "_reshape_copy", "masked_fill", "masked_fill_",
         "index_copy_", "index_fill_", "index_add_", "scatter_",
         # kernels that keep what they need on chip
-        "_softmax", "_log_softmax", "native_layer_norm", "native_dropout", "_fused_rms_norm",
-        "_foreach_add_", "_foreach_mul_", "_foreach_lerp_", "_foreach_addcmul_", "_foreach_addcdiv_", "_foreach_sqrt",
-        "_foreach_div_", "_foreach_copy_",
+        "native_dropout",
+        "_fused_rms_norm_backward", "_log_softmax_backward_data",
+        "nll_loss_forward", "nll_loss_backward", "native_batch_norm_backward", "median", "kthvalue",
+        "searchsorted", "glu", "glu_backward", "select_backward", "slice_backward", "scatter_add_", "scatter_add",
+        "index_add", "scatter", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d",
+        "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d",
+        "upsample_bilinear2d_backward", "upsample_nearest2d", "reflection_pad1d", "floor_divide", "silu_backward",
+        "mse_loss_backward", "complex", "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_",
+        "_amp_foreach_non_finite_check_and_unscale_",
     )
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
@@ -54,7 +58,7 @@ SHAPE_OF_INPUT = frozenset(
 )  # fmt: skip
 """Operators that look at the shape of their input and do not read it."""
 
-GEMMS = frozenset({"aten::mm", "aten::bmm", "aten::addmm"})
+GEMMS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"))
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 
 GEMM_RECORDED = frozenset({(9, 0)})
@@ -75,10 +79,8 @@ LT_WORKSPACE = MIB
 
 OUTPUT_ORDER = {
     "aten::native_dropout": (1, 0),  # the mask comes first
-    "aten::_scaled_dot_product_cudnn_attention": (2, 3, 0, 1),  # seed and offset come first
-    "aten::_scaled_dot_product_efficient_attention": (0, 1),  # seed and offset stay on the host
 }
-"""Outputs that are allocated in another order than they are returned, or of which some are not on the card."""
+"""Outputs that are allocated in another order than they are returned."""
 
 # Handled by the dispatch mode itself, with their temporaries.
 MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::resize_"})
@@ -87,7 +89,9 @@ MODELLED = frozenset({"aten::_to_copy", "aten::copy_", "aten::index", "aten::ind
 def is_known(func: Any) -> bool:
     """Whether an operator's allocations are its outputs and nothing else, or are modelled."""
     name = func._schema.name
-    return name in OUTPUTS_ONLY or name in MODELLED or name in GEMMS or torch.Tag.pointwise in func.tags
+    if name.startswith("aten::_foreach_"):  # one kernel for all, or the operator of each; those that reduce have plans
+        return True
+    return name in OUTPUTS_ONLY or name in MODELLED or torch.Tag.pointwise in func.tags
 
 
 def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -100,84 +104,6 @@ def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     bias, _, matrix = args[:3]
     is_vector = bias.dim() == 1 and bias.is_contiguous() and bias.shape[0] == matrix.shape[1]
     return bool(is_vector and min(matrix.shape) > 1)
-
-
-_CONTIGUOUS_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_softmax",
-        "_log_softmax",
-        "native_layer_norm",
-        "native_dropout",
-        "_fused_rms_norm",
-        "embedding",
-        "roll",
-    )
-)
-"""Operators whose CUDA kernels first copy an input that is not contiguous."""
-
-
-CUDNN_WORKSPACE = 256
-"""Bytes that cuDNN's attention took in every recording so far; a lower bound elsewhere."""
-
-
-def _flash_sums(args: tuple[Any, ...]) -> list[int]:
-    batch, heads, rows, head = args[1].shape
-    rows = -(-rows // 128) * 128
-    step = 32 if head <= 128 else 64
-    return [4 * batch * heads * rows, 4 * batch * heads * rows * (-(-head // step) * step)]
-
-
-_SCRATCH: dict[str, Callable[[tuple[Any, ...]], list[int]]] = {
-    "aten::_scaled_dot_product_cudnn_attention": lambda args: [CUDNN_WORKSPACE],
-    # sums in float32 as large as the query, and those of its rows
-    "aten::_scaled_dot_product_cudnn_attention_backward": lambda args: [
-        4 * (args[1].numel() + math.prod(args[1].shape[:3])) + CUDNN_WORKSPACE
-    ],
-    "aten::_scaled_dot_product_flash_attention_backward": _flash_sums,
-    "aten::_softmax_backward_data": lambda args: [args[0].numel() * args[0].itemsize],  # gradient times result
-}
-
-
-def scratch(func: Any, args: tuple[Any, ...]) -> list[int]:
-    """Bytes that an operator takes after its outputs and gives back, as far as that is known; there may be more.
-
-    Source: recordings of an H100 with torch 2.11 for cuDNN's attention (``sdpa`` of tests/data/footprints, and the
-    backward passes of tests/data/traces/train_vit-default) and for softmax (``softmax_backward``); ``mha_bwd`` in
-    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp for the flash kernel.
-    """
-    sizes = _SCRATCH.get(func._schema.name)
-    return [] if sizes is None else sizes(args)
-
-
-_COMPLEX_FIRST = frozenset({"aten::abs", "aten::angle"})
-
-
-def needs_copies(func: Any, args: tuple[Any, ...]) -> str:
-    """Why a known operator makes whole copies of its inputs first, or an empty string.
-
-    Source: ``.contiguous()`` in the operators' CUDA files; ``prepare_matrix_for_cublas`` and
-    ``prepare_batch_matrix_for_cublas`` in aten/src/ATen/native/cuda/Blas.cpp: a matrix needs one dimension of stride 1
-    and the other at least its length; ``where_self_out`` in TensorCompare.cpp converts the two choices to their common
-    type; ``unary_op_impl_with_complex_to_float_out`` in UnaryOps.cpp makes a complex result first.
-    """
-    name = func._schema.name
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    strided = mixed = False
-    if name == "aten::where":
-        mixed = len({t.dtype for t in tensors[1:]}) > 1
-    elif name in _COMPLEX_FIRST:
-        mixed = any(t.is_complex() for t in tensors)
-    elif name in _CONTIGUOUS_ONLY:
-        strided = not all(t.is_contiguous() for t in tensors)
-    elif name in GEMMS:
-        strided = not all(_fits_blas(t) for t in tensors[-2:])
-    return "on strided tensors" if strided else "with types to convert" if mixed else ""
-
-
-def _fits_blas(matrix: torch.Tensor) -> bool:
-    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
-    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
 
 
 def copy_temporaries(

@@ -12,6 +12,7 @@ from torch.utils._device import DeviceContext
 
 from fragscope.record.virtual.attention import Attention
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.fused_norm import rms_norm
 from fragscope.record.virtual.legacy_types import CudaType, named
 from fragscope.record.virtual.storages import Place
 
@@ -427,14 +428,9 @@ class FunctionMode(TorchFunctionMode):
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
         if self._device.autocast.dtype() is not None:
             input, weight = self._device.autocast.cast((input, weight), torch.float32)
-        if torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-            self._device.estimate("aten::rms_norm with gradients")
-            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
-        out = torch.empty_like(input, memory_format=torch.contiguous_format)
-        rows = input.shape[: input.dim() - len(normalized_shape)]
-        torch.empty(rows, dtype=torch.float32, device=_META)
-        self._device.launched("aten::rms_norm", [input, *([] if weight is None else [weight])], [out])
-        return out
+        if not input.is_contiguous():
+            self._device.estimate("aten::rms_norm on strided tensors")
+        return rms_norm(self._device, func, input, tuple(normalized_shape), weight, eps)
 
     # --- parameters that move in place ----------------------------------------------------------------------------
 

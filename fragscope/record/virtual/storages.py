@@ -104,6 +104,11 @@ class Storages:
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         return None if entry is None else entry.place
 
+    def made_by(self, tensor: torch.Tensor) -> str:
+        """The operator that made a tensor's storage; empty for what is not followed."""
+        entry = self.find(tensor)
+        return "" if entry is None else entry.op
+
     def follow(self, tensor: torch.Tensor, place: Place, id_: int | None) -> Entry:
         """Begin to follow a tensor's storage."""
         storage = tensor.untyped_storage()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
+from fragscope.record.virtual.scratch import PLANS
+from fragscope.record.virtual.scratch.composites import COMPOSITES
 from fragscope.record.virtual.value_rules import FILLED
 
 _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
@@ -50,6 +52,8 @@ class Trait:
         is_known: its allocations on a card are known.
         is_mutable: it writes to an argument.
         is_gemm: it runs in cuBLAS.
+        made_of: makes its result of other operators, where torch does so on a card alone.
+        plan: tells its scratch; None where the order of its outputs is all there is to say.
         order: the order its outputs are allocated in, where it is not that of the results.
         writes_only: it returns nothing: all it does is write to its arguments.
         has_kernel: it touches memory.
@@ -60,7 +64,7 @@ class Trait:
 
     __slots__ = (
         "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_composite", "is_gemm",
-        "is_known", "is_mutable", "is_view", "needs_values", "order", "writes_only",
+        "is_known", "is_mutable", "is_view", "made_of", "needs_values", "order", "plan", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -73,10 +77,14 @@ class Trait:
         self._training = _TRAINING.get(schema.name)
         self.is_mutable = schema.is_mutable or bool(self._unmarked)
         self.is_gemm = schema.name in GEMMS
+        self.made_of = COMPOSITES.get(schema.name)
+        self.plan = PLANS.get(schema.name)
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
         self.has_kernel = not self.is_view and schema.name not in NO_KERNEL
-        self.is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        # What has a kernel of the host's besides has one of the card's.
+        self.is_composite = has(func.name(), "CompositeImplicitAutograd") and not has(func.name(), "CPU")
         self.needs_values = not _DATA_DEPENDENT.isdisjoint(func.tags)
         self.fills = schema.name in FILLED
         self._reads = schema.name not in SHAPE_OF_INPUT

@@ -1,0 +1,66 @@
+"""Operators that torch makes of others, on a card too, but not where shapes are all there is.
+
+Each takes what the operator takes; the operators it calls are seen one by one. What it returns takes the place of the
+operator's result.
+
+Source: aten/src/ATen/native/SoftMax.cpp (``_safe_softmax``), ReduceOps.cpp (``logsumexp``), Loss.cpp (``mse_loss``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+
+
+def _safe_softmax(source: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows of minus infinity become zeros."""
+    out = _aten._softmax(source if dtype is None else source.to(dtype), dim, False)
+    masked = _aten.isneginf(source)
+    rows = _aten.all.dim(masked, dim, True)
+    zero = _aten.scalar_tensor(0.0, dtype=out.dtype, device=out.device)
+    _aten.where.self_out(rows, zero, out, out=out)
+    del zero, rows, masked
+    return out
+
+
+def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor:
+    if not source.dtype.is_floating_point:
+        source = source.to(torch.get_default_dtype())
+    most = _aten.amax(source, dims, True)
+    sizes = _aten.abs(most)
+    infinite = _aten.eq.Scalar(sizes, float("inf"))
+    _aten.masked_fill_.Scalar(most, infinite, 0)
+    del infinite, sizes
+    powers = _aten.exp_(_aten.sub.Tensor(source, most))
+    out = _aten.sum.dim_IntList(powers, dims, keepdim)
+    del powers
+    _aten.log_(out)
+    return _aten.add_.Tensor(out, most if keepdim else most.view(out.shape))
+
+
+def _mse_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1) -> torch.Tensor:
+    """The mean is written into the memory of all squares, which it keeps."""
+    if reduction == 0:
+        return _aten.empty_like(_broadcast(source, target))
+    out = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
+    squares = _aten.empty_like(out)
+    out.resize_(())
+    into = _aten.mean.out if reduction == 1 else _aten.sum.IntList_out
+    into(squares, [], out=out)
+    return out
+
+
+def _broadcast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a if a.shape == b.shape else torch.broadcast_tensors(a, b)[0]
+
+
+COMPOSITES: dict[str, Callable[..., Any]] = {
+    "aten::_safe_softmax": _safe_softmax,
+    "aten::logsumexp": _logsumexp,
+    "aten::mse_loss": _mse_loss,
+}
+"""By name of the operator."""

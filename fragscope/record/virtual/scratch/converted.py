@@ -1,0 +1,117 @@
+"""Kernels that convert or copy an input first, or pass through another type.
+
+Source: ``prepare_matrix_for_cublas`` and ``prepare_batch_matrix_for_cublas`` in aten/src/ATen/native/cuda/Blas.cpp: a
+matrix needs one dimension of stride 1 and the other at least its length; ``where_self_out`` in TensorCompare.cpp;
+``unary_op_impl_with_complex_to_float_out`` in UnaryOps.cpp; ``binary_cross_entropy_with_logits`` in Loss.cpp;
+``isin_default_kernel_gpu`` in cuda/TensorCompare.cpp. Recorded on an H100 as ``sweep_transposed`` and ``sweep_isin`` of
+tests/data/footprints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fragscope.allocator import Card
+from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.reductions import reduced_by
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _product(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    return outputs_then(1, [_bytes(t) for t in tensors[-2:] if not _fits_blas(t)])
+
+
+def _vector(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    plan = outputs_then(len(results))
+    is_strided = any(min(t.stride(), default=1) != 1 for t in args if isinstance(t, torch.Tensor) and t.numel() > 1)
+    return plan.guessed("on strided tensors") if is_strided else plan
+
+
+def _fits_blas(matrix: torch.Tensor) -> bool:
+    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
+    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+
+
+def _where(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """Both choices come to their common type."""
+    if len(args) < 3:
+        return outputs_then(len(results)).guessed("of a condition alone")
+    common = results[0].dtype
+    converted = [t.numel() * common.itemsize for t in args[1:3] if t.dtype != common]
+    return Plan().take(*converted).out(0).give(*range(len(converted)))
+
+
+def _of_complex(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    return outputs_then(1, [_bytes(args[0])] if args[0].is_complex() else [])
+
+
+def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    indices = args[1]
+    copy = [] if indices.is_contiguous() else [_bytes(indices)]
+    return Plan().take(*copy).out(0).give(*range(len(copy)))
+
+
+def _binary_cross_entropy(
+    args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card
+) -> Plan:
+    source, weights = args[0], [*args[2:4], kwargs.get("weight"), kwargs.get("pos_weight")]
+    reduction = args[4] if len(args) > 4 else kwargs.get("reduction", 1)
+    size = _bytes(source)
+    why = "with gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in args[:2]) else ""
+    if any(w is not None for w in weights):
+        return outputs_then(1).guessed("with weights")
+    if reduction == 0:
+        return Plan().out(0).take(size).guessed(why)
+    shared, unsure = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
+    return Plan().take(size, size).out(0).pass_by(*shared).give(1, 0).guessed(why or unsure)
+
+
+def _histogram(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """Bounds that are not given are looked for first."""
+    source = args[0]
+    least, most = (args[n] if len(args) > n else kwargs.get(k, 0) for n, k in ((2, "min"), (3, "max")))
+    plan = outputs_then(1)
+    if least != most or not source.numel():
+        return plan
+    shared, why = reduced_by(source, None, card, result=source.itemsize, accumulator=source.itemsize)
+    return plan.pass_by(source.itemsize, *shared).pass_by(source.itemsize, *shared).guessed(why)
+
+
+def _isin(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """Few are compared with all of them."""
+    source, among = args[:2]
+    plan = outputs_then(1)
+    if not isinstance(source, torch.Tensor) or not isinstance(among, torch.Tensor):
+        return plan
+    if among.numel() >= 10 * math.pow(source.numel(), 0.145):
+        return plan.guessed("of so many")
+    pairs = torch.empty(*source.shape, among.numel(), dtype=torch.bool, device="meta")
+    shared, why = reduced_by(pairs, -1, card, result=1, accumulator=1)
+    return plan.take(pairs.numel(), source.numel()).pass_by(*shared).give(1, 0).guessed(why)
+
+
+PLANS: dict[str, Callable[..., Plan]] = {
+    "aten::mm": _product,
+    "aten::bmm": _product,
+    "aten::addmm": _product,
+    "aten::baddbmm": _product,
+    "aten::mv": _vector,
+    "aten::addmv": _vector,
+    "aten::dot": _vector,
+    "aten::vdot": _vector,
+    "aten::where": _where,
+    "aten::abs": _of_complex,
+    "aten::angle": _of_complex,
+    "aten::embedding": _embedding,
+    "aten::binary_cross_entropy_with_logits": _binary_cross_entropy,
+    "aten::histc": _histogram,
+    "aten::isin": _isin,
+}
