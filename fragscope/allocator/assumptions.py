@@ -334,7 +334,7 @@ def _other_card(f: Facts) -> str:
     except UsageError:
         return ""
     here, there = (recorded.capability, recorded.multiprocessors), (asked.capability, asked.multiprocessors)
-    if recorded.name == asked.name or here == there:
+    if recorded.product == asked.product or here == there:  # drivers differ in the memory that they report
         return ""
     return (
         f"the requests are those made on {recorded.name}; on {asked.name} cuBLAS and kernels may take other "

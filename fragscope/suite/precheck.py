@@ -96,6 +96,8 @@ def need_of(task: Task, *, plenty: bool) -> Need:
     allocator = device.memory.allocator
     peaks = allocator.watch()
     ran = on_virtual(task, device)
+    if ran.trace is not None:  # as a recording of the card names it, so that it is not taken for another one
+        ran = replace(ran, trace=replace(ran.trace, card=card.product))
     seen = [o.what for o in device.memory.observations]
     if ran.outcome == "oom" and seen[-1:] == [_OWN_OOM]:
         del seen[-1]  # the one that ended it

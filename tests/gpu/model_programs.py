@@ -179,12 +179,64 @@ def _vit(mixed: bool) -> None:
     _train_images(model, torch.optim.AdamW(model.parameters()), mixed)
 
 
+def llama_train() -> None:
+    """With tied weights, clipped gradients and AdamW in one kernel."""
+    model = _llama(1024, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model.train()
+    for batch, length in ((2, 300), (1, 1000), (4, 128)):
+        tokens = _tokens(batch, length)
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def llama_sample() -> None:
+    """Sampling with temperature and top-k."""
+    model = _llama(2048, 2)
+    prompt = _tokens(3, 77)
+    with fragscope.supplied("multinomial", 17):
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, min_new_tokens=12, do_sample=True,
+            temperature=0.7, top_k=40, pad_token_id=0,
+        )  # fmt: skip
+
+
 def vit_train() -> None:
     _vit(mixed=False)
 
 
 def vit_train_autocast() -> None:
     _vit(mixed=True)
+
+
+def vit_base_train() -> None:
+    """Another model, batch and optimizer than those whose convolutions were recorded."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", pretrained=False, depth=4).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for batch in (12, 20, 7):
+        images, labels = torch.randn(batch, 3, 224, 224, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resnet18_train() -> None:
+    """Batches and sides of which no convolution was recorded."""
+    import torchvision
+
+    model = torchvision.models.resnet18().cuda()
+    _train_images(model, torch.optim.AdamW(model.parameters()), mixed=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch, side in ((12, 192), (20, 96)):
+        model(torch.randn(batch, 3, side, side, device="cuda")).square().mean().backward()
+        optimizer.step()
 
 
 def resnet_train() -> None:
@@ -251,8 +303,9 @@ def from_pretrained() -> None:
 PROGRAMS: dict[str, Callable[[], None]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        llama_small_sdpa, llama_small_eager, llama_medium_sdpa, llama_generate, llama_generate_static, gpt2,
-        gpt2_train, bert, mixtral, qwen_experts, vit_train, vit_train_autocast, resnet_train, encoder,
+        llama_small_sdpa, llama_small_eager, llama_medium_sdpa, llama_generate, llama_generate_static,
+        llama_sample, llama_train, gpt2, gpt2_train, bert, mixtral, qwen_experts, vit_train, vit_train_autocast, vit_base_train, resnet_train,
+        resnet18_train, encoder,
         safetensors_load, from_pretrained,
     )
 }  # fmt: skip

@@ -1,10 +1,10 @@
 """Record what each operator of footprint_cases allocates on this machine's GPU.
 
-    python tests/gpu/record_footprints.py OUT.json
+    python tests/gpu/record_footprints.py OUT.json [BEGINNING ...]
 
 Writes, for each case, the events of a first and of a second run: ``["alloc", bytes]`` and ``["free", n]``, n counting
 the run's own allocations; frees of earlier memory are left out. ``|`` separates the operator from the end of its
-results. Interrupted, it writes the cases that it has.
+results. With beginnings of names, only those cases. Interrupted, it writes the cases that it has.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def record(make: footprint_cases.Case) -> Events:
     return out
 
 
-def main(path: str) -> None:
+def main(path: str, *beginnings: str) -> None:
     versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
     try:
         import flashinfer
@@ -68,6 +68,8 @@ def main(path: str) -> None:
         print("no flashinfer:", e)
     results = {}
     for name, make in {**footprint_cases.CASES, **footprint_cases.COMPOSITES}.items():
+        if beginnings and not name.startswith(beginnings):
+            continue
         try:
             results[name] = {"first": record(make), "second": record(make)}
         except KeyboardInterrupt:
@@ -83,4 +85,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -292,5 +292,72 @@ def _first(result: object) -> torch.Tensor:
 
 
 
-for _add in (_reductions, _ordered, _norms, _indexed, _attention, _products, _losses, _strided):
+def _other_types() -> None:
+    """What the sweeps above have of one type only."""
+    for shape in SHAPES:
+        for where, dims in _dims(shape):
+            if where not in ("all", "first", "last"):
+                continue
+            dim = {} if dims is None else {"dim": dims}
+            sweep(f"types_mean_{where}", lambda x, d=dim: x.mean(**d), shape, HALF)
+            sweep(f"types_norm_{where}", lambda x, d=dim: torch.linalg.vector_norm(x, **d), shape, HALF)
+            sweep(f"types_nansum_{where}", lambda x, d=dim: x.nansum(**d), shape, HALF)
+            sweep(f"types_var_{where}", lambda x, d=dim: x.var(**d), shape, HALF)
+            sweep(f"types_sum_to_float_{where}", lambda x, d=dim: x.sum(dtype=torch.float32, **d), shape, HALF)
+            sweep(f"types_amax_{where}", lambda x, d=dim: x.amax(**d), shape)
+            sweep(f"types_any_{where}", lambda x, d=dim: x.any(**d), shape)
+            one = {} if dims is None else {"dim": dims[0]}
+            sweep(f"types_argmax_{where}", lambda x, d=one: x.argmax(**d), shape, HALF)
+            sweep(f"types_prod_{where}", lambda x, d=one: x.prod(**d), shape, HALF)
+    for rows, columns in ((1, 100), (1, 600), (1, 5000), (1, 100_000), (1, 1 << 20), (8, 32_000), (300, 32_000), (1, 128_256)):
+        shape = (rows, columns) if rows > 1 else (columns,)
+        for dtype in (HALF, torch.int32, torch.float16):
+            sweep("types_cumsum", lambda x: x.cumsum(-1, dtype=x.dtype), shape, dtype)
+            sweep("types_sort", lambda x: x.sort(), shape, dtype)
+            sweep("types_topk", lambda x: x.topk(8), shape, dtype)
+            sweep("types_multinomial", lambda x: x.softmax(-1).multinomial(1), shape, HALF)
+    for count in (120, 200, 400, 800, 1600, 2400, 3000):
+        sweep(f"types_index_back_{count}", lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)], (1000, 64), back=True)
+        sweep(f"types_index_back_{count}", lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)], (40_000, 64), back=True)
+        sweep(f"types_two_indices_back_{count}",
+              lambda x, n=count: x[torch.arange(n, device="cuda") % len(x), torch.arange(n, device="cuda") % 64],
+              (1000, 64), back=True)  # fmt: skip
+    for count in (20_000, 50_000, 200_000, 400_000):
+        sweep(f"types_embedding_back_{count}",
+              lambda w, n=count: nn.functional.embedding(torch.arange(n, device="cuda") % len(w), w), (32_000, 64), back=True)
+    for name, loss in {"l1": nn.functional.l1_loss, "smooth": nn.functional.smooth_l1_loss, "huber": nn.functional.huber_loss,
+                       "kl": nn.functional.kl_div, "cosine": nn.functional.cosine_similarity}.items():
+        for rows, columns in ((24, 1000), (1500, 32_000)):
+            sweep(f"types_{name}", lambda x, f=loss: f(x, x * 2), (rows, columns), back=True)
+
+
+def _single_rows() -> None:
+    """How cuDNN splits the keys of one row."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for batch in (1, 2, 4, 8, 16, 32):
+        for heads, shared in ((8, 8), (16, 4), (32, 8), (64, 8)):
+            for columns in (128, 256, 300, 512, 1024, 2048, 8192):
+                for head in (64, 128):
+                    def attend(x: torch.Tensor, b: int = batch, k: int = shared, c: int = columns) -> torch.Tensor:
+                        keys = torch.ones(b, k, c, x.shape[-1], dtype=x.dtype, device="cuda")
+                        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                            return nn.functional.scaled_dot_product_attention(x, keys, keys, enable_gqa=True)
+
+                    sweep(f"rows_sdpa_{shared}_{columns}", attend, (batch, heads, 1, head), HALF)
+    for batch, heads, rows, head in ((4, 8, 2, 64), (4, 8, 3, 64), (4, 8, 16, 128), (2, 4, 64, 160), (2, 4, 64, 256)):
+        def square(x: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+                return nn.functional.scaled_dot_product_attention(x, x, x)
+
+        def efficient(x: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                return nn.functional.scaled_dot_product_attention(x, x, x)
+
+        sweep("rows_square", square, (batch, heads, rows, head), HALF, back=True)
+        sweep("rows_efficient", efficient, (batch, heads, rows, head), HALF, back=True)
+        sweep("rows_efficient", efficient, (batch, heads, 10 * rows, head), HALF, back=True)
+
+
+for _add in (_reductions, _ordered, _norms, _indexed, _attention, _products, _losses, _strided, _other_types, _single_rows):
     _add()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.torch,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    # What torch itself warns of on a card differs by release: up to 2.12 its own ``UntypedStorage.is_pinned`` passes on
+    # an argument that it calls deprecated, and a first matrix product in autograd's thread finds no CUDA context.
+    pytest.mark.filterwarnings("default"),
 ]
 OF_THE_PROFILE = ("what_programs_ask_at_their_start", "trying_again_after_an_oom")  # they ask what an H100 has
 PROGRAMS = [name for name in test_virtual_programs.PROGRAMS if name not in OF_THE_PROFILE]
@@ -37,13 +42,22 @@ def settle() -> None:
     assert torch.cuda.memory_allocated() == 0
 
 
+def let_go(run: Callable[[], None]) -> None:
+    """Run it; frames of what fails, which pytest keeps, hold its tensors no longer."""
+    try:
+        run()
+    except BaseException as e:
+        traceback.clear_frames(e.__traceback__)
+        raise
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_holds_what_it_should(name):
     run, peak = test_virtual_programs.PROGRAMS[name]
     torch.cuda.init()
     settle()
     torch.cuda.reset_peak_memory_stats()
-    run()
+    let_go(run)
     assert torch.cuda.max_memory_allocated() == peak
 
 

@@ -1,6 +1,9 @@
 """How long each variant's measured phase takes on this machine's GPU, beside a plain copy of the same bytes.
 
     python tests/gpu/variant_times.py OUT.json NAME[/PRESET[/VARIANT]] ...
+    python tests/gpu/variant_times.py OUT.json
+
+The second prints what the first wrote, as a Markdown table.
 
 No recording. A process for each scenario and preset; variants in turn, round by round, so that all meet the same
 clocks. The phase is timed by the wall, from one idle device to the next: that is what a loader's user waits for, and
@@ -19,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fragscope.cli.tables import markdown_table
 from fragscope.record.cuda.edge import TorchEdge
 from fragscope.record.device_memory import DeviceMemory, How
 
@@ -97,7 +101,7 @@ def measure(scenario_name: str, preset: str, variants: list[str]) -> dict[str, A
             case = Case(scenario_name, preset, name, scenario.values_for(preset, {}), watch)
             try:
                 scenario.variants[name].body(case)
-            except Exception as e:  # out of memory, an end of its own, or a package that is not installed
+            except Exception as e:  # out of memory, or an end of its own
                 facts[name]["failed"] = f"{type(e).__name__}: {e}".partition(". GPU")[0][:160]
                 continue
             finally:
@@ -121,15 +125,37 @@ def measure(scenario_name: str, preset: str, variants: list[str]) -> dict[str, A
     return out
 
 
+def table(results: dict[str, Any]) -> str:
+    """A line a variant: median and fastest in milliseconds, and the median in copies of what the phase began with."""
+    rows = [("case", "role", "median, ms", "fastest, ms", "copies")]
+    for case, made in results.items():
+        copy = made.get("copy")
+        for variant, facts in made["variants"].items():
+            if "median" in facts:
+                took = (f"{facts['median'] * 1e3:,.1f}", f"{facts['fastest'] * 1e3:,.1f}")
+                copies = f"{facts['median'] / copy['median']:,.0f}" if copy else "-"
+            else:
+                took, copies = ("-", "-"), facts.get("failed", "not timed")
+            rows.append((f"{case}/{variant}", facts["role"], *took, copies))
+    return "\n".join(markdown_table(rows, words=0))
+
+
 def main() -> None:
     if sys.argv[1] == "--job":
         print(json.dumps(measure(sys.argv[2], sys.argv[3], sys.argv[4].split(","))))
         return
+    if len(sys.argv) == 2:
+        print(table(json.loads(Path(sys.argv[1]).read_text())))
+        return
     from fragscope.suite.discover import load_scenarios, scenario_files, select
+    from fragscope.suite.installed import applicable
 
     scenarios = [s for f in scenario_files([ROOT / "scenarios"]) for s in load_scenarios(f)]
     wanted: dict[tuple[str, str], list[str]] = {}
-    for selection in select(scenarios, sys.argv[2:], [], []):
+    selections, left_out = applicable(select(scenarios, sys.argv[2:], [], []))
+    for absent in left_out:
+        print(f"{absent.variant}: not applicable: {absent.reason}")
+    for selection in selections:
         wanted.setdefault((selection.scenario.name, selection.preset), []).append(selection.variant)
     results: dict[str, Any] = {}
     for (name, preset), variants in wanted.items():
@@ -142,19 +168,9 @@ def main() -> None:
         if done.returncode:
             print(f"{name}/{preset}: failed: {done.stderr[-800:]}")
             continue
-        made = results[f"{name}/{preset}"] = json.loads(done.stdout.splitlines()[-1])
-        copy = made.get("copy", {})
-        for variant, facts in made["variants"].items():
-            if "median" in facts:
-                ratio = f"x{facts['median'] / copy['median']:7.1f} of a copy" if copy else ""
-                took = f"{facts['median'] * 1e3:9.2f} ms  fastest {facts['fastest'] * 1e3:9.2f} ms  {ratio}"
-            else:
-                took = facts.get("failed", "not timed")
-            print(f"{name}/{preset}/{variant:22} {facts['role']:9} {took}")
-        if copy:
-            print(f"{name}/{preset}: copy of {copy['bytes'] / 2**20:,.0f} MiB {copy['median'] * 1e3:.2f} ms")
-        sys.stdout.flush()
+        results[f"{name}/{preset}"] = json.loads(done.stdout.splitlines()[-1])
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fragscope.trace import load_trace
 
 pytest.importorskip("torch")
 import torch
-from stand_in_card import FREE, NAME, ForkedWorkers, StandInCard, install
+from stand_in_card import FREE, NAME, TOTAL, ForkedWorkers, StandInCard, install
 
 from fragscope.suite import card_here
 from fragscope.suite.card_here import ask_card
@@ -411,6 +411,17 @@ def test_what_was_predicted_stands_beside_what_was_measured(card: StandInCard) -
     installed = ".".join(torch.__version__.split(".")[:2])
     # Under other rules the card was not asked, so there is nothing to hold a prediction against.
     assert {release for release, said in of_release.items() if said} <= {installed}
+
+
+def test_a_prediction_for_a_card_with_a_profile_is_as_exact_as_one_for_any_other(
+    card: StandInCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CARDS, "tests-100mb", Card("tests-100mb", "Test Card", TOTAL, FREE, (9, 0), 4, 2**20, "test"))
+    write_scenarios(Path(), "needs", NEEDS)
+    runs("fits")
+    case = only_case()
+    assert case["card"] == "tests-100mb"
+    assert case["predicted"]["exact"]
 
 
 TWICE = """

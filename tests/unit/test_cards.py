@@ -141,6 +141,9 @@ def test_requests_of_another_card_may_be_others() -> None:
     assert "other_card" in OF_PROGRAM, "of unchanged requests, fit and others still say what is exact"
     like = replay(trace, own.with_card(CARDS["h200"]), compiled=False)
     assert "other_card" not in effects(like), "same capability, same multiprocessors: only memory differs"
+    other_driver = replace(trace, card="NVIDIA H100 80GB HBM3", device_total=CARDS["h100-80gb"].total - 2**20)
+    asked = own_settings(other_driver).with_card(CARDS["h100-80gb"])
+    assert "other_card" not in effects(replay(other_driver, asked, compiled=False)), "the same product"
 
 
 def test_moving_to_a_card_leaves_nothing_of_the_old_one() -> None:

@@ -19,6 +19,7 @@ from fragscope.trace import RequestKind  # noqa: E402
 
 pytestmark = pytest.mark.torch
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+LISTS_RMS_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)  # by the headers of 2.9.1 to 2.14.1
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ RESULTS = {
     "exp of half": (lambda x, h: h.exp(), FLOAT),
     "power": (lambda x, h: h**2, FLOAT),
     "layer norm": (lambda x, h: functional.layer_norm(h, (8,)), FLOAT),
-    "rms norm": (lambda x, h: functional.rms_norm(h, (8,)), FLOAT),
+    "rms norm": (lambda x, h: functional.rms_norm(h, (8,)), FLOAT if LISTS_RMS_NORM else HALF),
     "softmax": (lambda x, h: h.softmax(-1), FLOAT),
     "softmax of a type of its own": (lambda x, h: h.softmax(-1, dtype=HALF), HALF),
     "sum": (lambda x, h: h.sum(), FLOAT),
@@ -81,6 +82,23 @@ def test_results_are_of_the_documented_type(card, name):
     x = torch.zeros(8, 8, device="cuda")
     with torch.autocast("cuda"):
         assert run(x, x.half()).dtype == dtype
+
+
+def test_a_torch_that_does_not_list_an_operator_does_not_cast_for_it(monkeypatch):
+    """As measured on an H100 with torch 2.11, where ``rms_norm`` of float16 gave float16 (from 2.12 on, float32)."""
+    listed = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: op != "aten::rms_norm" and listed(op, key)
+    )
+    with h100(), torch.autocast("cuda"):
+        half, weight = torch.zeros(64, 64, dtype=HALF, device="cuda"), torch.ones(64, device="cuda")
+        held = torch.cuda.memory_allocated()
+        assert functional.rms_norm(half, (64,)).dtype == HALF
+        # 64 x 64 values of 2 bytes, and 64 of 4 bytes for the backward pass; no copy in float32.
+        assert torch.cuda.max_memory_allocated() - held == 8192 + 512
+        # No kernel takes weights of another type; torch says so and multiplies step by step.
+        with pytest.warns(UserWarning, match="Mismatch dtype between input and weight"):
+            assert functional.rms_norm(half, (64,), weight).dtype == HALF
 
 
 def test_the_innermost_context_counts(card):

@@ -413,3 +413,10 @@ def test_kernels_of_triton_are_refused(tmp_path, monkeypatch):
     assert JITFunction(add_kernel)[(1,)]() == "launched"
     for name in ("triton", "triton.runtime", "triton.runtime.jit"):
         del sys.modules[name]
+
+
+@pytest.mark.parametrize("module", ["green_contexts", "gds", "tunable", "jiterator", "nccl"])
+def test_a_module_that_an_older_torch_lacks_is_left_out(monkeypatch, module):
+    monkeypatch.delattr(torch.cuda, module, raising=False)
+    with h100():
+        assert torch.zeros(1, device="cuda").is_cuda

@@ -42,7 +42,7 @@ FLOAT32 = (
     "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
     "_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bicubic2d_aa",
 )  # fmt: skip
-"""Operators that run in float32."""
+"""Operators that run in float32; ``rms_norm`` in torch from 2.12 on (pytorch#174824)."""
 
 FLOAT32_RESULT = (
     "prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm",
@@ -198,10 +198,15 @@ class Autocast:
             (BANNED, self._banned),
         ):
             for name in names:
-                if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY):
+                if casts(name):
                     yield name, rule(_operator(name))
         for name, typed in NORMS.items():
             yield name, self._norm(_operator(name), getattr(torch.ops.aten.norm, typed))
+
+
+def casts(name: str) -> bool:
+    """Whether the torch that is installed has a cast for an operator; releases differ in that."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY)
 
 
 class _Casts(threading.local):

@@ -135,10 +135,12 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
 
 
 def _functions(module: Any) -> list[str]:
-    """Names of a module's public functions."""
+    """Names of a module's public functions; none where this torch lacks the module."""
+    if module is None:
+        return []
     return [
         name
-        for name, value in vars(module or object()).items()
+        for name, value in vars(module).items()
         if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
     ]
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fragscope.record.virtual.attention import Attention
+from fragscope.record.virtual.autocast import casts
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.fused_norm import rms_norm
 from fragscope.record.virtual.legacy_types import CudaType, named
@@ -426,8 +427,10 @@ class FunctionMode(TorchFunctionMode):
         """One kernel on a card, which also writes a value a row for the backward pass; several operators elsewhere."""
         if self._place(input) is not Place.CARD:
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
-        if self._device.autocast.dtype() is not None:
+        if self._device.autocast.dtype() is not None and casts("rms_norm"):
             input, weight = self._device.autocast.cast((input, weight), torch.float32)
+        if weight is not None and weight.dtype != input.dtype:  # torch has no kernel for this
+            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
         if not input.is_contiguous():
             self._device.estimate("aten::rms_norm on strided tensors")
         return rms_norm(self._device, func, input, tuple(normalized_shape), weight, eps)
