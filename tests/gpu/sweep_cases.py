@@ -17,7 +17,14 @@ from program_cases import _backward
 nn = torch.nn
 Op = Callable[[torch.Tensor], object]
 FLOAT, HALF = torch.float32, torch.bfloat16
-SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int64: "i64", torch.bool: "bool", torch.float16: "f16"}
+SHORT = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.bool: "bool",
+    torch.float16: "f16",
+    torch.int32: "i32",
+}
 
 
 def sweep(name: str, op: Op, shape: tuple[int, ...], dtype: torch.dtype = FLOAT, *, back: bool = False) -> None:
@@ -124,6 +131,7 @@ def _norms() -> None:
             if rows * columns > 1 << 26:
                 continue
             for dtype in (FLOAT, HALF):
+
                 def norm(x: torch.Tensor) -> torch.Tensor:
                     weight = torch.ones(x.shape[-1], dtype=x.dtype, device="cuda", requires_grad=True)
                     return nn.functional.layer_norm(x, x.shape[-1:], weight, weight)
@@ -137,6 +145,7 @@ def _norms() -> None:
     for shape in ((8, 16, 32, 32), (48, 64, 56, 56), (8, 2048, 7, 7)):
         for training in (True, False):
             for dtype in (FLOAT, HALF):
+
                 def batch(x: torch.Tensor, t: bool = training) -> torch.Tensor:
                     return nn.BatchNorm2d(x.shape[1], dtype=x.dtype).cuda().train(t)(x)
 
@@ -154,6 +163,7 @@ def _norms() -> None:
 def _indexed() -> None:
     for count in (3, 100, 3072, 3073, 10_000, 100_000):
         for words in (1000, 32_000, 50_257):
+
             def look_up(w: torch.Tensor, n: int = count) -> torch.Tensor:
                 return nn.functional.embedding(torch.arange(n, device="cuda") % len(w), w)
 
@@ -191,6 +201,7 @@ def _attention() -> None:
                 if dtype == FLOAT and name in ("cudnn", "flash"):
                     continue
                 for way, options in {"": {}, "causal": {"is_causal": True}, "dropout": {"dropout_p": 0.1}}.items():
+
                     def run(x: torch.Tensor, k: object = kernel, o: dict[str, object] = options) -> torch.Tensor:
                         with sdpa_kernel(k):  # type: ignore[arg-type]
                             return attend(x, x, x, **o)  # type: ignore[arg-type]
@@ -209,6 +220,7 @@ def _attention() -> None:
 
 def _products() -> None:
     for experts, rows in ((8, 128), (8, 2048), (4, 300)):
+
         def grouped(x: torch.Tensor, e: int = experts) -> object:
             ends = (torch.arange(1, e + 1, device="cuda") * (len(x) // e)).int()
             return torch._grouped_mm(x, torch.ones(e, x.shape[1], 256, dtype=x.dtype, device="cuda"), offs=ends)
@@ -217,6 +229,7 @@ def _products() -> None:
         sweep(f"sweep_grouped_mm_{experts}", grouped, (rows, 1024), HALF, back=True)
     for shape in ((1, 64), (17, 64), (128, 128), (4096, 1024), (3, 5, 64)):
         for dtype in (FLOAT, HALF):
+
             def linear(x: torch.Tensor, d: torch.dtype = dtype) -> torch.Tensor:
                 return nn.Linear(x.shape[-1], 32, dtype=d).cuda()(x)
 
@@ -233,6 +246,7 @@ def _products() -> None:
                                                       (8, 64, 64, 1, 1, 56), (8, 64, 64, 3, 1, 56),
                                                       (8, 512, 512, 3, 1, 7)):  # fmt: skip
         for dtype in (FLOAT, HALF):
+
             def convolve(
                 x: torch.Tensor, c: int = channels, o: int = out, k: int = kernel, s: int = stride,
                 d: torch.dtype = dtype,
@@ -244,6 +258,7 @@ def _products() -> None:
 
 def _losses() -> None:
     for rows, columns in ((1, 10), (24, 1000), (508, 50_257), (1500, 32_000)):
+
         def loss(x: torch.Tensor) -> torch.Tensor:
             return nn.functional.cross_entropy(x, torch.zeros(len(x), dtype=torch.int64, device="cuda"))
 
@@ -291,7 +306,6 @@ def _first(result: object) -> torch.Tensor:
     return out
 
 
-
 def _other_types() -> None:
     """What the sweeps above have of one type only."""
     for shape in SHAPES:
@@ -309,7 +323,16 @@ def _other_types() -> None:
             one = {} if dims is None else {"dim": dims[0]}
             sweep(f"types_argmax_{where}", lambda x, d=one: x.argmax(**d), shape, HALF)
             sweep(f"types_prod_{where}", lambda x, d=one: x.prod(**d), shape, HALF)
-    for rows, columns in ((1, 100), (1, 600), (1, 5000), (1, 100_000), (1, 1 << 20), (8, 32_000), (300, 32_000), (1, 128_256)):
+    for rows, columns in (
+        (1, 100),
+        (1, 600),
+        (1, 5000),
+        (1, 100_000),
+        (1, 1 << 20),
+        (8, 32_000),
+        (300, 32_000),
+        (1, 128_256),
+    ):
         shape = (rows, columns) if rows > 1 else (columns,)
         for dtype in (HALF, torch.int32, torch.float16):
             sweep("types_cumsum", lambda x: x.cumsum(-1, dtype=x.dtype), shape, dtype)
@@ -317,16 +340,35 @@ def _other_types() -> None:
             sweep("types_topk", lambda x: x.topk(8), shape, dtype)
             sweep("types_multinomial", lambda x: x.softmax(-1).multinomial(1), shape, HALF)
     for count in (120, 200, 400, 800, 1600, 2400, 3000):
-        sweep(f"types_index_back_{count}", lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)], (1000, 64), back=True)
-        sweep(f"types_index_back_{count}", lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)], (40_000, 64), back=True)
+        sweep(
+            f"types_index_back_{count}",
+            lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)],
+            (1000, 64),
+            back=True,
+        )
+        sweep(
+            f"types_index_back_{count}",
+            lambda x, n=count: x[torch.arange(n, device="cuda") % len(x)],
+            (40_000, 64),
+            back=True,
+        )
         sweep(f"types_two_indices_back_{count}",
               lambda x, n=count: x[torch.arange(n, device="cuda") % len(x), torch.arange(n, device="cuda") % 64],
               (1000, 64), back=True)  # fmt: skip
     for count in (20_000, 50_000, 200_000, 400_000):
-        sweep(f"types_embedding_back_{count}",
-              lambda w, n=count: nn.functional.embedding(torch.arange(n, device="cuda") % len(w), w), (32_000, 64), back=True)
-    for name, loss in {"l1": nn.functional.l1_loss, "smooth": nn.functional.smooth_l1_loss, "huber": nn.functional.huber_loss,
-                       "kl": nn.functional.kl_div, "cosine": nn.functional.cosine_similarity}.items():
+        sweep(
+            f"types_embedding_back_{count}",
+            lambda w, n=count: nn.functional.embedding(torch.arange(n, device="cuda") % len(w), w),
+            (32_000, 64),
+            back=True,
+        )
+    for name, loss in {
+        "l1": nn.functional.l1_loss,
+        "smooth": nn.functional.smooth_l1_loss,
+        "huber": nn.functional.huber_loss,
+        "kl": nn.functional.kl_div,
+        "cosine": nn.functional.cosine_similarity,
+    }.items():
         for rows, columns in ((24, 1000), (1500, 32_000)):
             sweep(f"types_{name}", lambda x, f=loss: f(x, x * 2), (rows, columns), back=True)
 
@@ -339,6 +381,7 @@ def _single_rows() -> None:
         for heads, shared in ((8, 8), (16, 4), (32, 8), (64, 8)):
             for columns in (128, 256, 300, 512, 1024, 2048, 8192):
                 for head in (64, 128):
+
                     def attend(x: torch.Tensor, b: int = batch, k: int = shared, c: int = columns) -> torch.Tensor:
                         keys = torch.ones(b, k, c, x.shape[-1], dtype=x.dtype, device="cuda")
                         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -346,6 +389,7 @@ def _single_rows() -> None:
 
                     sweep(f"rows_sdpa_{shared}_{columns}", attend, (batch, heads, 1, head), HALF)
     for batch, heads, rows, head in ((4, 8, 2, 64), (4, 8, 3, 64), (4, 8, 16, 128), (2, 4, 64, 160), (2, 4, 64, 256)):
+
         def square(x: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
                 return nn.functional.scaled_dot_product_attention(x, x, x)
@@ -359,5 +403,16 @@ def _single_rows() -> None:
         sweep("rows_efficient", efficient, (batch, heads, 10 * rows, head), HALF, back=True)
 
 
-for _add in (_reductions, _ordered, _norms, _indexed, _attention, _products, _losses, _strided, _other_types, _single_rows):
+for _add in (
+    _reductions,
+    _ordered,
+    _norms,
+    _indexed,
+    _attention,
+    _products,
+    _losses,
+    _strided,
+    _other_types,
+    _single_rows,
+):
     _add()

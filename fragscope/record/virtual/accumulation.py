@@ -58,7 +58,11 @@ def is_in_place(gradient: torch.Tensor) -> bool:
 
 def is_of_formula(tensor: torch.Tensor) -> bool:
     """Whether a formula in C++ holds a tensor, and not the program."""
-    return not torch.is_grad_enabled() and hasattr(tensor, "_use_count") and _references(tensor) >= _references_to_the_last()
+    return (
+        not torch.is_grad_enabled()
+        and hasattr(tensor, "_use_count")
+        and _references(tensor) >= _references_to_the_last()
+    )
 
 
 def _references(tensor: Any) -> tuple[int, int]:

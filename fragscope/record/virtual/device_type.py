@@ -45,7 +45,10 @@ def patched_device_type() -> Iterator[None]:
     """Let numbers name cards, until the end."""
     names = {"__module__": "torch", "__qualname__": "device", "__doc__": _REAL.__doc__}
     kind, group = _DeviceType("device", (), names), "_group_tensors_by_device_and_dtype"
-    with mock.patch.object(torch, "device", kind), mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))):
+    with (
+        mock.patch.object(torch, "device", kind),
+        mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))),
+    ):
         yield
 
 

@@ -340,8 +340,11 @@ class FunctionMode(TorchFunctionMode):
 
     def _dropout(self, func: Any, tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
         """One kernel on a card, several operators elsewhere."""
-        if self._place(tensor) is Place.CARD and train and 0 < p < 1 and tensor.numel():
-            return torch.native_dropout(tensor, p, True)[0]
+        if self._place(tensor) is Place.CARD:
+            if p == 0 or not train or not tensor.numel():
+                return tensor
+            if 0 < p < 1:
+                return torch.native_dropout(tensor, p, True)[0]
         return func(tensor, p, train)  # type: ignore[no-any-return]
 
     def _softmax(self, plain: Any) -> _Handler:

@@ -31,7 +31,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source: torch.Tensor, weight: torch.Tensor | None, device: VirtualCard, plain: Any, shape: Any, eps: Any
+        ctx: Any,
+        source: torch.Tensor,
+        weight: torch.Tensor | None,
+        device: VirtualCard,
+        plain: Any,
+        shape: Any,
+        eps: Any,
     ) -> torch.Tensor:
         """The result, and a value a row for the backward pass."""
         out = torch.empty_like(source, memory_format=torch.contiguous_format)

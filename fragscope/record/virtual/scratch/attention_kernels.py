@@ -53,6 +53,10 @@ def _cudnn_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: list
     query = args[1]
     # sums in float32 as large as the query, and those of its rows
     size = 4 * (query.numel() + math.prod(query.shape[:3])) + CUDNN_WORKSPACE
+    batch, heads = query.shape[:2]
+    for tensor in args[2:4]:  # heads that share a key have gradients of their own first
+        if tensor.shape[1] != heads:
+            size += batch * heads * tensor.shape[2] * tensor.shape[3] * tensor.itemsize
     plan = outputs_then(len(results), [size])
     return plan if card.capability == _SEEN else plan.guessed("on this card")
 
@@ -118,9 +122,11 @@ def _efficient(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torc
 
 
 def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
-    query, key, value, _, output = args[1:6]
+    gradient, query, key, value, _, output = args[:6]
     batch, heads, rows, head = query.shape
-    plan = outputs_then(len(results))
+    copied = [] if gradient.transpose(1, 2).is_contiguous() else [gradient.numel() * gradient.itemsize]
+    plan = Plan().take(*copied).out(*range(len(results)))
+    first = len(copied)
     sums = 4 * batch * heads * rows
     why = ""
     if query.dtype in _HALF:
@@ -132,9 +138,9 @@ def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: 
         if shared:
             plan.pass_by(*shared)
         if rows > 1 and heads > 1:
-            plan.take(sums).give(1, 0)
+            plan.take(sums).give(first + 1, first)
         else:
-            plan.give(0)
+            plan.give(first)
     widest = max(head, value.shape[3])
     high, wide, keeps = _tiles(query.dtype, widest)
     floats = -(-rows // high) * -(-head // wide) * (high * wide + _STATE // 4)
@@ -144,8 +150,8 @@ def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: 
         why = why or "of such heads"
     if card.capability not in _LARGE_SHARED_MEMORY:
         why = why or "on this card"
-    delta = 2 if query.dtype not in _HALF and rows > 1 and heads > 1 else 0 if query.dtype in _HALF else 1
-    return plan.take(4 * batch * heads * floats).give(delta).guessed(why)
+    delta = first + (0 if query.dtype in _HALF else 2 if rows > 1 and heads > 1 else 1)
+    return plan.take(4 * batch * heads * floats).give(delta, -1).guessed(why)
 
 
 def _tiles(dtype: torch.dtype, head: int) -> tuple[int, int, bool]:

@@ -60,7 +60,10 @@ def _sorted_rows(plan: Plan, segments: int, count: int, key: int) -> Plan:
         return plan
     if segments >= _MANY_SEGMENTS:
         return plan.take(8 * every).pass_by(cub.segmented_sort(every, key, 8))
-    pairs, keys = cub.radix_sort(every, key, 8), cub.radix_sort(every, 8, 0, -(-max(1, (segments - 1).bit_length()) // 8))
+    pairs, keys = (
+        cub.radix_sort(every, key, 8),
+        cub.radix_sort(every, 8, 0, -(-max(1, (segments - 1).bit_length()) // 8)),
+    )
     assert pairs is not None and keys is not None  # there are more than 4,096 elements of known types
     return plan.take(8 * every, 8 * every).pass_by(key * every, pairs).pass_by(keys)
 
