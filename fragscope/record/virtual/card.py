@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
 from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.autocast import Autocast
+from fragscope.record.virtual.backward import BackwardPass, GraphStreams
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
 from fragscope.record.virtual.extent import Extent, extent_of
@@ -63,6 +65,7 @@ class VirtualCard:
         self._thread = ThreadState()
         self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
         self._gemm_thread = 0  # the program's first that multiplied matrices
+        self._graphs = GraphStreams(self.estimate, self._wait_for, self.record_stream)
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -75,12 +78,17 @@ class VirtualCard:
     @property
     def stream(self) -> int:
         """Handle of the running thread's current stream."""
-        return self._thread.stream
+        running = self._thread.running
+        return self._thread.stream if running is None else running.stream
 
     @stream.setter
     def stream(self, handle: int) -> None:
         self._backward_stream()
-        self._thread.stream = handle
+        if self._thread.running is None:
+            self._thread.stream = handle
+        else:
+            self._thread.running.stream = handle
+        self._graphs.changed(handle)
 
     @property
     def explicit_meta(self) -> bool:
@@ -258,8 +266,8 @@ class VirtualCard:
         handle = self.stream if stream is None else stream
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
-            # A backward pass runs each operator on the stream of its forward pass and orders them itself. Here all run
-            # on the caller's, so its borders count as waiting for everything but what hooks put on their own streams.
+            # A backward pass orders its own work. Its borders count as waiting for everything but what hooks put on
+            # their own streams.
             self._graph_task = task
             self.memory.finished_work({h for h, only in self._hooks_only.items() if only})
         in_hook = task != -1 and handle != self._backward_stream() and not torch.is_grad_enabled()
@@ -268,8 +276,48 @@ class VirtualCard:
         if read or written:
             self.memory.launch(handle, what, self.sites.line, read, written)
 
+    @contextlib.contextmanager
+    def backward(self, roots: Iterable[Any]) -> Iterator[None]:
+        """While autograd runs a backward pass in the running thread, from tensors or edges of the graph."""
+        outer = self._thread.running
+        with self._graphs.running(roots, self.stream, nested=outer is not None) as running:
+            self._thread.running = running
+            try:
+                yield
+            finally:
+                self._thread.running = outer
+
+    @contextlib.contextmanager
+    def summing_gradients(self) -> Iterator[None]:
+        """While autograd adds up two gradients, which it does on the stream of the node that takes the sum."""
+        running = self._thread.running
+        if running is None:
+            yield
+            return
+        before, consumer = running.stream, running.consumer_stream
+        for other in dict.fromkeys(running.streams.values()):
+            self._wait_for(consumer, other)
+        running.stream = consumer
+        try:
+            yield
+        finally:
+            running.stream = before
+
+    def _wait_for(self, stream: int, other: int) -> None:
+        """A stream waits for the work so far of another one."""
+        if stream != other:
+            self.memory.wait(stream, self.memory.record_event(other, counts=False))
+
+    def record_stream(self, tensor: torch.Tensor, stream: int) -> None:
+        """A stream uses a tensor, which may be on the card."""
+        entry = self.storages.find(tensor)
+        if entry is not None and entry.id is not None:
+            self.memory.record_stream(entry.id, stream)
+
     def _backward_stream(self) -> int:
-        """Stream that was current when the running thread's backward pass began; asked before the stream changes."""
+        """Stream that the running thread's backward pass is on; asked before the stream changes."""
+        if self._thread.running is not None:
+            return self._thread.running.node_stream
         task = torch._C._current_graph_task_id()
         if self._thread.backward[0] != task:
             self._thread.backward = (task, self.stream)
@@ -355,6 +403,7 @@ class ThreadState(threading.local):
     """What each thread has of its own: current stream, modes, and whether it makes a meta tensor on purpose."""
 
     stream = 0
+    running: BackwardPass | None = None
     backward = (-1, 0)  # a graph task, and the stream that was current when it began
     explicit_meta = False
     inside = False

@@ -114,6 +114,9 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
             c10d = torch.distributed.distributed_c10d
             helper = api.new_group(c10d._new_process_group_helper)
             replace(c10d, "_new_process_group_helper", helper)
+        backward = api.backward(torch.autograd.graph._engine_run_backward)
+        for module in (torch.autograd, torch.autograd.graph):
+            replace(module, "_engine_run_backward", backward)
         hooks = torch.autograd.graph.saved_tensors_hooks
         replace(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__))
         replace(torch.Tensor, "__reduce_ex__", api.reduce(torch.Tensor.__reduce_ex__))
@@ -392,6 +395,15 @@ class _Cuda:
             return original(tensor, protocol)
 
         return reduce
+
+    def backward(self, original: Any) -> Callable[..., Any]:
+        """A backward pass, whose steps run on streams of their own."""
+
+        def run(roots: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.device.backward(roots):
+                return original(roots, *args, **kwargs)
+
+        return run
 
     def saved_tensors_hooks(self, original: Any) -> Callable[..., None]:
         """Torch calls these from inside operators, where it has switched the function mode off."""

@@ -172,6 +172,7 @@ class Streams:
         self.Event: type[Event] = type("Event", (Event,), {"_api": self})
         self._default = self.Stream(_handle=0)
         self._local = threading.local()
+        self._current: dict[int, Stream] = {}  # those that were current once, by handle
         self._made = [itertools.count() for _ in range(_PRIORITIES)]
         self.StreamContext: type[StreamContext] = type("StreamContext", (StreamContext,), {"_api": self})
         self.stream = self.StreamContext
@@ -206,14 +207,18 @@ class Streams:
 
     def current_stream(self, device: Any = None) -> Stream:
         self.device.check_index(device)
-        return self._streams[-1]
+        return self._named(self.device.stream)
+
+    def _named(self, handle: int) -> Stream:
+        """The stream of a handle."""
+        return self._current.get(handle, self._default) if handle else self._default
 
     @property
-    def _streams(self) -> list[Stream]:
-        """The running thread's nested current streams."""
-        if not hasattr(self._local, "streams"):
-            self._local.streams = [self._default]
-        return self._local.streams  # type: ignore[no-any-return]
+    def _left(self) -> list[int]:
+        """The streams that the running thread comes back to, in the order of its nested contexts."""
+        if not hasattr(self._local, "left"):
+            self._local.left = []
+        return self._local.left  # type: ignore[no-any-return]
 
     def ExternalStream(self, stream_ptr: int, device: Any = None, **_: Any) -> Stream:  # noqa: N802 - torch's name
         return self.Stream(device, _handle=stream_ptr)
@@ -227,16 +232,15 @@ class Streams:
 
     def set_stream(self, stream: Stream | None) -> None:
         if stream is not None:
-            self._streams[-1] = stream
+            self._current[stream.cuda_stream] = stream
             self.device.stream = stream.cuda_stream
 
     def push(self, stream: Stream) -> None:
-        self._streams.append(stream)
-        self.device.stream = stream.cuda_stream
+        self._left.append(self.device.stream)
+        self.set_stream(stream)
 
     def pop(self) -> None:
-        self._streams.pop()
-        self.device.stream = self._streams[-1].cuda_stream
+        self.device.stream = self._left.pop()
 
     @property
     def record_stream(self) -> Callable[[torch.Tensor, Stream], None]:
@@ -244,10 +248,8 @@ class Streams:
         device = self.device
 
         def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
-            entry = device.storages.find(tensor)
-            if entry is None and tensor.device.type == "cpu":
+            if device.storages.find(tensor) is None and tensor.device.type == "cpu":
                 raise NotImplementedError("record_stream is for tensors on a card; this one is on the host")
-            if entry is not None and entry.id is not None:
-                device.memory.record_stream(entry.id, stream.cuda_stream)
+            device.record_stream(tensor, stream.cuda_stream)
 
         return record_stream
