@@ -413,3 +413,39 @@ def test_kernels_of_triton_are_refused(tmp_path, monkeypatch):
     assert JITFunction(add_kernel)[(1,)]() == "launched"
     for name in ("triton", "triton.runtime", "triton.runtime.jit"):
         del sys.modules[name]
+
+
+def test_libraries_of_a_build_for_cuda_are_there():
+    """As torch 2.11.0+cu130 answers on an H100."""
+    before = torch.default_generator
+    with h100():
+        cudnn = torch.backends.cudnn
+        x = torch.ones(1).cuda()
+        assert (cudnn.is_available(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, True, False, False)
+        assert (cudnn.allow_tf32, cudnn.version(), cudnn.is_acceptable(x)) == (True, 91900, True)
+        assert not cudnn.is_acceptable(torch.ones(1))
+        assert torch.backends.cuda.is_flash_attention_available()
+        assert torch.distributed.is_nccl_available()
+        assert torch.cuda.nccl.version() == (2, 28, 9)
+        assert torch.backends.cusparselt.is_available()
+        assert torch.cuda.is_bf16_supported()
+        assert torch.cuda.is_bf16_supported(False)
+        assert type(torch.cuda.initial_seed()) is int
+        torch.cuda.manual_seed(7)
+        assert torch.cuda.initial_seed() == 7
+        assert torch.cuda.get_sync_debug_mode() == 0
+        torch.cuda.set_sync_debug_mode("warn")
+        assert torch.cuda.get_sync_debug_mode() == 1
+        (generator,) = torch.cuda.default_generators
+        assert isinstance(generator, torch.Generator)
+        assert isinstance(before, torch.Generator)
+        assert not isinstance(3, torch.Generator)
+    assert not torch.backends.cudnn.is_available()
+    assert torch.backends.cudnn.version() is None
+
+
+def test_versions_that_nobody_has_read_are_not_made_up():
+    with h100(torch="2.10.0"):
+        for version in (torch.backends.cudnn.version, torch.cuda.nccl.version):
+            with pytest.raises(UnsupportedError, match=r"is not known for torch 2\.10"):
+                version()

@@ -626,23 +626,6 @@ def test_threads_see_the_card(card):
     assert allocated() == 512 + 40 * 4096
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_matrix_products_of_a_second_thread_are_estimated(card, multiplies):
-    """A thread has a cuBLAS handle of its own (cuda/CublasHandlePool.cpp); a workspace is of handle and stream."""
-
-    def work():
-        x = torch.ones(8, 8, device="cuda", requires_grad=True)
-        (x @ x if multiplies or threading.current_thread() is threading.main_thread() else x + x).backward(x)
-
-    work()
-    work()
-    before = set(card.estimated)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert set(card.estimated) - before == ({"cuBLAS workspace of another thread"} if multiplies else set())
-
-
 def test_an_executor_from_before_sees_the_card():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()

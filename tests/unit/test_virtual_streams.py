@@ -148,3 +148,87 @@ def test_backward_passes_inside_others_and_of_other_threads() -> None:
         thread.join()
         (x * 2).backward(x.detach())
         assert [op for op in device.estimated if "threads" in op] == ["backward pass over streams of several threads"]
+
+
+def test_streams_are_numbered_as_on_a_card() -> None:
+    """The answers are those of an H100 with torch 2.11: 32 streams of a priority, then the first again; (0, -3)."""
+    with h100():
+        made = [torch.cuda.Stream() for _ in range(70)]
+        handles = [s.cuda_stream for s in made]
+        assert [handles.index(h) for h in handles][30:36] == [30, 31, 0, 1, 2, 3]
+        high = [torch.cuda.Stream(priority=-1) for _ in range(40)]
+        assert len({s.cuda_stream for s in high}) == 32
+        assert not {s.cuda_stream for s in high} & set(handles)
+        assert torch.cuda.Stream(priority=-3).priority == -3
+        assert torch.cuda.Stream(priority=-9).priority == -3, "the highest there is"
+        assert torch.cuda.Stream.priority_range() == (0, -3)
+        s = high[0]
+        same = torch.cuda.Stream(stream_id=s.stream_id, device_index=s.device_index, device_type=s.device_type)
+        assert same == s
+        assert (same.cuda_stream, same.priority) == (s.cuda_stream, -1)
+        with pytest.raises(RuntimeError, match="invalid device ordinal"):
+            torch.cuda.Stream(stream_id=s.stream_id, device_index=1, device_type=s.device_type)
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+def in_thread(program: Callable[[], object]) -> Callable[[], None]:
+    """The program in a thread that has ended afterwards."""
+
+    def run() -> None:
+        thread = threading.Thread(target=program)
+        thread.start()
+        thread.join()
+
+    return run
+
+
+def test_workspaces_of_cublas_are_of_the_threads_that_took_them_on_the_card() -> None:
+    """A second thread takes one, a third that comes after it none; the thread of backward passes has its own."""
+    with h100() as device:
+        side = torch.cuda.Stream()
+        w = torch.ones(512, 512, device="cuda", requires_grad=True)
+        v = torch.ones(300, 512, device="cuda", requires_grad=True)
+        (v * 3).square().mean().backward()  # which started autograd's thread
+
+        def product() -> None:
+            w.detach() @ w.detach()
+
+        def on_side() -> None:
+            with torch.cuda.stream(side):
+                product()
+
+        product()
+        assert asked(device, product) == recorded("product again")
+        assert asked(device, in_thread(product)) == recorded("thread 1")
+        assert asked(device, in_thread(product)) == recorded("thread 2")
+        assert asked(device, on_side) == recorded("side")
+        layer = torch.nn.Linear(512, 512).cuda()
+        assert asked(device, lambda: layer(v.detach())) == recorded("lt first")
+        assert asked(device, lambda: layer(v.detach())) == recorded("lt again")
+        assert asked(device, in_thread(lambda: layer(v.detach()))) == recorded("lt thread")
+        assert not [op for op in device.estimated if "cuBLAS" in op]
+        workspace = 32 * 2**20
+        events = asked(device, lambda: layer(v).sum().backward())
+        assert events.count(("alloc", workspace, 0)) == recorded("backward thread").count(("alloc", workspace, 0)) == 1
+        assert not [op for op in device.estimated if "cuBLAS" in op]
+
+
+def test_what_depends_on_which_thread_is_first_is_estimated() -> None:
+    def product() -> None:
+        x = torch.ones(8, 8, device="cuda")
+        x @ x
+        both.wait()
+
+    both = threading.Barrier(2)
+    with h100() as device:
+        threads = [threading.Thread(target=product) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "cuBLAS workspaces of threads that run at once" in device.estimated
+        x = torch.ones(8, 8, device="cuda", requires_grad=True)
+        (x @ x).sum().backward()
+        assert "cuBLAS workspace of backward passes after threads" in device.estimated

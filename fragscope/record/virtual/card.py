@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.backward import BackwardPass, GraphStreams
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.cublas import Cublas
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_RECORDED, LT_WORKSPACE, gemm_workspace
 from fragscope.record.virtual.pinned import Pinned
 from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
@@ -63,8 +63,7 @@ class VirtualCard:
         self.refused: dict[str, tuple[int, str]] = {}
         self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
-        self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
-        self._gemm_thread = 0  # the program's first that multiplied matrices
+        self._cublas = Cublas(lambda: self.card.capability, self.allocate, self.estimate)
         self._graphs = GraphStreams(self.estimate, self._wait_for, self.record_stream)
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
@@ -232,25 +231,13 @@ class VirtualCard:
             self.memory.free(id_)
 
     def take_gemm_workspace(self, *, adds_bias: bool = False) -> None:
-        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept.
+        """Take what a matrix product takes besides its result and keeps: workspaces of cuBLAS."""
+        self._cublas.take(self.stream, adds_bias=adds_bias)
 
-        cuBLASLt, which adds a bias in the same kernel, has another one besides. On a card backward passes run in a
-        thread of their own, which has its own of both (recorded for ``linear_forward_backward``). So has every thread
-        of the program's own, less what it takes over from threads that ended: of those the first is followed.
-        """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if not in_backward:
-            self._gemm_thread = self._gemm_thread or threading.get_ident()
-            if self._gemm_thread != threading.get_ident():
-                self.estimate("cuBLAS workspace of another thread")
-        user = self.stream, in_backward
-        capability = self.card.capability
-        if ("cuBLAS", *user) not in self.gemm_workspaces:
-            if capability not in GEMM_RECORDED:
-                self.estimate("cuBLAS workspace")
-            self.gemm_workspaces["cuBLAS", *user] = self.allocate(gemm_workspace(capability)) or 0
-        if adds_bias and ("cuBLASLt", *user) not in self.gemm_workspaces:
-            self.gemm_workspaces["cuBLASLt", *user] = self.allocate(LT_WORKSPACE) or 0
+    @property
+    def gemm_workspaces(self) -> Collection[object]:
+        """The workspaces that cuBLAS holds."""
+        return self._cublas.workspaces
 
     # --- order of work --------------------------------------------------------------------------------------------
 
@@ -280,6 +267,7 @@ class VirtualCard:
     def backward(self, roots: Iterable[Any]) -> Iterator[None]:
         """While autograd runs a backward pass in the running thread, from tensors or edges of the graph."""
         outer = self._thread.running
+        self._cublas.backward()
         with self._graphs.running(roots, self.stream, nested=outer is not None) as running:
             self._thread.running = running
             try:

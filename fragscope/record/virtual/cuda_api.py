@@ -23,6 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.libraries_api import replace_libraries
 from fragscope.record.virtual.memory_api import Memory
 from fragscope.record.virtual.pools_api import Pools
 from fragscope.record.virtual.streams_api import Streams
@@ -90,6 +91,7 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
             module = getattr(torch.cuda, group, None)
             for name in (*_functions(module), *(n for n in _JITERATOR if hasattr(module, n))):
                 replace(module, name, api.refuse(f"torch.cuda.{group}.{name}"))
+        replace_libraries(device, replace)
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
         replace(torch._C, "_scatter", api.scatter, create=True)
@@ -151,7 +153,17 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Generator(torch.Generator):
+class _GeneratorType(type(torch.Generator)):  # type: ignore[misc]
+    """Generators from before the device are instances of what takes the class's place."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _RealGenerator)
+
+
+_RealGenerator = torch.Generator
+
+
+class _Generator(torch.Generator, metaclass=_GeneratorType):
     """A generator that may say it is on the card; the numbers are nobody's business."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
@@ -255,6 +267,7 @@ class _Cuda:
 
     def __init__(self, device: VirtualCard) -> None:
         self.device = device
+        self._seed = self._sync_debug_mode = 0
 
     def refuse(self, what: str, why: str = "") -> Callable[..., Any]:
         """A stand-in for something the virtual device does not do."""
@@ -515,10 +528,14 @@ class _Cuda:
         """There are no driver calls to fail."""
 
     def get_sync_debug_mode(self) -> int:
-        return 0
+        return self._sync_debug_mode
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
-        """Nothing waits."""
+        """Is remembered; nothing warns."""
+        named = {"default": 0, "warn": 1, "error": 2}
+        if isinstance(mode, str) and mode not in named:
+            raise RuntimeError("invalid value of debug_mode, expected one of `default`, `warn`, `error`")
+        self._sync_debug_mode = named[mode] if isinstance(mode, str) else mode
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         self.check(device)
@@ -546,7 +563,8 @@ class _Cuda:
         return [f"sm_{major}{minor}"]
 
     def is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return self.device.card.capability[0] >= 8
+        """Every card can hold such numbers, older ones compute in others."""
+        return including_emulation or self.device.card.capability[0] >= 8
 
     def can_device_access_peer(self, device: Any, peer: Any) -> bool:
         return False
@@ -557,7 +575,8 @@ class _Cuda:
     # --- random numbers: nobody sees them -------------------------------------------------------------------------
 
     def manual_seed(self, seed: int) -> None:
-        """No numbers are drawn."""
+        """Is remembered; nobody sees the numbers."""
+        self._seed = int(seed)
 
     manual_seed_all = manual_seed
 
@@ -574,7 +593,7 @@ class _Cuda:
         """No numbers are drawn."""
 
     def initial_seed(self) -> int:
-        return 0
+        return self._seed
 
     def seed(self) -> None:
         """No numbers are drawn."""

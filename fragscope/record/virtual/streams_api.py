@@ -15,7 +15,9 @@ from fragscope.record.virtual.card_memory import Recorded
 
 _CUDA = 1  # of c10::DeviceType
 _FIRST_HANDLE = 0x5500_0000_1000
+_APART = 0x1000
 _PRIORITIES = 4
+"""Priorities there are, downwards from 0: ``max_compile_time_stream_priorities`` in c10/cuda/CUDAStream.h."""
 _OF_A_PRIORITY = 32
 """Streams there are of each priority: ``kStreamsPerPool`` in c10/cuda/CUDAStream.cpp."""
 
@@ -26,13 +28,22 @@ class Stream:
     _api: Streams  # set on the subclass that belongs to one virtual device
     device_type = _CUDA
 
-    def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
-        self._api.device.check_index(device)
+    def __init__(
+        self,
+        device: Any = None,
+        priority: int = 0,
+        *,
+        stream_id: int | None = None,
+        device_index: int | None = None,
+        _handle: int | None = None,
+        **_: Any,
+    ) -> None:
+        self._api.device.check_index(device if device_index is None else device_index)
         if _handle is None:
-            _handle = self._api.next_handle(priority)
+            _handle = self._api.next_handle(priority) if stream_id is None else stream_id
         self.cuda_stream = self.native_handle = _handle
         self.stream_id = _handle
-        self.priority = priority
+        self.priority = _priority(_handle)
         self.device = torch.device("cuda", 0)
         self.device_index = 0
         self._asked: Recorded | None = None
@@ -88,7 +99,7 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        return 0, -5
+        return 0, 1 - _PRIORITIES
 
 
 class Event:
@@ -157,6 +168,12 @@ class StreamContext:
             self._api.pop()
 
 
+def _priority(handle: int) -> int:
+    """The priority of a stream by its handle; 0 for those that the program made elsewhere."""
+    number = (handle - _FIRST_HANDLE) // _APART
+    return -(number // _OF_A_PRIORITY) if 0 <= number < _PRIORITIES * _OF_A_PRIORITY else 0
+
+
 class Streams:
     """Streams of one virtual device; what NAMES lists replaces the function of its name."""
 
@@ -187,7 +204,7 @@ class Streams:
             raise RuntimeError(f"Expected cuda stream priority to be less than or equal to 0, got {priority}")
         pool = min(-priority, _PRIORITIES - 1)
         number = pool * _OF_A_PRIORITY + next(self._made[pool]) % _OF_A_PRIORITY
-        handle = _FIRST_HANDLE + number * 0x1000
+        handle = _FIRST_HANDLE + number * _APART
         self.memory.ordering.independent(handle)
         return handle
 
