@@ -362,11 +362,22 @@ class VirtualCard:
         """The host waits for the current stream, as in every blocking copy.
 
         Raises:
-            RuntimeError: the stream is only captured; as CUDA does.
+            torch.AcceleratorError: the stream is only captured.
+        """
+        self.not_captured()
+        self.memory.finished(self.stream)
+
+    def not_captured(self, call: str = "") -> None:
+        """Refuse what waits for work that is only captured, and so is never done.
+
+        Raises:
+            torch.AcceleratorError: as CUDA does.
         """
         if self.scopes.is_captured(self.stream):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        self.memory.finished(self.stream)
+            self.scopes.broken(self.stream)
+            raise torch.AcceleratorError(
+                f"CUDA error: operation not permitted when stream is capturing{f' ({call})' if call else ''}"
+            )
 
     def observe(self, what: str) -> None:
         """The program reads memory state."""

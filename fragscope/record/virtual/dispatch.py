@@ -18,6 +18,7 @@ from fragscope.record.virtual.footprints import (
     scratch,
 )
 from fragscope.record.virtual.inference import Inference
+from fragscope.record.virtual.overlaps import check_overlaps
 from fragscope.record.virtual.storages import Entry, Place
 from fragscope.record.virtual.traits import Trait, tensors_in
 
@@ -91,6 +92,8 @@ class DispatchMode(TorchDispatchMode):
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(in {name})"
             )
+        if trait.is_checked:
+            check_overlaps(trait.written(args, kwargs), tensors_in((*args, *kwargs.values())))
         if on_host and real:
             args, kwargs = _to_meta(args), {k: _to_meta(v) for k, v in kwargs.items()}
         try:
@@ -137,6 +140,8 @@ class DispatchMode(TorchDispatchMode):
             result = device.values.number(tensors[0])
         elif result is None and name == "aten::masked_select":
             result = self._chosen(*tensors)
+        elif result is None and name == "aten::repeat_interleave" and kwargs.get("output_size") is not None:
+            result = torch.empty(kwargs["output_size"], dtype=tensors[0].dtype, device=_META)
         if result is None:
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
@@ -243,6 +248,8 @@ class DispatchMode(TorchDispatchMode):
             raise RuntimeError(
                 f"output with shape {list(dst.shape)} doesn't match the broadcast shape {list(broadcast)}"
             )
+        if dst is not src:
+            check_overlaps([dst], [src])
         self._device.launched(func._schema.name, [src], [dst])
         to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
         if to_card != from_card:

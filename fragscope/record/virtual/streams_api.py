@@ -69,7 +69,7 @@ class Stream:
         return ctypes.c_void_p(self.cuda_stream)
 
     def synchronize(self) -> None:
-        self._api.not_captured("cudaStreamSynchronize")
+        self._api.device.not_captured("cudaStreamSynchronize")
         self._api.memory.finished(self.cuda_stream)
 
     def wait_stream(self, stream: Stream) -> None:
@@ -116,7 +116,7 @@ class Event:
         self._recorded, self._asked = self._api.memory.record_event(self._handle(stream)), False
 
     def synchronize(self) -> None:
-        self._api.not_captured("cudaEventSynchronize")
+        self._api.device.not_captured("cudaEventSynchronize")
         if self._recorded is not None:
             self._api.memory.finished_event(self._recorded)
 
@@ -208,18 +208,9 @@ class Streams:
         self.memory.ordering.independent(handle)
         return handle
 
-    def not_captured(self, call: str) -> None:
-        """Refuse what waits for a stream that is only captured.
-
-        Raises:
-            RuntimeError: as CUDA does.
-        """
-        if self.device.scopes.is_captured(self.device.stream):
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({call})")
-
     def synchronize(self, device: Any = None) -> None:
         self.device.check_index(device)
-        self.not_captured("cudaDeviceSynchronize")
+        self.device.not_captured("cudaDeviceSynchronize")
         self.memory.finished()
 
     def current_stream(self, device: Any = None) -> Stream:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
+from fragscope.record.virtual.overlaps import UNCHECKED
 from fragscope.record.virtual.value_rules import FILLED
 
 _DATA_DEPENDENT = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
@@ -49,6 +50,7 @@ class Trait:
             tensors.
         is_known: its allocations on a card are known.
         is_mutable: it writes to an argument.
+        is_checked: it refuses to write where elements, or an input, overlap.
         is_gemm: it runs in cuBLAS.
         order: the order its outputs are allocated in, where it is not that of the results.
         writes_only: it returns nothing: all it does is write to its arguments.
@@ -59,8 +61,8 @@ class Trait:
     """
 
     __slots__ = (
-        "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_composite", "is_gemm",
-        "is_known", "is_mutable", "is_view", "needs_values", "order", "writes_only",
+        "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_checked",
+        "is_composite", "is_gemm", "is_known", "is_mutable", "is_view", "needs_values", "order", "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -72,6 +74,7 @@ class Trait:
         self._unmarked = _WRITTEN_UNMARKED.get(schema.name, frozenset())
         self._training = _TRAINING.get(schema.name)
         self.is_mutable = schema.is_mutable or bool(self._unmarked)
+        self.is_checked = schema.is_mutable and torch.Tag.pointwise in func.tags and schema.name not in UNCHECKED
         self.is_gemm = schema.name in GEMMS
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns
