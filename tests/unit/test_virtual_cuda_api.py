@@ -449,3 +449,12 @@ def test_versions_that_nobody_has_read_are_not_made_up():
         for version in (torch.backends.cudnn.version, torch.cuda.nccl.version):
             with pytest.raises(UnsupportedError, match=r"is not known for torch 2\.10"):
                 version()
+
+
+def test_a_snapshot_looks_at_what_is_held_once(card, monkeypatch):
+    held = [torch.ones(2**22, device="cuda") for _ in range(8)]
+    asked = []
+    whole = card.memory.requested_by_address
+    monkeypatch.setattr(card.memory, "requested_by_address", lambda: (asked.append(None), whole())[1])
+    assert len(torch.cuda.memory_snapshot()) == len(held) > 1
+    assert len(asked) == 1

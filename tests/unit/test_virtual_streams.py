@@ -81,9 +81,11 @@ def test_backward_passes_run_on_the_streams_of_their_forward_passes() -> None:
         for name, program in (("two streams", two), ("called on side", called_on_side)):
             w.grad = v.grad = None
             assert asked(device, program, without=REDUCTION) == recorded(name, without=REDUCTION)
-            waiting = len(device.memory._uses)
-            assert waiting == len(deferred(name)) == 1, "a gradient that another stream than its own took"
+            before = len(device.memory.requests.finish())
             torch.cuda.synchronize()
+            kinds = device.memory.requests.finish().kind[before:].tolist()
+            waited = kinds.count(RequestKind.USES_DONE)
+            assert waited == len(deferred(name)) == 1, "a gradient that another stream than its own took"
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
