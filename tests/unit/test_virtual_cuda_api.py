@@ -446,8 +446,11 @@ def test_libraries_of_a_build_for_cuda_are_there():
 
 def test_versions_that_nobody_has_read_are_not_made_up():
     with h100(torch="2.10.0"):
+        assert torch.backends.cudnn.version() == 91002, "nvidia-cudnn-cu12==9.10.2.21"
+        assert torch.cuda.nccl.version() == (2, 27, 5), "nvidia-nccl-cu12==2.27.5"
+    with h100(torch="2.99.0"):
         for version in (torch.backends.cudnn.version, torch.cuda.nccl.version):
-            with pytest.raises(UnsupportedError, match=r"is not known for torch 2\.10"):
+            with pytest.raises(UnsupportedError, match=r"is not known for torch 2\.99"):
                 version()
 
 
