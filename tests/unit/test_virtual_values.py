@@ -29,6 +29,12 @@ KNOWN: dict[str, Make] = {
     "float quotient": lambda d: floats(d) / torch.tensor(3.0, device=d),
     "quotient of integers": lambda d: torch.arange(7, device=d) / torch.tensor([3], device=d),
     "quotient by a power of two": lambda d: floats(d) / 4 + torch.arange(4, device=d) / torch.tensor(-0.5),
+    "whole quotient": lambda d: floats(d, 7.0, -7.0, 0.3, -0.0, 12345.6) // 0.1,
+    "whole quotient by the card": lambda d: floats(d, 7.0, -7.0).div(torch.tensor(2.5, device=d), rounding_mode="floor"),
+    "whole quotient in place": lambda d: torch.arange(9.0, device=d).sub_(4).floor_divide_(3),
+    "rounded quotient by the card": lambda d: torch.div(floats(d), torch.tensor(3.0, device=d), rounding_mode="trunc"),
+    "rest": lambda d: floats(d, 7.0, -7.0, 0.3) % 0.1,
+    "rest of C": lambda d: torch.fmod(floats(d, 7.0, -7.0, 0.3), -3),
     "difference from a number": lambda d: torch.rsub(floats(d), 1.0),
     "float difference": lambda d: floats(d, dtype=torch.float64) - 0.1,
     "conversion to bfloat16": lambda d: floats(d).to(torch.bfloat16),
@@ -70,8 +76,13 @@ UNKNOWN: dict[str, Make] = {
     "sum of floats": lambda d: floats(d).sum(),
     "mean": lambda d: floats(d).mean(),
     "exp": lambda d: floats(d).exp(),
-    "quotient by a number": lambda d: floats(d) / 3,
-    "quotient by a number of the host": lambda d: torch.arange(7, device=d).div(torch.tensor(3)),
+    "quotient by a number that float32 does not hold": lambda d: floats(d) / 0.1,
+    "rounded quotient by a number": lambda d: torch.div(floats(d), 3, rounding_mode="trunc"),
+    "whole quotient, large": lambda d: floats(d, 1e9) // 3,
+    "whole quotient of no number": lambda d: floats(d, NAN, INF) // 3,
+    "whole quotient by zero": lambda d: floats(d) // 0,
+    "rest, of a large number": lambda d: floats(d, 1e9) % 3,
+    "bfloat16 quotient": lambda d: floats(d, dtype=torch.bfloat16) / 3,
     "scaled difference": lambda d: torch.sub(floats(d), floats(d), alpha=0.3),
     "scaled difference from a number": lambda d: torch.rsub(floats(d), 1.0, alpha=0.3),
     "bfloat16 product": lambda d: floats(d, dtype=torch.bfloat16) * 3,
@@ -121,6 +132,34 @@ def test_what_a_card_might_compute_otherwise_is_unknown(make: Make) -> None:
         assert device.values.of(tensor) is None
         with pytest.raises(UnsupportedError):
             tensor.flatten()[0].item()
+
+
+QUOTIENTS = {
+    3: (66665, 66665), 5: (39999, 66900), 7: (108530, 71679), 10: (39999, 66900), 49: (51536, 107704),
+    100: (55841, 27866), 1000: (113234, 26651), 4: (0, 0),
+}  # fmt: skip
+"""Of the whole numbers below 200,000 divided by one of the host: how many quotients an H100 (torch 2.11) and the host
+round to other floats, of float32 and of float64. A power of two has an exact reciprocal."""
+
+
+@pytest.mark.parametrize(("divisor", "differ"), QUOTIENTS.items())
+def test_quotients_by_a_number_of_the_host_are_those_of_a_card(
+    divisor: int, differ: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("LARGEST", "LARGEST_OF_FLOATS"):
+        monkeypatch.setattr(f"fragscope.record.virtual.values.{limit}", 2**22)
+    x = torch.arange(200_000)
+    ways: tuple[Make, ...] = (
+        lambda t: t / divisor,
+        lambda t: t.div(torch.tensor(divisor)),
+        lambda t: t.float().div_(divisor),
+        lambda t: torch.div(t, divisor, out=torch.zeros_like(t, dtype=torch.float32)),
+    )
+    with h100():
+        on_card = x.cuda()
+        for way in ways:
+            assert int((way(on_card).cpu() != way(x)).sum()) == differ[0]
+        assert int(((on_card.double() / divisor).cpu() != x.double() / divisor).sum()) == differ[1]
 
 
 def test_views_and_writes_share_values() -> None:

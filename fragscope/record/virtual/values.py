@@ -20,7 +20,7 @@ import torch
 from fragscope.errors import UsageError
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.traits import tensors_in
-from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
+from fragscope.record.virtual.value_rules import FILLED, Rule, evaluated, may_compute, representable, rule_of, settled
 from fragscope.units import KIB, MIB, format_bytes
 
 LARGEST = MIB
@@ -256,7 +256,7 @@ class Values:
             for tensor in tensors_in((host, list(kwargs.values()))):
                 if tensor.device.type != "cpu":
                     return False
-            result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
+            result = settled(func, host, kwargs, evaluated(func, args, host, self._for_host(kwargs)))
         except Exception:  # what fails here may fail on a card in its own way, or not at all
             return False
         results = list(result) if isinstance(result, list | tuple) else [result] if outputs else []
