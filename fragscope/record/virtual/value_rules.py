@@ -170,8 +170,7 @@ def evaluated(func: Any, args: tuple[Any, ...], host: tuple[Any, ...], kwargs: d
         dtype = torch.get_default_dtype()
     reciprocal = 1 / torch.tensor(number, dtype=dtype)
     product = dividend.to(dtype) * reciprocal
-    out = dividend if name == "aten::div_" else kwargs.get("out")
-    return product if out is None else out.copy_(product)
+    return dividend.copy_(product) if name == "aten::div_" else product
 
 
 def settled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
