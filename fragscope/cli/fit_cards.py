@@ -369,10 +369,8 @@ def _cell(a: Answer) -> str:
     from fragscope.units import mib
 
     best = a.best
-    if a.runs is None:
-        return "?"
-    if best is None:
-        return "no"
+    if best is None or a.found is None:
+        return "?" if a.runs is None else "no"
     return f"{'' if a.exact else '~'}{mib(best.room or 0)}{'' if best is a.found.first else ' c'}"
 
 

@@ -30,7 +30,7 @@ PATH_VARIABLE = "FRAGSCOPE_IMPORT_PATH"
 
 _LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 """Bytes of a temporary folder's path in which multiprocessing's sockets fit: ``sun_path`` of unix(7) holds 107."""
-_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - a folder of one's own is made in the first that works
 
 
 class Job:

@@ -720,18 +720,18 @@ def test_functions_whose_question_is_answered_see_their_module_as_it_is_now():
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_gradient_that_waits_for_its_move_lives_no_longer_than_its_tensor(card, in_thread):
-    p = nn.Parameter(torch.ones(1000))
-    p.grad = torch.ones(1000)
-    p.data = p.data.cuda()
-    assert p.grad is not None
-    assert p.grad.device.type == "cpu", "it is kept beside until it moves, too"
-    seen = []
+    held = [nn.Parameter(torch.ones(1000))]
+    held[0].grad = torch.ones(1000)
+    held[0].data = held[0].data.cuda()
+    assert held[0].grad is not None
+    assert held[0].grad.device.type == "cpu", "it is kept beside until it moves, too"
+    gone = weakref.ref(held[0].grad)
     if in_thread:
-        thread = threading.Thread(target=lambda: seen.append(p.grad))
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(held[0].grad is gone()))
         thread.start()
         thread.join()
-        assert seen[0] is p.grad
-    gone = weakref.ref(p.grad)
-    del p, seen
+        assert seen == [True]
+    held.clear()
     assert gone() is None
     assert live(card) == 0

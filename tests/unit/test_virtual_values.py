@@ -30,7 +30,9 @@ KNOWN: dict[str, Make] = {
     "quotient of integers": lambda d: torch.arange(7, device=d) / torch.tensor([3], device=d),
     "quotient by a power of two": lambda d: floats(d) / 4 + torch.arange(4, device=d) / torch.tensor(-0.5),
     "whole quotient": lambda d: floats(d, 7.0, -7.0, 0.3, -0.0, 12345.6) // 0.1,
-    "whole quotient by the card": lambda d: floats(d, 7.0, -7.0).div(torch.tensor(2.5, device=d), rounding_mode="floor"),
+    "whole quotient by the card": lambda d: torch.div(
+        floats(d, 7.0, -7.0), torch.tensor(2.5, device=d), rounding_mode="floor"
+    ),
     "whole quotient in place": lambda d: torch.arange(9.0, device=d).sub_(4).floor_divide_(3),
     "rounded quotient by the card": lambda d: torch.div(floats(d), torch.tensor(3.0, device=d), rounding_mode="trunc"),
     "rest": lambda d: floats(d, 7.0, -7.0, 0.3) % 0.1,
@@ -461,3 +463,75 @@ def test_inference_mode_asks_for_the_same_memory() -> None:
             return requests.size[requests.kind == RequestKind.ALLOC].tolist()
 
     assert sizes(torch.inference_mode) == sizes(torch.no_grad)
+
+
+def _whole(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return h.copy_(x)
+
+
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "a copy": _whole,
+    "a copy of a copy": lambda h, x: h.copy_(x.cpu()),
+    "a copy into a part": lambda h, x: h[0].copy_(x[0]),
+    "assignment": lambda h, x: h.__setitem__(0, x[0]),
+    "addition": lambda h, x: h.add_(x.cpu()),
+    "output argument": lambda h, x: torch.add(h, x.cpu(), out=h),
+    "a copy that does not wait": lambda h, x: h.copy_(x, non_blocking=True),
+    "lists of tensors": lambda h, x: torch._foreach_add_([h], [x.cpu()]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_tensor_of_the_host_that_is_written_with_unknown_values_is_unknown(
+    write: Callable[[torch.Tensor, torch.Tensor], object],
+) -> None:
+    """Its shape is known, and what is computed of it; no number that it held before is handed out."""
+    with h100() as device:
+        x, h = torch.rand(4, 4, device="cuda"), torch.ones(4, 4)
+        alias = h[0]
+        write(h, x)
+        assert h.device.type == "cpu"
+        assert (h + 1).shape == (4, 4)
+        assert h.cuda().is_cuda
+        assert (x * h.sum()).is_cuda, "a card takes numbers of the host"
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            x + h
+        for read in (
+            h.sum().item,
+            alias[0].item,
+            h[0, 0].__float__,
+            (h > 0).all().__bool__,
+            h.tolist,
+            h.numpy,
+            torch.full((4,), 7.0, device="cuda").fill_(h[0, 0])[0].item,
+            torch.zeros(4, 4, device="cuda").copy_(h)[0, 0].item,
+        ):
+            with pytest.raises(UnsupportedError, match=r"(those of|at) .*rand"):
+                read()
+        assert not device.estimated
+        h.zero_()
+        assert h.sum().item() == 0
+        assert alias[0].item() == 0
+        write(h, x)
+        h.copy_(torch.arange(16.0).view(4, 4))
+        assert alias.tolist() == [0, 1, 2, 3]
+        write(h, x)
+        h.copy_(torch.arange(16.0, device="cuda").view(4, 4))
+        assert alias.tolist() == [0, 1, 2, 3]
+
+
+def test_memory_that_others_read_is_not_written_with_unknown_values() -> None:
+    with h100():
+        h = torch.ones(4)
+        seen = h.numpy()
+        with pytest.raises(UnsupportedError, match="NumPy"):
+            h.copy_(torch.rand(4, device="cuda"))
+        assert seen.tolist() == [1, 1, 1, 1]
+        h.copy_(torch.arange(4.0, device="cuda"))
+        assert seen.tolist() == [0, 1, 2, 3]
+
+
+def test_copies_into_the_host_are_held_to_their_shapes() -> None:
+    said = r"output with shape \[3\] doesn't match the broadcast shape \[2, 3\]"
+    with h100(), pytest.raises(RuntimeError, match=said):
+        torch.empty(3).copy_(torch.rand(2, 3, device="cuda"))

@@ -55,5 +55,5 @@ def _overlap_in_part(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _bytes(dense: torch.Tensor) -> tuple[int, int]:
-    begin = dense.storage_offset() * dense.itemsize
-    return begin, begin + dense.numel() * dense.itemsize
+    begin = int(dense.storage_offset()) * dense.itemsize
+    return begin, begin + int(dense.numel()) * dense.itemsize

@@ -89,10 +89,11 @@ class Values:
     def on_host(self, value: Any) -> Any:
         """An argument with tensors of known values in place of followed ones."""
         if isinstance(value, torch.Tensor):
-            entry = self._storages.find(value) if value.device.type == "meta" else None
+            is_followed = value.device.type == "meta" or self._storages.has_lost
+            entry = self._storages.find(value) if is_followed else None
             if entry is None:
                 return value
-            return value if entry.values is None else _view(value, entry.values)
+            return value.to("meta") if entry.values is None else _view(value, entry.values)
         if isinstance(value, list | tuple):
             return type(value)(self.on_host(v) for v in value)
         return value
