@@ -79,10 +79,10 @@ class WorkerServer:
         """Start from a fresh server, and leave none behind."""
         # One that is left from an earlier run in this process holds that run's scenario files.
         _end_server()
-        self._context.set_forkserver_preload(["fragscope.suite.preload"])
-        os.environ[PRELOAD_VARIABLE] = self._preload
-        os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
         with _room_for_sockets():
+            self._context.set_forkserver_preload(["fragscope.suite.preload"])
+            os.environ[PRELOAD_VARIABLE] = self._preload
+            os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
             try:
                 yield self
             finally:

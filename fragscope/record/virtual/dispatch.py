@@ -128,7 +128,7 @@ class DispatchMode(TorchDispatchMode):
         else:
             _follow_host(storages, out)
             if trait.is_mutable:
-                out = self._lost(func, trait.written(given, given_by_name), out)
+                out = self._lost(trait.written(given, given_by_name), out)
         if trait.is_view:
             return out
         written = trait.written(args, kwargs) if trait.is_mutable else ()
@@ -167,7 +167,7 @@ class DispatchMode(TorchDispatchMode):
             return made[0]
         return tuple(made) if isinstance(result, tuple) else result
 
-    def _lost(self, func: Any, written: list[torch.Tensor], out: Any) -> Any:
+    def _lost(self, written: list[torch.Tensor], out: Any) -> Any:
         """What an operator returns that wrote what nobody knows into real tensors of the host: these themselves."""
         for tensor in written:
             if tensor.device.type == "cpu":
