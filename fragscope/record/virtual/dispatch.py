@@ -48,13 +48,16 @@ class DispatchMode(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             if not is_accumulation(func):
                 return self._run(func, args, dict(kwargs or {}))
-            if self._device.storages.place(args[0]) is Place.CARD:
-                self._device.estimate("accumulation of gradients")
             with self._device.summing_gradients():
-                return self._run(ADD_IN_PLACE if is_in_place(args[0]) else func, args, dict(kwargs or {}))
+                return self._run(func, args, dict(kwargs or {}))
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
+        if is_accumulation(func):
+            if storages.place(args[0]) is Place.CARD:
+                device.estimate("accumulation of gradients")
+            if is_in_place(args[0]):
+                func = ADD_IN_PLACE
         on_card, on_host, real, entries = _sort(storages, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
