@@ -49,7 +49,8 @@ def replace_libraries(device: VirtualCard, replace: Callable[[Any, str, Any], No
     replace(cudnn.m, "version", version("cuDNN", 0))
     replace(torch._C, "_has_cusparselt", True)
     replace(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    replace(torch.cuda.nccl, "version", version("NCCL", 1))
+    if hasattr(torch.cuda, "nccl"):
+        replace(torch.cuda.nccl, "version", version("NCCL", 1))
     if torch.distributed.is_available():
         # Not in distributed_c10d: its code then asks for classes that a build without NCCL does not have.
         replace(torch.distributed, "is_nccl_available", lambda: True)
