@@ -417,9 +417,9 @@ def test_kernels_of_triton_are_refused(tmp_path, monkeypatch):
 
 def test_libraries_of_a_build_for_cuda_are_there():
     """As torch 2.11.0+cu130 answers on an H100."""
-    before = torch.default_generator
+    before, cudnn = torch.default_generator, torch.backends.cudnn
+    own = cudnn.is_available()
     with h100():
-        cudnn = torch.backends.cudnn
         x = torch.ones(1).cuda()
         assert (cudnn.is_available(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, True, False, False)
         assert (cudnn.allow_tf32, cudnn.version(), cudnn.is_acceptable(x)) == (True, 91900, True)
@@ -440,8 +440,8 @@ def test_libraries_of_a_build_for_cuda_are_there():
         assert isinstance(generator, torch.Generator)
         assert isinstance(before, torch.Generator)
         assert not isinstance(3, torch.Generator)
-    assert not torch.backends.cudnn.is_available()
-    assert torch.backends.cudnn.version() is None
+    assert cudnn.is_available() is own
+    assert (cudnn.version() is None) is not own
 
 
 def test_versions_that_nobody_has_read_are_not_made_up():
