@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from fragscope.errors import (
     EXIT_NOT_MEASURED,
     EXIT_OVER_BUDGET,
     EXIT_PASS,
-    FragscopeError,
     InputFileError,
     NotMeasuredError,
     UsageError,
@@ -47,6 +47,7 @@ class Answer:
         found: None where it cannot be said.
         reason: why it cannot.
         estimated: operators whose memory is unknown, so that it may need more.
+        unsaid: confs that were asked for and of which nothing can be said, for ``reason``.
     """
 
     name: str
@@ -55,11 +56,14 @@ class Answer:
     found: OnCard | None
     reason: str = ""
     estimated: tuple[str, ...] = ()
+    unsaid: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool | None:
         """Whether it runs under any of the confs; None where that cannot be said."""
-        return None if self.found is None else self.found.best is not None
+        if self.best is not None:
+            return True
+        return None if self.found is None or self.unsaid else False
 
     @property
     def best(self) -> UnderConf | None:
@@ -77,7 +81,7 @@ class Answer:
         """What fails first, then what nobody knows, what needs another conf, and the least room."""
         best = self.best
         if best is None:
-            return (1, 0) if self.found is None else (0, 0)
+            return (1, 0) if self.runs is None else (0, 0)
         assert self.found is not None and best.room is not None
         return (2 if best is not self.found.first else 3, best.room)
 
@@ -148,7 +152,8 @@ class _Question:
         name: shown to people.
         subject: the trace; a sentence where it cannot be had.
         cards: to ask about.
-        measured_there: it is of the virtual card asked about, so that what it read of memory is what it would read.
+        measured_there: it is of the virtual card asked about, with the memory and the release asked about, so that
+            what it read of memory is what it would read.
         estimated: operators whose memory is unknown.
         conf: that it was recorded under, where there is no trace to ask.
     """
@@ -179,26 +184,23 @@ class _Question:
             return [Answer(self.name, card, self.conf, None, subject) for card in self.cards]
         own = subject.settings.conf
         wanted = different(confs or (own, "", _EXPANDABLE), subject)
-        known = self.measured_there and (not confs or own in confs)
-        if known:
-            wanted = [own]
         compiled = worth_compiling(len(self.cards) * len(wanted) * len(subject.tape.kind))
+        ask = partial(on_cards, subject, self.cards, compiled=compiled, only_until_it_runs=not confs)
+        as_recorded = [c for c in wanted if self.measured_there and len(different((own, c), subject)) == 1]
+        said, reason = wanted, ""
         try:
-            found = on_cards(
-                subject,
-                self.cards,
-                wanted,
-                assume_unchanged=assume_unchanged or known,
-                compiled=compiled,
-                only_until_it_runs=not confs,  # others may help, and are not asked for
-            )
+            found = ask(wanted, assume_unchanged=assume_unchanged)
         except UsageError as e:
-            reason = str(e).removeprefix(f"{subject.name}: ")
-            return [Answer(self.name, card, wanted[0], None, reason) for card in self.cards]
-        if known:
-            found = tuple(replace(on, confs=tuple(_as_recorded(c) for c in on.confs)) for on in found)
+            said, reason = as_recorded, str(e).removeprefix(f"{subject.name}: ")
+            if not said:
+                return [Answer(self.name, card, wanted[0], None, reason) for card in self.cards]
+            found = ask(said, assume_unchanged=True)
+        found = tuple(
+            replace(on, confs=tuple(_as_recorded(c) if c.conf in as_recorded else c for c in on.confs)) for on in found
+        )
+        unsaid = tuple(c for c in confs if c in wanted and c not in said)  # others may help, and are not asked for
         return [
-            Answer(self.name, card, wanted[0], on, estimated=self.estimated)
+            Answer(self.name, card, said[0], on, reason if unsaid else "", self.estimated, unsaid)
             for card, on in zip(self.cards, found, strict=True)
         ]
 
@@ -262,24 +264,22 @@ def _question(name: str, case: Case, cards: Sequence[Card], folder: Path, releas
     except (InputFileError, UsageError) as e:
         reason = e.reason if isinstance(e, InputFileError) else str(e)
         return _Question(name, printable(reason, 600), cards, conf=case.conf)
+    there_already = case.device == "virtual" and _recorded_on(cards[0], subject)
     subject = replace(subject, name=name)
     if case.any_card:  # a trace that names no card is not held to be of another one
         trace = replace(subject.tape.trace, card=None)
         subject = replace(subject, tape=replace(subject.tape, trace=trace))
     estimated = tuple(op.op for op in case.estimated_ops)
-    there_already = case.card == cards[0].name and case.device == "virtual" and _learned(subject)
     return _Question(name, subject, cards, there_already, estimated, case.conf)
 
 
-def _learned(subject: Subject) -> bool:
-    """Whether the program learned something about its memory, so that other memory might change its requests."""
-    from fragscope.search.fit import unchanged
+def _recorded_on(card: Card, subject: Subject) -> bool:
+    """Whether a trace is of that card with nothing else on it, under the rules that it is asked about."""
+    from fragscope.allocator import recorded_under
 
-    try:
-        unchanged(subject, assume_unchanged=False)
-    except FragscopeError:
-        return True
-    return False
+    recorded = recorded_under(subject.tape.trace)
+    where = recorded.card.name, recorded.card.total, recorded.capacity
+    return where == (card.name, card.total, card.free) and recorded.rules.rules == subject.settings.rules.rules
 
 
 # --- what is said -------------------------------------------------------------------------------------------------
@@ -312,6 +312,7 @@ def _answer_json(a: Answer) -> dict[str, Any]:
         "exact": a.exact,
         "estimated_ops": list(a.estimated),
         "reason": a.reason,
+        "unsaid": list(a.unsaid),
         "confs": [] if found is None else [asdict(c) for c in found.confs],
     }
 
@@ -368,10 +369,8 @@ def _cell(a: Answer) -> str:
     from fragscope.units import mib
 
     best = a.best
-    if a.found is None:
-        return "?"
-    if best is None:
-        return "no"
+    if best is None or a.found is None:
+        return "?" if a.runs is None else "no"
     return f"{'' if a.exact else '~'}{mib(best.room or 0)}{'' if best is a.found.first else ' c'}"
 
 
@@ -380,7 +379,7 @@ def _legend(answers: Sequence[Answer]) -> list[str]:
     marks = {
         "~": any(not a.exact for a in answers if a.best is not None),
         "c": any(a.best is not None and a.found is not None and a.best is not a.found.first for a in answers),
-        "?": any(a.found is None for a in answers),
+        "?": any(a.runs is None for a in answers),
     }
     said = {"~": "not exact", "c": "only under another conf", "?": "cannot be said"}
     words = [f"{mark} {said[mark]}" for mark, there in marks.items() if there]
@@ -420,6 +419,8 @@ def _why(a: Answer) -> Iterator[str]:
     if failure is not None:
         helps = "" if a.best is None else f"; runs with conf {a.best.conf or 'default'}"
         yield f", {a.conf or 'default'}: {'; '.join(failure_lines(failure))}{helps}"
+    if a.unsaid:
+        yield f", {', '.join(c or 'default' for c in a.unsaid)}: {a.reason}"
 
 
 def _granted(answers: Sequence[Answer]) -> list[str]:

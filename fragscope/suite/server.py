@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -20,11 +22,15 @@ from time import monotonic
 from types import ModuleType
 from typing import Any
 
-from fragscope.errors import FragscopeError
+from fragscope.errors import FragscopeError, UsageError
 
 PRELOAD_VARIABLE = "FRAGSCOPE_PRELOAD"
 PATH_VARIABLE = "FRAGSCOPE_IMPORT_PATH"
 """The import path of the process that starts the server, which Python does not hand on to it."""
+
+_LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of a temporary folder's path in which multiprocessing's sockets fit: ``sun_path`` of unix(7) holds 107."""
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - a folder of one's own is made in the first that works
 
 
 class Job:
@@ -73,15 +79,16 @@ class WorkerServer:
         """Start from a fresh server, and leave none behind."""
         # One that is left from an earlier run in this process holds that run's scenario files.
         _end_server()
-        self._context.set_forkserver_preload(["fragscope.suite.preload"])
-        os.environ[PRELOAD_VARIABLE] = self._preload
-        os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
-        try:
-            yield self
-        finally:
-            del os.environ[PRELOAD_VARIABLE], os.environ[PATH_VARIABLE]
-            self._context.set_forkserver_preload([])
-            _end_server()
+        with _room_for_sockets():
+            self._context.set_forkserver_preload(["fragscope.suite.preload"])
+            os.environ[PRELOAD_VARIABLE] = self._preload
+            os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
+            try:
+                yield self
+            finally:
+                del os.environ[PRELOAD_VARIABLE], os.environ[PATH_VARIABLE]
+                self._context.set_forkserver_preload([])
+                _end_server()
 
     def run(
         self, jobs: Sequence[Job], finished: Callable[[Job], Iterable[Job]], started: Callable[[Job], None]
@@ -128,6 +135,38 @@ class WorkerServer:
         job.process = process
         job.deadline = monotonic() + self._timeout
         return process.sentinel
+
+
+@contextlib.contextmanager
+def _room_for_sockets() -> Iterator[None]:
+    """A temporary folder of multiprocessing's whose path is short enough for its sockets, whatever ``TMPDIR`` is.
+
+    Raises:
+        UsageError: there is none.
+    """
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    usual = config.get("tempdir") or tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_FOLDER:
+        yield
+        return
+    for folder in _SHORT_FOLDERS:
+        try:
+            made = tempfile.mkdtemp(prefix="fragscope-", dir=folder)
+        except OSError:
+            continue
+        break
+    else:
+        raise UsageError(
+            f"the temporary folder is too long for sockets ({len(os.fsencode(usual))} bytes; {_LONGEST_FOLDER} fit), "
+            f"and nothing can be written to {', '.join(_SHORT_FOLDERS)}: set TMPDIR to a folder with a shorter path"
+        )
+    before = config.get("tempdir")
+    config["tempdir"] = made
+    try:
+        yield
+    finally:
+        config["tempdir"] = before
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _end(job: Job, finished: Callable[[Job], Iterable[Job]]) -> Iterable[Job]:

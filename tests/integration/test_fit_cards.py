@@ -252,6 +252,44 @@ def test_cases_of_a_run_are_held_against_cards(
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("otherwise", [["--capacity", "700 MiB"], ["--torch", "2.9"]], ids=lambda words: words[0])
+def test_a_case_of_other_memory_or_another_release_is_not_the_card_s_own(
+    otherwise: list[str], repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    (repository / "scenario_s.py").write_text(SCENARIO)
+    assert run(["run", "scenario_s.py", "--device", "virtual", "--no-report", "--card", "tiny", *otherwise]) in (0, 3)
+    capsys.readouterr()
+    asked = ["--torch", "2.11"] if otherwise[0] == "--torch" else []
+    value = answer(capsys, ".fragscope", "--card", "tiny", *asked, code=4)
+    found = {a["name"]: a for a in value["answers"]}
+    assert found["s/p/by-memory"]["runs"] is None, "it took half of what was free when it was recorded"
+    assert "torch.cuda.mem_get_info" in found["s/p/by-memory"]["reason"]
+    assert found["s/p/product"]["runs"] is True, "it asked for nothing of the kind"
+
+
+@pytest.mark.torch
+def test_a_conf_that_was_asked_for_is_not_left_out(
+    ran: dict[tuple[str, str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What read memory is known on its own card under its own conf only."""
+    other, own = "expandable_segments:True", ""
+    confs = ["--conf", other, "--conf", own]
+    value = answer(capsys, ".fragscope", "--card", "tiny", *confs)
+    found = {a["name"]: a for a in value["answers"]}["s/p/by-memory"]
+    assert (found["runs"], found["runs_under"], found["exact"], found["unsaid"]) == (True, own, True, [other])
+    assert "torch.cuda.mem_get_info" in found["reason"]
+    run(["fit", ".fragscope", "--card", "tiny", *confs])
+    assert f"s/p/by-memory on tiny, {other}: the program called torch.cuda.mem_get_info" in capsys.readouterr().out
+    value = answer(capsys, ".fragscope", "--card", "tiny", *confs, "--assume-unchanged")
+    found = {a["name"]: a for a in value["answers"]}["s/p/by-memory"]
+    assert [(c["conf"], c["runs"]) for c in found["confs"]] == [(other, True), (own, True)]
+    assert found["unsaid"] == []
+    only = answer(capsys, ".fragscope", "--card", "tiny", "--conf", other, code=4)
+    assert {a["name"]: a for a in only["answers"]}["s/p/by-memory"]["runs"] is None
+
+
+@pytest.mark.torch
 def test_results_of_strangers_lead_nowhere_else(
     ran: dict[tuple[str, str], Any], repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

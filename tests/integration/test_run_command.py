@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,6 +214,35 @@ def test_results_of_an_earlier_run_are_replaced_as_a_whole(folder: Path) -> None
     assert traces == {case["trace"]}
     assert not traces & before
     assert not (folder / "out" / "report.html").exists()
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    """``sun_path`` of unix(7) holds 107 bytes, and so would end the start of every worker."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    done = subprocess.run(
+        [*command("."), "small/one", "--no-report"],
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, "too long" in done.stderr) == (0, False)
+    assert len(cases_in(folder)) == 2
+
+
+def test_where_no_socket_fits_one_line_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr("fragscope.suite.server._SHORT_FOLDERS", (str(tmp_path / "none"),))
+    assert run(["run", ".", "small/one", "--device", "virtual"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "set TMPDIR to a folder with a shorter path" in said
 
 
 def test_a_closed_stdout_is_no_traceback(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -114,3 +115,46 @@ def test_threads_take_turns():
     assert card.allocator.now.allocated == 0
     assert sorted(kinds(card)) == ["ALLOC"] * 1200 + ["FREE"] * 1200
     assert replay(card.trace(), card.settings, verify=True).verify.mismatches == 0
+
+
+def test_frees_that_wait_are_looked_at_no_more_than_once() -> None:
+    """Twice as many cost twice as much: what waits for one stream is left alone when another is done."""
+
+    def lines(blocks: int) -> int:
+        card, count = memory(), 0
+        for _ in range(blocks):
+            id_ = card.alloc(512, 0, ())
+            card.record_stream(id_, 1)
+            card.free(id_)
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            for _ in range(blocks):
+                card.finished(2)
+            card.finished(1)
+        finally:
+            sys.settrace(None)
+        assert kinds(card).count("USES_DONE") == blocks
+        return count
+
+    few, many = lines(50), lines(100)
+    assert many < 2.5 * few
+
+
+def test_frees_that_wait_for_several_streams_are_over_in_their_order() -> None:
+    card = memory()
+    ids = [card.alloc(512, 0, ()) for _ in range(3)]
+    for id_, streams in zip(ids, [(1, 2), (2,), (1,)], strict=True):
+        for stream in streams:
+            card.record_stream(id_, stream)
+        card.free(id_)
+    event = card.record_event(2)
+    card.finished_event(event)
+    card.finished()
+    requests = card.requests.finish()
+    assert requests.id[requests.kind == RequestKind.USES_DONE].tolist() == [ids[1], ids[0], ids[2]]

@@ -420,3 +420,51 @@ def test_a_module_that_an_older_torch_lacks_is_left_out(monkeypatch, module):
     monkeypatch.delattr(torch.cuda, module, raising=False)
     with h100():
         assert torch.zeros(1, device="cuda").is_cuda
+
+
+def test_libraries_of_a_build_for_cuda_are_there():
+    """As torch 2.11.0+cu130 answers on an H100."""
+    before, cudnn = torch.default_generator, torch.backends.cudnn
+    own = cudnn.is_available()
+    with h100():
+        x = torch.ones(1).cuda()
+        assert (cudnn.is_available(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, True, False, False)
+        assert (cudnn.allow_tf32, cudnn.version(), cudnn.is_acceptable(x)) == (True, 91900, True)
+        assert not cudnn.is_acceptable(torch.ones(1))
+        assert torch.backends.cuda.is_flash_attention_available()
+        assert torch.distributed.is_nccl_available()
+        assert torch.cuda.nccl.version() == (2, 28, 9)
+        assert torch.backends.cusparselt.is_available()
+        assert torch.cuda.is_bf16_supported()
+        assert torch.cuda.is_bf16_supported(False)
+        assert type(torch.cuda.initial_seed()) is int
+        torch.cuda.manual_seed(7)
+        assert torch.cuda.initial_seed() == 7
+        assert torch.cuda.get_sync_debug_mode() == 0
+        torch.cuda.set_sync_debug_mode("warn")
+        assert torch.cuda.get_sync_debug_mode() == 1
+        (generator,) = torch.cuda.default_generators
+        assert isinstance(generator, torch.Generator)
+        assert isinstance(before, torch.Generator)
+        assert not isinstance(3, torch.Generator)
+    assert cudnn.is_available() is own
+    assert (cudnn.version() is None) is not own
+
+
+def test_versions_that_nobody_has_read_are_not_made_up():
+    with h100(torch="2.10.0"):
+        assert torch.backends.cudnn.version() == 91002, "nvidia-cudnn-cu12==9.10.2.21"
+        assert torch.cuda.nccl.version() == (2, 27, 5), "nvidia-nccl-cu12==2.27.5"
+    with h100(torch="2.99.0"):
+        for version in (torch.backends.cudnn.version, torch.cuda.nccl.version):
+            with pytest.raises(UnsupportedError, match=r"is not known for torch 2\.99"):
+                version()
+
+
+def test_a_snapshot_looks_at_what_is_held_once(card, monkeypatch):
+    held = [torch.ones(2**22, device="cuda") for _ in range(8)]
+    asked = []
+    whole = card.memory.requested_by_address
+    monkeypatch.setattr(card.memory, "requested_by_address", lambda: (asked.append(None), whole())[1])
+    assert len(torch.cuda.memory_snapshot()) == len(held) > 1
+    assert len(asked) == 1

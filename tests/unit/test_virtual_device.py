@@ -21,6 +21,7 @@ from torch.nn import functional  # noqa: E402
 from virtual_cards import h100, live  # noqa: E402
 
 from fragscope.errors import UsageError  # noqa: E402
+from fragscope.record.virtual.functions import _without_question  # noqa: E402
 from fragscope.trace import RequestKind  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -626,23 +627,6 @@ def test_threads_see_the_card(card):
     assert allocated() == 512 + 40 * 4096
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_matrix_products_of_a_second_thread_are_estimated(card, multiplies):
-    """A thread has a cuBLAS handle of its own (cuda/CublasHandlePool.cpp); a workspace is of handle and stream."""
-
-    def work():
-        x = torch.ones(8, 8, device="cuda", requires_grad=True)
-        (x @ x if multiplies or threading.current_thread() is threading.main_thread() else x + x).backward(x)
-
-    work()
-    work()
-    before = set(card.estimated)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert set(card.estimated) - before == ({"cuBLAS workspace of another thread"} if multiplies else set())
-
-
 def test_an_executor_from_before_sees_the_card():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
@@ -684,3 +668,70 @@ def test_there_are_32_streams_of_each_of_four_priorities(card):
     assert torch.cuda.Stream(priority=-5) == high[0]
     with pytest.raises(RuntimeError, match="less than or equal to 0, got 1"):
         torch.cuda.Stream(priority=1)
+
+
+PARTS = "some elements of the input tensor and the written-to tensor refer to a single memory location"
+ITSELF = "more than one element of the written-to tensor refers to a single memory location"
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("x[1:].copy_(x[:-1])", PARTS),
+        ("x[1:].add_(x[:-1])", PARTS),
+        ("torch.add(x[1:], 1, out=x[:-1])", PARTS),
+        ("x.view(torch.int32)[1:].copy_(x[:-1])", PARTS),
+        ("x[:9].view(3, 3).copy_(x[:9].view(3, 3).t())", PARTS),
+        ("x[:1].expand(4).copy_(x[4:8])", ITSELF),
+        ("x[:1].expand(4).mul_(2)", ITSELF),
+        ("x[:1].expand(4).copy_(torch.ones(4))", ITSELF),
+        ("x[:1].expand(4).fill_(2)", None),
+        ("x[:1].expand(4).zero_()", None),
+        ("x.copy_(x)", None),
+        ("x.mul_(x)", None),
+        ("x[:5].copy_(x[5:])", None),
+        ("x[:6].view(3, 2)[:, :1].copy_(x[:6].view(3, 2)[:, 1:])", None),
+    ],
+)
+def test_writing_where_elements_overlap_is_refused(card, code, refused):
+    """As on the host, which the same code is run on."""
+    for device in ("cpu", "cuda"):
+        x = torch.ones(10, device=device)
+        if refused is None:
+            eval(code, {"x": x, "torch": torch})
+        else:
+            with pytest.raises(RuntimeError, match=refused):
+                eval(code, {"x": x, "torch": torch})
+
+
+def test_functions_whose_question_is_answered_see_their_module_as_it_is_now():
+    module = {"has_torch_function_unary": lambda *args: True, "limit": 1}
+    exec("def asks(*x):\n    return has_torch_function_unary(x), limit, len(x)", module)
+    exec("def sets(x):\n    global limit\n    limit = has_torch_function_unary(x)", module)
+    body = _without_question(module["asks"])
+    assert body("x") == (False, 1, 1)
+    module["limit"] = 2
+    assert body("x") == (False, 2, 1)
+    del module["limit"]
+    with pytest.raises(NameError, match="limit"):
+        body("x")
+    assert _without_question(module["sets"]) is None, "it writes to its module"
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_gradient_that_waits_for_its_move_lives_no_longer_than_its_tensor(card, in_thread):
+    held = [nn.Parameter(torch.ones(1000))]
+    held[0].grad = torch.ones(1000)
+    held[0].data = held[0].data.cuda()
+    assert held[0].grad is not None
+    assert held[0].grad.device.type == "cpu", "it is kept beside until it moves, too"
+    gone = weakref.ref(held[0].grad)
+    if in_thread:
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(held[0].grad is gone()))
+        thread.start()
+        thread.join()
+        assert seen == [True]
+    held.clear()
+    assert gone() is None
+    assert live(card) == 0

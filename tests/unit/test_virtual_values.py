@@ -29,6 +29,14 @@ KNOWN: dict[str, Make] = {
     "float quotient": lambda d: floats(d) / torch.tensor(3.0, device=d),
     "quotient of integers": lambda d: torch.arange(7, device=d) / torch.tensor([3], device=d),
     "quotient by a power of two": lambda d: floats(d) / 4 + torch.arange(4, device=d) / torch.tensor(-0.5),
+    "whole quotient": lambda d: floats(d, 7.0, -7.0, 0.3, -0.0, 12345.6) // 0.1,
+    "whole quotient by the card": lambda d: torch.div(
+        floats(d, 7.0, -7.0), torch.tensor(2.5, device=d), rounding_mode="floor"
+    ),
+    "whole quotient in place": lambda d: torch.arange(9.0, device=d).sub_(4).floor_divide_(3),
+    "rounded quotient by the card": lambda d: torch.div(floats(d), torch.tensor(3.0, device=d), rounding_mode="trunc"),
+    "rest": lambda d: floats(d, 7.0, -7.0, 0.3) % 0.1,
+    "rest of C": lambda d: torch.fmod(floats(d, 7.0, -7.0, 0.3), -3),
     "difference from a number": lambda d: torch.rsub(floats(d), 1.0),
     "float difference": lambda d: floats(d, dtype=torch.float64) - 0.1,
     "conversion to bfloat16": lambda d: floats(d).to(torch.bfloat16),
@@ -70,8 +78,13 @@ UNKNOWN: dict[str, Make] = {
     "sum of floats": lambda d: floats(d).sum(),
     "mean": lambda d: floats(d).mean(),
     "exp": lambda d: floats(d).exp(),
-    "quotient by a number": lambda d: floats(d) / 3,
-    "quotient by a number of the host": lambda d: torch.arange(7, device=d).div(torch.tensor(3)),
+    "quotient by a number that float32 does not hold": lambda d: floats(d) / 0.1,
+    "rounded quotient by a number": lambda d: torch.div(floats(d), 3, rounding_mode="trunc"),
+    "whole quotient, large": lambda d: floats(d, 1e9) // 3,
+    "whole quotient of no number": lambda d: floats(d, NAN, INF) // 3,
+    "whole quotient by zero": lambda d: floats(d) // 0,
+    "rest, of a large number": lambda d: floats(d, 1e9) % 3,
+    "bfloat16 quotient": lambda d: floats(d, dtype=torch.bfloat16) / 3,
     "scaled difference": lambda d: torch.sub(floats(d), floats(d), alpha=0.3),
     "scaled difference from a number": lambda d: torch.rsub(floats(d), 1.0, alpha=0.3),
     "bfloat16 product": lambda d: floats(d, dtype=torch.bfloat16) * 3,
@@ -121,6 +134,33 @@ def test_what_a_card_might_compute_otherwise_is_unknown(make: Make) -> None:
         assert device.values.of(tensor) is None
         with pytest.raises(UnsupportedError):
             tensor.flatten()[0].item()
+
+
+QUOTIENTS = {
+    3: (66665, 66665), 5: (39999, 66900), 7: (108530, 71679), 10: (39999, 66900), 49: (51536, 107704),
+    100: (55841, 27866), 1000: (113234, 26651), 4: (0, 0),
+}  # fmt: skip
+"""Of the whole numbers below 200,000 divided by one of the host: how many quotients an H100 (torch 2.11) and the host
+round to other floats, of float32 and of float64. A power of two has an exact reciprocal."""
+
+
+@pytest.mark.parametrize(("divisor", "differ"), QUOTIENTS.items())
+def test_quotients_by_a_number_of_the_host_are_those_of_a_card(
+    divisor: int, differ: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("LARGEST", "LARGEST_OF_FLOATS"):
+        monkeypatch.setattr(f"fragscope.record.virtual.values.{limit}", 2**22)
+    x = torch.arange(200_000)
+    ways: tuple[Make, ...] = (
+        lambda t: t / divisor,
+        lambda t: t.div(torch.tensor(divisor)),
+        lambda t: t.float().div_(divisor),
+    )
+    with h100():
+        on_card = x.cuda()
+        for way in ways:
+            assert int((way(on_card).cpu() != way(x)).sum()) == differ[0]
+        assert int(((on_card.double() / divisor).cpu() != x.double() / divisor).sum()) == differ[1]
 
 
 def test_views_and_writes_share_values() -> None:
@@ -276,7 +316,7 @@ def test_a_stream_that_is_captured_is_not_waited_for(read: Callable[[torch.Tenso
     with h100():
         x = torch.arange(5, device="cuda")
         with (
-            pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"),
+            pytest.raises(RuntimeError, match="operation failed due to a previous error during capture"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             read(x)
@@ -423,3 +463,75 @@ def test_inference_mode_asks_for_the_same_memory() -> None:
             return requests.size[requests.kind == RequestKind.ALLOC].tolist()
 
     assert sizes(torch.inference_mode) == sizes(torch.no_grad)
+
+
+def _whole(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return h.copy_(x)
+
+
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "a copy": _whole,
+    "a copy of a copy": lambda h, x: h.copy_(x.cpu()),
+    "a copy into a part": lambda h, x: h[0].copy_(x[0]),
+    "assignment": lambda h, x: h.__setitem__(0, x[0]),
+    "addition": lambda h, x: h.add_(x.cpu()),
+    "output argument": lambda h, x: torch.add(h, x.cpu(), out=h),
+    "a copy that does not wait": lambda h, x: h.copy_(x, non_blocking=True),
+    "lists of tensors": lambda h, x: torch._foreach_add_([h], [x.cpu()]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_tensor_of_the_host_that_is_written_with_unknown_values_is_unknown(
+    write: Callable[[torch.Tensor, torch.Tensor], object],
+) -> None:
+    """Its shape is known, and what is computed of it; no number that it held before is handed out."""
+    with h100() as device:
+        x, h = torch.rand(4, 4, device="cuda"), torch.ones(4, 4)
+        alias = h[0]
+        write(h, x)
+        assert h.device.type == "cpu"
+        assert (h + 1).shape == (4, 4)
+        assert h.cuda().is_cuda
+        assert (x * h.sum()).is_cuda, "a card takes numbers of the host"
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            x + h
+        for read in (
+            h.sum().item,
+            alias[0].item,
+            h[0, 0].__float__,
+            (h > 0).all().__bool__,
+            h.tolist,
+            h.numpy,
+            torch.full((4,), 7.0, device="cuda").fill_(h[0, 0])[0].item,
+            torch.zeros(4, 4, device="cuda").copy_(h)[0, 0].item,
+        ):
+            with pytest.raises(UnsupportedError, match=r"(those of|at) .*rand"):
+                read()
+        assert not device.estimated
+        h.zero_()
+        assert h.sum().item() == 0
+        assert alias[0].item() == 0
+        write(h, x)
+        h.copy_(torch.arange(16.0).view(4, 4))
+        assert alias.tolist() == [0, 1, 2, 3]
+        write(h, x)
+        h.copy_(torch.arange(16.0, device="cuda").view(4, 4))
+        assert alias.tolist() == [0, 1, 2, 3]
+
+
+def test_memory_that_others_read_is_not_written_with_unknown_values() -> None:
+    with h100():
+        h = torch.ones(4)
+        seen = h.numpy()
+        with pytest.raises(UnsupportedError, match="NumPy"):
+            h.copy_(torch.rand(4, device="cuda"))
+        assert seen.tolist() == [1, 1, 1, 1]
+        h.copy_(torch.arange(4.0, device="cuda"))
+        assert seen.tolist() == [0, 1, 2, 3]
+
+
+def test_copies_into_the_host_are_held_to_their_shapes() -> None:
+    said = r"output with shape \[3\] doesn't match the broadcast shape \[2, 3\]"
+    with h100(), pytest.raises(RuntimeError, match=said):
+        torch.empty(3).copy_(torch.rand(2, 3, device="cuda"))

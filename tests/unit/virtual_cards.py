@@ -6,12 +6,12 @@ from fragscope.allocator import ReplaySettings, card_named, rules_for
 from fragscope.record.virtual import VirtualDevice
 
 
-def h100(capacity: int | None = None, **settings: object) -> VirtualDevice:
+def h100(capacity: int | None = None, torch: str = "2.11.0", **settings: object) -> VirtualDevice:
     """A virtual H100, or one with less free memory."""
     profile = card_named("h100-80gb")
     return VirtualDevice(
         profile,
-        ReplaySettings(rules_for("2.11.0"), profile.name, profile.total, capacity or profile.free, **settings),
+        ReplaySettings(rules_for(torch), profile.name, profile.total, capacity or profile.free, **settings),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -15,10 +16,11 @@ from fragscope.allocator import Card, OutOfMemoryError, ReplaySettings
 from fragscope.errors import UnsupportedError
 from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.autocast import Autocast
+from fragscope.record.virtual.backward import BackwardPass, GraphStreams
 from fragscope.record.virtual.callsite import CallSites
 from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.cublas import Cublas
 from fragscope.record.virtual.extent import Extent, extent_of
-from fragscope.record.virtual.footprints import GEMM_RECORDED, LT_WORKSPACE, gemm_workspace
 from fragscope.record.virtual.pinned import Pinned
 from fragscope.record.virtual.scopes import Scopes
 from fragscope.record.virtual.scratch.plan import Plan
@@ -62,8 +64,8 @@ class VirtualCard:
         self.refused: dict[str, tuple[int, str]] = {}
         self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
-        self.gemm_workspaces: dict[tuple[str, int, bool], int] = {}  # library, stream, backward -> lifetime id
-        self._gemm_thread = 0  # the program's first that multiplied matrices
+        self._cublas = Cublas(lambda: self.card.capability, self.allocate, self.estimate)
+        self._graphs = GraphStreams(self.estimate, self._wait_for, self.record_stream)
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -76,12 +78,17 @@ class VirtualCard:
     @property
     def stream(self) -> int:
         """Handle of the running thread's current stream."""
-        return self._thread.stream
+        running = self._thread.running
+        return self._thread.stream if running is None else running.stream
 
     @stream.setter
     def stream(self, handle: int) -> None:
         self._backward_stream()
-        self._thread.stream = handle
+        if self._thread.running is None:
+            self._thread.stream = handle
+        else:
+            self._thread.running.stream = handle
+        self._graphs.changed(handle)
 
     @property
     def explicit_meta(self) -> bool:
@@ -246,25 +253,13 @@ class VirtualCard:
             self.memory.free(id_)
 
     def take_gemm_workspace(self, *, adds_bias: bool = False) -> None:
-        """Take the workspace of cuBLAS, allocated by the first matrix product on a stream and kept.
+        """Take what a matrix product takes besides its result and keeps: workspaces of cuBLAS."""
+        self._cublas.take(self.stream, adds_bias=adds_bias)
 
-        cuBLASLt, which adds a bias in the same kernel, has another one besides. On a card backward passes run in a
-        thread of their own, which has its own of both (recorded for ``linear_forward_backward``). So has every thread
-        of the program's own, less what it takes over from threads that ended: of those the first is followed.
-        """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if not in_backward:
-            self._gemm_thread = self._gemm_thread or threading.get_ident()
-            if self._gemm_thread != threading.get_ident():
-                self.estimate("cuBLAS workspace of another thread")
-        user = self.stream, in_backward
-        capability = self.card.capability
-        if ("cuBLAS", *user) not in self.gemm_workspaces:
-            if capability not in GEMM_RECORDED:
-                self.estimate("cuBLAS workspace")
-            self.gemm_workspaces["cuBLAS", *user] = self.allocate(gemm_workspace(capability)) or 0
-        if adds_bias and ("cuBLASLt", *user) not in self.gemm_workspaces:
-            self.gemm_workspaces["cuBLASLt", *user] = self.allocate(LT_WORKSPACE) or 0
+    @property
+    def gemm_workspaces(self) -> Collection[object]:
+        """The workspaces that cuBLAS holds."""
+        return self._cublas.workspaces
 
     # --- order of work --------------------------------------------------------------------------------------------
 
@@ -280,8 +275,8 @@ class VirtualCard:
         handle = self.stream if stream is None else stream
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
-            # A backward pass runs each operator on the stream of its forward pass and orders them itself. Here all run
-            # on the caller's, so its borders count as waiting for everything but what hooks put on their own streams.
+            # A backward pass orders its own work. Its borders count as waiting for everything but what hooks put on
+            # their own streams.
             self._graph_task = task
             self.memory.finished_work({h for h, only in self._hooks_only.items() if only})
         in_hook = task != -1 and handle != self._backward_stream() and not torch.is_grad_enabled()
@@ -290,8 +285,49 @@ class VirtualCard:
         if read or written:
             self.memory.launch(handle, what, self.sites.line, read, written)
 
+    @contextlib.contextmanager
+    def backward(self, roots: Iterable[Any]) -> Iterator[None]:
+        """While autograd runs a backward pass in the running thread, from tensors or edges of the graph."""
+        outer = self._thread.running
+        self._cublas.backward()
+        with self._graphs.running(roots, self.stream, nested=outer is not None) as running:
+            self._thread.running = running
+            try:
+                yield
+            finally:
+                self._thread.running = outer
+
+    @contextlib.contextmanager
+    def summing_gradients(self) -> Iterator[None]:
+        """While autograd adds up two gradients, which it does on the stream of the node that takes the sum."""
+        running = self._thread.running
+        if running is None:
+            yield
+            return
+        before, consumer = running.stream, running.consumer_stream
+        for other in dict.fromkeys(running.streams.values()):
+            self._wait_for(consumer, other)
+        running.stream = consumer
+        try:
+            yield
+        finally:
+            running.stream = before
+
+    def _wait_for(self, stream: int, other: int) -> None:
+        """A stream waits for the work so far of another one."""
+        if stream != other:
+            self.memory.wait(stream, self.memory.record_event(other, counts=False))
+
+    def record_stream(self, tensor: torch.Tensor, stream: int) -> None:
+        """A stream uses a tensor, which may be on the card."""
+        entry = self.storages.find(tensor)
+        if entry is not None and entry.id is not None:
+            self.memory.record_stream(entry.id, stream)
+
     def _backward_stream(self) -> int:
-        """Stream that was current when the running thread's backward pass began; asked before the stream changes."""
+        """Stream that the running thread's backward pass is on; asked before the stream changes."""
+        if self._thread.running is not None:
+            return self._thread.running.node_stream
         task = torch._C._current_graph_task_id()
         if self._thread.backward[0] != task:
             self._thread.backward = (task, self.stream)
@@ -348,11 +384,22 @@ class VirtualCard:
         """The host waits for the current stream, as in every blocking copy.
 
         Raises:
-            RuntimeError: the stream is only captured; as CUDA does.
+            torch.AcceleratorError: the stream is only captured.
+        """
+        self.not_captured()
+        self.memory.finished(self.stream)
+
+    def not_captured(self, call: str = "") -> None:
+        """Refuse what waits for work that is only captured, and so is never done.
+
+        Raises:
+            torch.AcceleratorError: as CUDA does.
         """
         if self.scopes.is_captured(self.stream):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        self.memory.finished(self.stream)
+            self.scopes.broken(self.stream)
+            raise torch.AcceleratorError(
+                f"CUDA error: operation not permitted when stream is capturing{f' ({call})' if call else ''}"
+            )
 
     def observe(self, what: str) -> None:
         """The program reads memory state."""
@@ -377,6 +424,7 @@ class ThreadState(threading.local):
     """What each thread has of its own: current stream, modes, and whether it makes a meta tensor on purpose."""
 
     stream = 0
+    running: BackwardPass | None = None
     backward = (-1, 0)  # a graph task, and the stream that was current when it began
     explicit_meta = False
     inside = False

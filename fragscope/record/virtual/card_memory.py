@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
@@ -45,15 +45,6 @@ class Recorded:
     clock: Clock
 
 
-@dataclass(slots=True)
-class _Use:
-    """A freed block that another stream may still use."""
-
-    id: int
-    stream: int
-    at: int  # position in the order of events
-
-
 class CardMemory:
     """Serves allocations of a virtual card and records them as Requests, in program order.
 
@@ -84,7 +75,10 @@ class CardMemory:
         self.pools: list[PoolId] = [DEFAULT_POOL]
         self.confs: list[str] = []
         self._streams: dict[int, int] = {}  # of live allocations
-        self._uses: list[_Use] = []
+        # Freed blocks that other streams may still use: by stream when each was freed, the oldest first, and its id;
+        # and by id how many streams those are.
+        self._uses: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self._users: dict[int, int] = {}
         self._recorded_uses: dict[int, set[int]] = {}
         self._next_id = 0
         self._lock = _Turn()
@@ -134,7 +128,8 @@ class CardMemory:
         self.allocator.row = self.requests.append(RequestKind.FREE, id=id_, stream=stream, phase=self._phase)
         users = sorted(self._recorded_uses.pop(id_, ()))
         for user in users:
-            self._uses.append(_Use(id_, user, self.clock))
+            self._uses[user].append((self.clock, id_))
+            self._users[id_] = len(users)
         if users and self.ordered:
             block = self.allocator.block(id_)
             self.ordering.freed(block.addr, block.addr + block.size, users)
@@ -258,15 +253,19 @@ class CardMemory:
 
     def _finished(self, stream: int | None = None, until: int | None = None) -> None:
         self._over[stream] = max(self._over.get(stream, 0), self.clock if until is None else until)
-        if not self._uses:
+        if not self._users:
             return
-        done = [u for u in self._uses if (stream is None or u.stream == stream) and (until is None or u.at <= until)]
-        self._uses = [u for u in self._uses if u not in done]
-        waiting = {u.id for u in self._uses}
-        for id_ in dict.fromkeys(u.id for u in done):
-            if id_ not in waiting:
-                self.allocator.row = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
-                self.allocator.uses_done(id_)
+        done = []
+        for uses in self._uses.values() if stream is None else [self._uses[stream]]:
+            while uses and (until is None or uses[0][0] <= until):
+                freed, id_ = uses.popleft()
+                self._users[id_] -= 1
+                if not self._users[id_]:
+                    del self._users[id_]
+                    done.append((freed, id_))
+        for _, id_ in sorted(done):
+            self.allocator.row = self.requests.append(RequestKind.USES_DONE, id=id_, phase=self._phase)
+            self.allocator.uses_done(id_)
 
     # --- private pools --------------------------------------------------------------------------------------------
 

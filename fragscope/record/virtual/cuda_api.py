@@ -23,6 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
 from fragscope.record.virtual.card import VirtualCard
+from fragscope.record.virtual.libraries_api import replace_libraries
 from fragscope.record.virtual.memory_api import Memory
 from fragscope.record.virtual.pools_api import Pools
 from fragscope.record.virtual.streams_api import Streams
@@ -90,6 +91,7 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
             module = getattr(torch.cuda, group, None)
             for name in (*_functions(module), *(n for n in _JITERATOR if hasattr(module, n))):
                 replace(module, name, api.refuse(f"torch.cuda.{group}.{name}"))
+        replace_libraries(device, replace)
         for name in ("broadcast", "broadcast_coalesced", "reduce_add", "reduce_add_coalesced", "gather"):
             replace(torch.nn.parallel.comm, name, api.refuse(f"torch.nn.parallel.comm.{name}"))
         replace(torch._C, "_scatter", api.scatter, create=True)
@@ -114,6 +116,9 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
             c10d = torch.distributed.distributed_c10d
             helper = api.new_group(c10d._new_process_group_helper)
             replace(c10d, "_new_process_group_helper", helper)
+        backward = api.backward(torch.autograd.graph._engine_run_backward)
+        for module in (torch.autograd, torch.autograd.graph):
+            replace(module, "_engine_run_backward", backward)
         hooks = torch.autograd.graph.saved_tensors_hooks
         replace(hooks, "__init__", api.saved_tensors_hooks(hooks.__init__))
         replace(torch.Tensor, "__reduce_ex__", api.reduce(torch.Tensor.__reduce_ex__))
@@ -152,7 +157,17 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Generator(torch.Generator):
+class _GeneratorType(type(torch.Generator)):  # type: ignore[misc]
+    """Generators from before the device are instances of what takes the class's place."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _RealGenerator)
+
+
+_RealGenerator = torch.Generator
+
+
+class _Generator(torch.Generator, metaclass=_GeneratorType):
     """A generator that may say it is on the card; the numbers are nobody's business."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
@@ -256,6 +271,7 @@ class _Cuda:
 
     def __init__(self, device: VirtualCard) -> None:
         self.device = device
+        self._seed = self._sync_debug_mode = 0
 
     def refuse(self, what: str, why: str = "") -> Callable[..., Any]:
         """A stand-in for something the virtual device does not do."""
@@ -397,6 +413,15 @@ class _Cuda:
 
         return reduce
 
+    def backward(self, original: Any) -> Callable[..., Any]:
+        """A backward pass, whose steps run on streams of their own."""
+
+        def run(roots: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.device.backward(roots):
+                return original(roots, *args, **kwargs)
+
+        return run
+
     def saved_tensors_hooks(self, original: Any) -> Callable[..., None]:
         """Torch calls these from inside operators, where it has switched the function mode off."""
         device = self.device
@@ -519,10 +544,14 @@ class _Cuda:
         """There are no driver calls to fail."""
 
     def get_sync_debug_mode(self) -> int:
-        return 0
+        return self._sync_debug_mode
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
-        """Nothing waits."""
+        """Is remembered; nothing warns."""
+        named = {"default": 0, "warn": 1, "error": 2}
+        if isinstance(mode, str) and mode not in named:
+            raise RuntimeError("invalid value of debug_mode, expected one of `default`, `warn`, `error`")
+        self._sync_debug_mode = named[mode] if isinstance(mode, str) else mode
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         self.check(device)
@@ -550,7 +579,8 @@ class _Cuda:
         return [f"sm_{major}{minor}"]
 
     def is_bf16_supported(self, including_emulation: bool = True) -> bool:
-        return self.device.card.capability[0] >= 8
+        """Every card can hold such numbers, older ones compute in others."""
+        return including_emulation or self.device.card.capability[0] >= 8
 
     def can_device_access_peer(self, device: Any, peer: Any) -> bool:
         return False
@@ -561,7 +591,8 @@ class _Cuda:
     # --- random numbers: nobody sees them -------------------------------------------------------------------------
 
     def manual_seed(self, seed: int) -> None:
-        """No numbers are drawn."""
+        """Is remembered; nobody sees the numbers."""
+        self._seed = int(seed)
 
     manual_seed_all = manual_seed
 
@@ -578,7 +609,7 @@ class _Cuda:
         """No numbers are drawn."""
 
     def initial_seed(self) -> int:
-        return 0
+        return self._seed
 
     def seed(self) -> None:
         """No numbers are drawn."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from fragscope.record.virtual.footprints import (
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.layouts import KEEPS_LAYOUT, channels_last_as
+from fragscope.record.virtual.overlaps import check_overlaps
 from fragscope.record.virtual.scratch.indexed import accumulated
-from fragscope.record.virtual.storages import Entry, Place
+from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
@@ -46,7 +47,10 @@ class DispatchMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunction():
-            return self._run(func, args, dict(kwargs or {}))
+            if func is not ADD or torch._C._current_graph_task_id() == -1:
+                return self._run(func, args, dict(kwargs or {}))
+            with self._device.summing_gradients():
+                return self._run(func, args, dict(kwargs or {}))
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
@@ -58,7 +62,7 @@ class DispatchMode(TorchDispatchMode):
                     device.estimate(f"sums in {formula}")
         elif in_backward and func in IN_PLACE and is_of_formula(args[0]) and storages.made_by(args[0]) in _ZEROS:
             func = IN_PLACE[func]
-        on_card, on_host, real, entries = _sort(storages.find, args, kwargs)
+        on_card, on_host, real, entries = _sort(storages, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
             wanted.type == "cuda" or (wanted.type == "meta" and not device.explicit_meta)
@@ -93,12 +97,22 @@ class DispatchMode(TorchDispatchMode):
             return self._index(func, args, kwargs, entries)
         if trait.needs_values:
             return self._with_values(func, args, kwargs, entries)
-        if on_card and (on_host or any(t.dim() for t in real)):
+        if on_card and (any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(in {name})"
             )
-        if on_host and real:
+        if trait.is_checked:
+            check_overlaps(trait.written(args, kwargs), tensors_in((*args, *kwargs.values())))
+        given, given_by_name = args, kwargs
+        if on_host and not on_card and trait.is_mutable and (real or storages.has_lost):
+            if not trait.has_kernel:
+                return func(*args, **kwargs)
+            if trait.fills and len(entries) == 1 and args[0].device.type == "cpu":
+                out = func(*args, **kwargs)
+                storages.found(args[0])
+                return out
+        if on_host and (real or storages.has_lost) and not trait.is_view:
             args, kwargs = _to_meta(args), {k: _to_meta(v) for k, v in kwargs.items()}
         try:
             out = func(*args, **kwargs) if trait.is_view else self._inference.run(func, args, kwargs)
@@ -125,6 +139,8 @@ class DispatchMode(TorchDispatchMode):
                 device.launched(name, *trait.accesses(args, kwargs, out))
         else:
             _follow_host(storages, out)
+            if trait.is_mutable:
+                out = self._lost(trait.written(given, given_by_name), out)
         if trait.is_view:
             return out
         written = trait.written(args, kwargs) if trait.is_mutable else ()
@@ -146,6 +162,8 @@ class DispatchMode(TorchDispatchMode):
             result = device.values.number(tensors[0])
         elif result is None and name == "aten::masked_select":
             result = self._chosen(*tensors)
+        elif result is None and name == "aten::repeat_interleave" and kwargs.get("output_size") is not None:
+            result = torch.empty(kwargs["output_size"], dtype=tensors[0].dtype, device=_META)
         if result is None:
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
@@ -160,6 +178,25 @@ class DispatchMode(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             return made[0]
         return tuple(made) if isinstance(result, tuple) else result
+
+    def _lost(self, written: list[torch.Tensor], out: Any) -> Any:
+        """What an operator returns that wrote what nobody knows into real tensors of the host: these themselves."""
+        for tensor in written:
+            if tensor.device.type == "cpu":
+                self._lose(tensor)
+        if not any(t.device.type == "cpu" for t in written):
+            return out
+        if isinstance(out, torch.Tensor):
+            return written[0]
+        return tuple(written) if isinstance(out, tuple) and len(out) == len(written) else out
+
+    def _lose(self, real: torch.Tensor) -> None:
+        """A real tensor of the host is written with what nobody knows."""
+        if not self._device.storages.lose(real):
+            raise self._device.unsupported(
+                "a tensor of the host whose memory NumPy or another process shares would hold what the virtual device "
+                "does not have"
+            )
 
     def _chosen(self, data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
         """As many elements as a known mask picks from data that is not known."""
@@ -234,23 +271,28 @@ class DispatchMode(TorchDispatchMode):
         dst, src = args[0], args[1]
         dst_place, src_place = storages.place(dst), storages.place(src)
         non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-        if dst.device.type != "meta":
-            if src_place is None:
-                return func(*args, **kwargs)
-            if values.compute(func, args, kwargs, entries) is None:
-                raise self._device.unsupported(
-                    "copying from the card into a host tensor would need data that the virtual device does not have",
-                    [src],
-                )
-            if src_place is Place.CARD:
-                self._device.launched(func._schema.name, [src], [])
-                self._transfer(dst, src, to_card=False, non_blocking=non_blocking)
-            return dst
-        broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))
+        try:
+            broadcast = tuple(torch.broadcast_shapes(dst.shape, src.shape))
+        except RuntimeError as e:
+            raise _as_on_card(e, (dst, src)) from None
         if broadcast != tuple(dst.shape):
             raise RuntimeError(
                 f"output with shape {list(dst.shape)} doesn't match the broadcast shape {list(broadcast)}"
             )
+        if dst.device.type != "meta":
+            if src_place is None:
+                func(*args, **kwargs)
+                storages.found(dst)
+            elif values.compute(func, args, kwargs, entries[-1:]) is not None:
+                storages.found(dst)
+            else:
+                self._lose(dst)
+            if src_place is Place.CARD:
+                self._device.launched(func._schema.name, [src], [])
+                self._transfer(dst, src, to_card=False, non_blocking=non_blocking)
+            return dst
+        if dst is not src:
+            check_overlaps([dst], [src])
         self._device.launched(func._schema.name, [src], [dst])
         to_card, from_card = dst_place is Place.CARD, src_place is Place.CARD
         if to_card != from_card:
@@ -362,7 +404,7 @@ def _is_host_scalar(value: torch.Tensor) -> bool:
 
 
 def _sort(
-    find: Callable[[torch.Tensor], Entry | None], args: Iterable[Any], kwargs: dict[str, Any]
+    storages: Storages, args: Iterable[Any], kwargs: dict[str, Any]
 ) -> tuple[bool, bool, list[torch.Tensor], list[Entry]]:
     """Whether tensors on the card, and with unknown contents on the host, are among the arguments; real ones; entries.
 
@@ -372,7 +414,8 @@ def _sort(
     real: list[torch.Tensor] = []
     entries: list[Entry] = []
     for tensor in tensors_in((*args, *kwargs.values())):
-        entry = find(tensor) if tensor.device.type == "meta" else None
+        is_followed = tensor.device.type == "meta" or storages.has_lost
+        entry = storages.find(tensor) if is_followed else None
         if entry is not None:
             entries.append(entry)
             if entry.place is Place.CARD:
@@ -382,6 +425,11 @@ def _sort(
         elif tensor.device.type == "cpu":
             real.append(tensor)
     return on_card, on_host, real, entries
+
+
+def _has_extent_on_host(storages: Storages, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor of unknown contents on the host is more than a number, which a card would take."""
+    return any(t.dim() and storages.place(t) is Place.HOST for t in tensors_in((*args, *kwargs.values())))
 
 
 def _to_meta(value: Any) -> Any:

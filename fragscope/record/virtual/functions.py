@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -22,6 +24,7 @@ _CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _GRAD: Any = torch.Tensor.grad
+_KEPT_GRAD, _OWNER = "_fragscope_grad", "_fragscope_owner"  # attributes of tensors; see _set_data
 _Handler = Callable[..., Any]
 # Functions that build a host tensor from Python data first, and then copy it to the device.
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
@@ -36,7 +39,6 @@ class FunctionMode(TorchFunctionMode):
         self._attends = Attention(device)
         self._bodies: dict[Any, _Handler | None] = {}
         self._running: set[Any] = set()
-        self._grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # see _set_data
         tensor: Any = torch.Tensor
         self._handlers: dict[Any, _Handler] = {
             tensor.device.__get__: self._get_device,
@@ -467,24 +469,21 @@ class FunctionMode(TorchFunctionMode):
         if requires_grad:
             for name, value_of in zip(_HOOKS, hooks, strict=True):
                 setattr(tensor, name, value_of)
-        self._grads.pop(id(tensor), None)
+        vars(tensor).pop(_KEPT_GRAD, None)
         if grad is not None:
             # Torch refuses a gradient on another device, so it is kept beside until it moves, too.
-            self._grads[id(tensor)] = (tensor, grad)
-        for owner, waiting in list(self._grads.values()):
-            if waiting is tensor:
-                del self._grads[id(owner)]
-                owner.grad = tensor
+            setattr(tensor, _KEPT_GRAD, grad)
+            setattr(grad, _OWNER, weakref.ref(tensor))
+        owner = vars(tensor).pop(_OWNER, lambda: None)()
+        if owner is not None and vars(owner).get(_KEPT_GRAD) is tensor:
+            owner.grad = tensor
 
     def _get_grad(self, func: Any, tensor: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        if self._grads:
-            kept = self._grads.get(id(tensor))
-            if kept is not None:
-                return kept[1]
-        return func(tensor, *rest)  # type: ignore[no-any-return]
+        kept: torch.Tensor | None = vars(tensor).get(_KEPT_GRAD)
+        return func(tensor, *rest) if kept is None else kept
 
     def _set_grad(self, func: Any, tensor: torch.Tensor, grad: torch.Tensor | None) -> None:
-        self._grads.pop(id(tensor), None)
+        vars(tensor).pop(_KEPT_GRAD, None)
         func(tensor, grad)
 
     def _array_interface(self, func: Any, tensor: torch.Tensor, *rest: Any) -> Any:
@@ -500,6 +499,8 @@ class FunctionMode(TorchFunctionMode):
         def refuse(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._place(tensor) is None:
                 return func(tensor, *args, **kwargs)
+            if name == "tolist" and self._place(tensor) is Place.CARD:
+                self._device.not_captured()
             if name == "tolist" and self._device.values.of(tensor) is not None:
                 return self._cpu(torch.Tensor.cpu, tensor).tolist()
             raise self._device.unsupported(
@@ -535,11 +536,20 @@ _QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_funct
 def _without_question(func: FunctionType) -> _Handler | None:
     """The function with its question whether a mode wants to handle it answered with no; None if others ask it."""
     asked = [q for q in _QUESTIONS if q in func.__globals__ and q in func.__code__.co_names]
-    answers = dict.fromkeys(asked, lambda *args: False)
-    if not answers:
+    if not asked or any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(func)):
         return None
-    body = FunctionType(
-        func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__, func.__closure__
-    )
+    names = _Globals(func, asked)
+    body = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
     body.__kwdefaults__ = func.__kwdefaults__
     return body
+
+
+class _Globals(dict[str, Any]):
+    """A function's globals as they are when they are asked for, less the questions, which are answered with no."""
+
+    def __init__(self, func: FunctionType, asked: list[str]) -> None:
+        super().__init__(dict.fromkeys(asked, lambda *args: False), __builtins__=func.__builtins__)
+        self._globals = func.__globals__
+
+    def __missing__(self, name: str) -> Any:
+        return self._globals[name]

@@ -116,10 +116,10 @@ class Memory:
         self._asked("memory_snapshot", None)
         pools = self._memory.pools
         states = (s for s in self._allocator.segments() if mempool_id in (None, pools[s.pool]))
-        return [self._segment(s) for s in states]
-
-    def _segment(self, segment: SegmentState) -> dict[str, Any]:
         requested = self._memory.requested_by_address()
+        return [self._segment(s, requested) for s in states]
+
+    def _segment(self, segment: SegmentState, requested: dict[int, int]) -> dict[str, Any]:
         blocks = [
             {
                 "address": addr,

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.scopes import Scope
 from fragscope.record.virtual.storages import Entry
@@ -91,6 +93,9 @@ class CUDAGraph:
         device.memory.capture(begins=False)
         self._written = device.values.end_capture()
         device.memory.close_scope(scope.pool)
+        if scope.is_broken:
+            device.memory.release_pool(scope.pool)
+            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
         self._held = scope.pool
 
     def replay(self) -> None:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Scope:
     """An open scope.
 
@@ -14,11 +14,13 @@ class Scope:
         pool: number of its pool.
         thread: whose requests go there; None for a capture.
         streams: handles of the streams that are captured, which a capture goes by.
+        is_broken: whether the program waited for one of them meanwhile, so that nothing comes of the capture.
     """
 
     pool: int
     thread: int | None = None
     streams: set[int] = field(default_factory=set)
+    is_broken: bool = False
 
 
 class Scopes:
@@ -54,6 +56,11 @@ class Scopes:
     def is_captured(self, stream: int) -> bool:
         """Whether work on a stream is captured into a CUDA graph."""
         return any(stream in scope.streams for scope in self._open)
+
+    def broken(self, stream: int) -> None:
+        """The program waited for a stream that is captured."""
+        for scope in self._open:
+            scope.is_broken |= stream in scope.streams
 
     def joins(self, stream: int, event_stream: int) -> None:
         """A stream waits for work that is captured: it is captured from then on, too."""

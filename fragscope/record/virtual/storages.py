@@ -17,7 +17,7 @@ class Place(Enum):
     CARD = "card"
     """On the virtual card: counted."""
     HOST = "host"
-    """On the host, with contents that nobody knows (copied back from the card): not counted."""
+    """On the host, with contents that nobody knows (copied back from the card): not counted. It may be a real one."""
     META = "meta"
     """A meta tensor that the program itself asked for."""
 
@@ -82,6 +82,7 @@ class Storages:
         valued: bytes of the values that are kept.
         op: the operator that runs, for storages that begin now.
         origin: of the first unknown values that it reads.
+        has_lost: whether real storages of the host are, or were, among those that are followed.
     """
 
     def __init__(self, free: Callable[[int], None]) -> None:
@@ -90,6 +91,7 @@ class Storages:
         self.valued = 0
         self.op = ""
         self.origin: Origin | None = None
+        self.has_lost = False
 
     def of(self, storage: torch.UntypedStorage) -> Entry | None:
         """The entry of a storage, None if it is not followed."""
@@ -123,6 +125,25 @@ class Storages:
         entry = Entry(place, id_, storage.nbytes(), weakref.ref(storage, ended), self.op, self.origin)
         self._entries[key] = entry
         return entry
+
+    def lose(self, real: torch.Tensor) -> bool:
+        """Nobody knows what a real storage of the host would hold from now on; whether that can be kept up.
+
+        It cannot where others read its memory past torch: NumPy, or another process.
+        """
+        if self.find(real) is None:
+            storage = real.untyped_storage()
+            if not storage.resizable() or storage.is_shared():
+                return False
+            self.follow(real, Place.HOST, None)
+            self.has_lost = True
+        return True
+
+    def found(self, real: torch.Tensor) -> None:
+        """A real storage of the host was written all over with what is known, if the tensor covers it."""
+        storage = real.untyped_storage()
+        if real.is_contiguous() and real.numel() * real.itemsize == storage.nbytes():
+            self._entries.pop(storage._cdata, None)
 
     def remember(self, entry: Entry) -> None:
         """Make room for the values of a storage; its bytes are not yet written."""

@@ -15,7 +15,9 @@ from fragscope.record.virtual.card_memory import Recorded
 
 _CUDA = 1  # of c10::DeviceType
 _FIRST_HANDLE = 0x5500_0000_1000
+_APART = 0x1000
 _PRIORITIES = 4
+"""Priorities there are, downwards from 0: ``max_compile_time_stream_priorities`` in c10/cuda/CUDAStream.h."""
 _OF_A_PRIORITY = 32
 """Streams there are of each priority: ``kStreamsPerPool`` in c10/cuda/CUDAStream.cpp."""
 
@@ -26,13 +28,22 @@ class Stream:
     _api: Streams  # set on the subclass that belongs to one virtual device
     device_type = _CUDA
 
-    def __init__(self, device: Any = None, priority: int = 0, *, _handle: int | None = None, **_: Any) -> None:
-        self._api.device.check_index(device)
+    def __init__(
+        self,
+        device: Any = None,
+        priority: int = 0,
+        *,
+        stream_id: int | None = None,
+        device_index: int | None = None,
+        _handle: int | None = None,
+        **_: Any,
+    ) -> None:
+        self._api.device.check_index(device if device_index is None else device_index)
         if _handle is None:
-            _handle = self._api.next_handle(priority)
+            _handle = self._api.next_handle(priority) if stream_id is None else stream_id
         self.cuda_stream = self.native_handle = _handle
         self.stream_id = _handle
-        self.priority = priority
+        self.priority = _priority(_handle)
         self.device = torch.device("cuda", 0)
         self.device_index = 0
         self._asked: Recorded | None = None
@@ -58,7 +69,7 @@ class Stream:
         return ctypes.c_void_p(self.cuda_stream)
 
     def synchronize(self) -> None:
-        self._api.not_captured("cudaStreamSynchronize")
+        self._api.device.not_captured("cudaStreamSynchronize")
         self._api.memory.finished(self.cuda_stream)
 
     def wait_stream(self, stream: Stream) -> None:
@@ -88,7 +99,7 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        return 0, -5
+        return 0, 1 - _PRIORITIES
 
 
 class Event:
@@ -105,7 +116,7 @@ class Event:
         self._recorded, self._asked = self._api.memory.record_event(self._handle(stream)), False
 
     def synchronize(self) -> None:
-        self._api.not_captured("cudaEventSynchronize")
+        self._api.device.not_captured("cudaEventSynchronize")
         if self._recorded is not None:
             self._api.memory.finished_event(self._recorded)
 
@@ -157,6 +168,12 @@ class StreamContext:
             self._api.pop()
 
 
+def _priority(handle: int) -> int:
+    """The priority of a stream by its handle; 0 for those that the program made elsewhere."""
+    number = (handle - _FIRST_HANDLE) // _APART
+    return -(number // _OF_A_PRIORITY) if 0 <= number < _PRIORITIES * _OF_A_PRIORITY else 0
+
+
 class Streams:
     """Streams of one virtual device; what NAMES lists replaces the function of its name."""
 
@@ -172,6 +189,7 @@ class Streams:
         self.Event: type[Event] = type("Event", (Event,), {"_api": self})
         self._default = self.Stream(_handle=0)
         self._local = threading.local()
+        self._current: dict[int, Stream] = {}  # those that were current once, by handle
         self._made = [itertools.count() for _ in range(_PRIORITIES)]
         self.StreamContext: type[StreamContext] = type("StreamContext", (StreamContext,), {"_api": self})
         self.stream = self.StreamContext
@@ -186,34 +204,29 @@ class Streams:
             raise RuntimeError(f"Expected cuda stream priority to be less than or equal to 0, got {priority}")
         pool = min(-priority, _PRIORITIES - 1)
         number = pool * _OF_A_PRIORITY + next(self._made[pool]) % _OF_A_PRIORITY
-        handle = _FIRST_HANDLE + number * 0x1000
+        handle = _FIRST_HANDLE + number * _APART
         self.memory.ordering.independent(handle)
         return handle
 
-    def not_captured(self, call: str) -> None:
-        """Refuse what waits for a stream that is only captured.
-
-        Raises:
-            RuntimeError: as CUDA does.
-        """
-        if self.device.scopes.is_captured(self.device.stream):
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({call})")
-
     def synchronize(self, device: Any = None) -> None:
         self.device.check_index(device)
-        self.not_captured("cudaDeviceSynchronize")
+        self.device.not_captured("cudaDeviceSynchronize")
         self.memory.finished()
 
     def current_stream(self, device: Any = None) -> Stream:
         self.device.check_index(device)
-        return self._streams[-1]
+        return self._named(self.device.stream)
+
+    def _named(self, handle: int) -> Stream:
+        """The stream of a handle."""
+        return self._current.get(handle, self._default) if handle else self._default
 
     @property
-    def _streams(self) -> list[Stream]:
-        """The running thread's nested current streams."""
-        if not hasattr(self._local, "streams"):
-            self._local.streams = [self._default]
-        return self._local.streams  # type: ignore[no-any-return]
+    def _left(self) -> list[int]:
+        """The streams that the running thread comes back to, in the order of its nested contexts."""
+        if not hasattr(self._local, "left"):
+            self._local.left = []
+        return self._local.left  # type: ignore[no-any-return]
 
     def ExternalStream(self, stream_ptr: int, device: Any = None, **_: Any) -> Stream:  # noqa: N802 - torch's name
         return self.Stream(device, _handle=stream_ptr)
@@ -227,16 +240,15 @@ class Streams:
 
     def set_stream(self, stream: Stream | None) -> None:
         if stream is not None:
-            self._streams[-1] = stream
+            self._current[stream.cuda_stream] = stream
             self.device.stream = stream.cuda_stream
 
     def push(self, stream: Stream) -> None:
-        self._streams.append(stream)
-        self.device.stream = stream.cuda_stream
+        self._left.append(self.device.stream)
+        self.set_stream(stream)
 
     def pop(self) -> None:
-        self._streams.pop()
-        self.device.stream = self._streams[-1].cuda_stream
+        self.device.stream = self._left.pop()
 
     @property
     def record_stream(self) -> Callable[[torch.Tensor, Stream], None]:
@@ -244,10 +256,8 @@ class Streams:
         device = self.device
 
         def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
-            entry = device.storages.find(tensor)
-            if entry is None and tensor.device.type == "cpu":
+            if device.storages.find(tensor) is None and tensor.device.type == "cpu":
                 raise NotImplementedError("record_stream is for tensors on a card; this one is on the host")
-            if entry is not None and entry.id is not None:
-                device.memory.record_stream(entry.id, stream.cuda_stream)
+            device.record_stream(tensor, stream.cuda_stream)
 
         return record_stream

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
+from fragscope.record.virtual.overlaps import UNCHECKED
 from fragscope.record.virtual.scratch import PLANS
 from fragscope.record.virtual.scratch.composites import COMPOSITES
 from fragscope.record.virtual.value_rules import FILLED
@@ -51,6 +52,7 @@ class Trait:
             tensors.
         is_known: its allocations on a card are known.
         is_mutable: it writes to an argument.
+        is_checked: it refuses to write where elements, or an input, overlap.
         is_gemm: it runs in cuBLAS.
         made_of: makes its result of other operators, where torch does so on a card alone.
         plan: tells its scratch; None where the order of its outputs is all there is to say.
@@ -63,8 +65,9 @@ class Trait:
     """
 
     __slots__ = (
-        "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_composite", "is_gemm",
-        "is_known", "is_mutable", "is_view", "made_of", "needs_values", "order", "plan", "writes_only",
+        "_makes", "_reads", "_training", "_unmarked", "_written", "fills", "has_kernel", "is_checked",
+        "is_composite", "is_gemm", "is_known", "is_mutable", "is_view", "made_of", "needs_values", "order", "plan",
+        "writes_only",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -76,6 +79,7 @@ class Trait:
         self._unmarked = _WRITTEN_UNMARKED.get(schema.name, frozenset())
         self._training = _TRAINING.get(schema.name)
         self.is_mutable = schema.is_mutable or bool(self._unmarked)
+        self.is_checked = schema.is_mutable and torch.Tag.pointwise in func.tags and schema.name not in UNCHECKED
         self.is_gemm = schema.name in GEMMS
         self.made_of = COMPOSITES.get(schema.name)
         self.plan = PLANS.get(schema.name)

@@ -20,7 +20,7 @@ import torch
 from fragscope.errors import UsageError
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
 from fragscope.record.virtual.traits import tensors_in
-from fragscope.record.virtual.value_rules import FILLED, Rule, may_compute, representable, rule_of, settled
+from fragscope.record.virtual.value_rules import FILLED, Rule, evaluated, may_compute, representable, rule_of, settled
 from fragscope.units import KIB, MIB, format_bytes
 
 LARGEST = MIB
@@ -89,10 +89,11 @@ class Values:
     def on_host(self, value: Any) -> Any:
         """An argument with tensors of known values in place of followed ones."""
         if isinstance(value, torch.Tensor):
-            entry = self._storages.find(value) if value.device.type == "meta" else None
+            is_followed = value.device.type == "meta" or self._storages.has_lost
+            entry = self._storages.find(value) if is_followed else None
             if entry is None:
                 return value
-            return value if entry.values is None else _view(value, entry.values)
+            return value.to("meta") if entry.values is None else _view(value, entry.values)
         if isinstance(value, list | tuple):
             return type(value)(self.on_host(v) for v in value)
         return value
@@ -256,7 +257,7 @@ class Values:
             for tensor in tensors_in((host, list(kwargs.values()))):
                 if tensor.device.type != "cpu":
                     return False
-            result = settled(func, host, kwargs, func(*host, **self._for_host(kwargs)))
+            result = settled(func, host, kwargs, evaluated(func, args, host, self._for_host(kwargs)))
         except Exception:  # what fails here may fail on a card in its own way, or not at all
             return False
         results = list(result) if isinstance(result, list | tuple) else [result] if outputs else []
