@@ -1,8 +1,9 @@
 """Named device profiles: what a card offers and what is left once a CUDA context stands.
 
 One card was measured. Of the others multiprocessors, capability and L2 are what CUDA reports everywhere; their memory
-in all is what one machine reported, and drivers differ in it, on data center cards by up to 0.5 % (H100: 81,079 to 81,106 MiB); what a
-context leaves free is an estimate. ``estimated`` says so field by field, and answers that may hang on it say it, too.
+in all is what one machine reported, and drivers differ in it: by up to 0.5 % (H100: 81,079 to 81,106 MiB), and by 2 %
+on cards without ECC. What a context leaves free is an estimate. ``estimated`` says so field by field, and answers that
+may hang on it say it, too.
 """
 
 from __future__ import annotations
