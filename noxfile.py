@@ -16,7 +16,7 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # The others run commands in processes of their own, whose lines are not counted anyway.
 WITHOUT_COVERAGE = (
     "tests/conformance", "tests/property", "tests/unit/test_compiled.py", "tests/unit/test_late_measures.py",
-    "tests/unit/test_timeline_elsewhere.py",
+    "tests/unit/test_timeline_elsewhere.py", "tests/unit/test_timeline_properties.py",
     *(
         f"tests/integration/test_{name}.py"
         for name in (

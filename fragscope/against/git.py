@@ -55,8 +55,8 @@ class Repository:
             if "dubious ownership" in said:
                 raise UsageError(
                     f"--against: git does not trust the repository around {printable(str(folder))}, which belongs to "
-                    "another user, as in a container; 'git config --global --add safe.directory FOLDER', with its root, "
-                    "says that you do"
+                    "another user, as in a container; 'git config --global --add safe.directory FOLDER', with its "
+                    "root, says that you do"
                 )
             raise UsageError(f"--against needs a git repository, and {printable(str(folder))} is in none ({said})")
         commit = _ask(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
