@@ -84,7 +84,7 @@ def command(
     match form:
         case "json":
             first, *others = (as_json(found, settings) for found, settings in answers)
-            click.echo(json.dumps({**first, "other_cards": others}, indent=2))
+            click.echo(json.dumps({**first, **({"other_cards": others} if others else {})}, indent=2))
         case "markdown":
             click.echo("\n\n".join("\n".join(as_markdown(*answer)) for answer in answers))
         case _:
