@@ -39,7 +39,7 @@ def group(name: str) -> list[str]:
 
 @nox.session
 def suite(session: nox.Session) -> None:
-    """The main job: every scenario on the virtual device, the report, and the results against budgets.toml and the lock."""
+    """The main job: every scenario on the virtual device, the report, the results against budgets and the lock."""
     session.install(*CONSTRAINTS, ".[torch,flashinfer,report]", *group("scenarios"))
     session.run("fragscope", "run", "--device", "virtual", *session.posargs)
     session.run("fragscope", "gate")
