@@ -16,6 +16,7 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # The others run commands in processes of their own, whose lines are not counted anyway.
 WITHOUT_COVERAGE = (
     "tests/conformance", "tests/property", "tests/unit/test_compiled.py", "tests/unit/test_late_measures.py",
+    "tests/unit/test_timeline_elsewhere.py", "tests/unit/test_timeline_properties.py",
     *(
         f"tests/integration/test_{name}.py"
         for name in (
@@ -38,7 +39,7 @@ def group(name: str) -> list[str]:
 
 @nox.session
 def suite(session: nox.Session) -> None:
-    """The main job: every scenario on the virtual device, the report, and the results against budgets.toml."""
+    """The main job: every scenario on the virtual device, the report, the results against budgets and the lock."""
     session.install(*CONSTRAINTS, ".[torch,flashinfer,report]", *group("scenarios"))
     session.run("fragscope", "run", "--device", "virtual", *session.posargs)
     session.run("fragscope", "gate")

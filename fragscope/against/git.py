@@ -52,6 +52,12 @@ class Repository:
         top = _ask(folder, "rev-parse", "--show-toplevel")
         if top.returncode or not top.stdout.strip():
             said = _said(top) or "there is no working tree"
+            if "dubious ownership" in said:
+                raise UsageError(
+                    f"--against: git does not trust the repository around {printable(str(folder))}, which belongs to "
+                    "another user, as in a container; 'git config --global --add safe.directory FOLDER', with its "
+                    "root, says that you do"
+                )
             raise UsageError(f"--against needs a git repository, and {printable(str(folder))} is in none ({said})")
         commit = _ask(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
         return cls(Path(top.stdout.rstrip("\n")).resolve(), commit.stdout.strip())
@@ -69,6 +75,11 @@ class Repository:
         if found.returncode == 0:
             return found.stdout.strip()
         if _ask(self.top, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+            if "^" in ref or "~" in ref:
+                raise UsageError(
+                    f"--against {shown}: no such commit is here, since the clone is shallow; 'git fetch --unshallow' "
+                    "gets it (actions/checkout: fetch-depth: 2 for HEAD^1, 0 for all)"
+                )
             name = ref.removeprefix("origin/")
             raise UsageError(
                 f"--against {shown}: no such commit is here, since the clone is shallow; 'git fetch --depth=1 origin "
@@ -171,14 +182,18 @@ def _known(refs: list[str]) -> str:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """The environment without what ties git to one repository, as in hooks, and without anything that asks or waits."""
+    """The environment without what ties git to one repository, as in hooks, and without anything that asks or waits.
+
+    Configuration in the environment stays: it is the user's, such as which repositories are to be trusted.
+    """
     kept = dict(os.environ)
     try:
         names = subprocess.run(["git", "rev-parse", "--local-env-vars"], capture_output=True, text=True, check=False)  # noqa: S607
     except OSError as e:
         raise UsageError(f"--against needs git, which cannot be run: {(e.strerror or str(e)).lower()}") from None
     for name in names.stdout.split():
-        kept.pop(name, None)
+        if name != "GIT_CONFIG_COUNT":
+            kept.pop(name, None)
     return kept
 
 

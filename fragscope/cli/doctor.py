@@ -25,14 +25,15 @@ def command(form: str) -> int:
     import msgspec
     from rich.console import Console
 
+    from fragscope.allocator import DEFAULT_CARD
     from fragscope.cli.configured import configured
     from fragscope.doctor import diagnose, this_machine
     from fragscope.doctor.render import as_text
 
-    out = configured().out
-    diagnosis = diagnose(
-        this_machine(dict(os.environ), out or Path(".fragscope"), "'out' in pyproject.toml" if out is not None else "")
-    )
+    config = configured()
+    chosen_by = "" if config.out is None else "'out' in pyproject.toml"
+    machine = this_machine(dict(os.environ), config.out or Path(".fragscope"), chosen_by, config.card or DEFAULT_CARD)
+    diagnosis = diagnose(machine)
     if form == "json":
         click.echo(msgspec.json.format(msgspec.json.encode(diagnosis), indent=1))
     else:

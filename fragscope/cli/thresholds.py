@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fragscope.allocator import ReplaySettings
     from fragscope.thresholds import Thresholds
 
+Answer = tuple["list[Thresholds]", "ReplaySettings"]
+"""What was found for every model on one card."""
 SCHEMA_VERSION = 1
 _FILES = ("thresholds.html", "thresholds.json", "thresholds.csv")
 _NOTES = (
@@ -35,7 +37,7 @@ _NOTES = (
 @click.option("--model", "names", multiple=True, metavar="NAME", help="Only this model; repeatable.")
 @click.option("--models", "file", type=click.Path(path_type=Path), metavar="FILE",
               help="Models of your own, in TOML, instead of those that come with fragscope.")  # fmt: skip
-@click.option("--card", metavar="NAME", help="Device profile, such as h100-80gb.")
+@click.option("--card", "cards", multiple=True, metavar="NAME", help="Device profile, such as h100-80gb; repeatable.")
 @click.option("--free", metavar="SIZE", help="What launches may take: '40 GiB'. [default: all that the card has free]")
 @click.option("--tile", type=click.Choice(["8", "16", "32", "64", "128", "192", "256"]), default="128",
               show_default=True, help="Rows of a tile; 192 is of FlashInfer 0.7.2.")  # fmt: skip
@@ -48,7 +50,7 @@ def command(
     *,
     names: tuple[str, ...],
     file: Path | None,
-    card: str | None,
+    cards: tuple[str, ...],
     free: str | None,
     tile: str,
     conf: str,
@@ -59,27 +61,34 @@ def command(
     """Say how many tokens one launch of NVFP4 mixture-of-experts kernels may have, for each model.
 
     Three things limit a launch: its grid, memory, and what vLLM found to work. The recommended chunk is large enough to
-    hide its padding, and keeps to all three. Needs no GPU and no torch.
+    hide its padding, and keeps to all three. With several --card every table stands once for each, and --out makes a
+    folder for each. Needs no GPU and no torch.
     """
     from fragscope.thresholds import chosen, load_models, shipped_models, thresholds
 
     models = chosen(shipped_models() if file is None else load_models(file), names)
-    settings = _settings(card, free, conf, release)
-    found = []
+    if free is not None and len(set(cards)) > 1:
+        raise UsageError("--free: it says what is free of one card; name one --card")
+    every = [_settings(card, free, conf, release) for card in (dict.fromkeys(cards) or (None,))]
+    answers: list[Answer] = []
     with progress() as say:
-        for model in models:
-            say(model.name)
-            found.append(thresholds(model, int(tile), settings))
+        for settings in every:
+            found = []
+            for model in models:
+                say(model.name if len(every) == 1 else f"{model.name} on {settings.card}")
+                found.append(thresholds(model, int(tile), settings))
+            answers.append((found, settings))
     if out is not None:
-        _write(out, found, settings)
+        for found, settings in answers:
+            _write(out if len(every) == 1 else out / settings.card, found, settings)
     match form:
         case "json":
-            click.echo(json.dumps(as_json(found, settings), indent=2))
+            first, *others = (as_json(found, settings) for found, settings in answers)
+            click.echo(json.dumps({**first, **({"other_cards": others} if others else {})}, indent=2))
         case "markdown":
-            click.echo("\n".join(as_markdown(found, settings)))
+            click.echo("\n\n".join("\n".join(as_markdown(*answer)) for answer in answers))
         case _:
-            for line in as_text(found, settings):
-                click.echo(line)
+            click.echo("\n\n".join("\n".join(as_text(*answer)) for answer in answers))
 
 
 def _settings(card: str | None, free: str | None, conf: str, release: str | None) -> ReplaySettings:

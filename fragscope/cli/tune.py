@@ -35,7 +35,8 @@ _LONGEST = 2000  # characters of a line
 @click.option("--keep", multiple=True, metavar="KEY[:VALUE]",
               help="A setting that stays: as it was recorded, or at VALUE.")  # fmt: skip
 @click.option("--torch", "release", metavar="RELEASE", help="Release whose rules decide, as 2.11.0.")
-@click.option("--card", metavar="NAME", help="Device profile, such as h100-80gb.")
+@click.option("--card", "cards", multiple=True, metavar="NAME",
+              help="Device profile, such as h100-80gb; of several the worst decides.")  # fmt: skip
 @click.option("--capacity", metavar="SIZE", help="What segments may take: '22 GiB'.")
 @click.option("--memory-fraction", "fraction", type=float, metavar="F", help="set_per_process_memory_fraction.")
 @click.option("--bound", "wants_bound", is_flag=True, help="Also say how little memory any allocator needs.")
@@ -53,7 +54,7 @@ def command(
     goal: Goal,
     keep: tuple[str, ...],
     release: str | None,
-    card: str | None,
+    cards: tuple[str, ...],
     capacity: str | None,
     fraction: float | None,
     wants_bound: bool,
@@ -68,12 +69,13 @@ def command(
 
     TRACEs are .fscope files, PyTorch memory snapshots, or folders of 'fragscope record', which stand for all their
     recordings. Fewer OOMs come first, then the peak relative to each trace's own as recorded, then fewer driver calls
-    beyond those as recorded, then fewer settings. The last line can be pasted into a shell.
+    beyond those as recorded, then fewer settings. With several --card each trace is replayed on each of them, and the
+    worst decides. The last line can be pasted into a shell.
     """
     from fragscope.cli.configured import configured
     from fragscope.trace.rank_set import expand
 
-    if card:
+    if cards:
         configured()
 
     files = tuple(path for file in files for path in expand(file))
@@ -88,7 +90,6 @@ def command(
         raise UsageError(f"--sidecar: give one for all traces or one for each of the {len(files)}, in their order")
     given = Given(
         torch=release,
-        card=card,
         capacity=None if capacity is None else parse_memory(capacity, "--capacity"),
         memory_fraction=fraction,
         device=device_index,
@@ -97,7 +98,9 @@ def command(
         say("reading")
         said = sidecars if len(sidecars) == len(files) else (sidecars or (None,)) * len(files)
         subjects = [
-            load_subject(file, replace(given, sidecar=sidecar)) for file, sidecar in zip(files, said, strict=True)
+            load_subject(file, replace(given, card=card, sidecar=sidecar))
+            for card in (dict.fromkeys(cards) or (None,))
+            for file, sidecar in zip(files, said, strict=True)
         ]
         with player(subjects, jobs=jobs or usable_cores(), tries=MOST_TRIES // 2, say=say) as play:
             say("replaying")
@@ -106,7 +109,7 @@ def command(
         bounds: list[Bound] | None = None
         if wants_bound:
             bounds = []
-            for subject in subjects:
+            for subject in subjects[: len(files)]:  # what traces need at least is the same on every card
                 say(f"packing {printable(subject.name)}")
                 bounds.append(bound(subject.tape, bound_seconds))
     for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
@@ -262,7 +265,7 @@ def _about(subjects: list[Subject], t: Tuning) -> list[str]:
         "more is driver calls beyond those as recorded"
     )
     if len(subjects) > 1:
-        lines.append("reserved and stranded are the largest of all traces, saved is of the trace where it is least")
+        lines.append("reserved and stranded are the largest of all of them, saved is of the one where it is least")
     return lines
 
 

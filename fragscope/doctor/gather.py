@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fragscope.allocator.cards import DEFAULT_CARD
 from fragscope.allocator.engine.compiled import is_compiled_before
 from fragscope.cache import cache_folder
 from fragscope.doctor.machine import Flashinfer, Folder, Machine, Missing, NvmlFacts, TorchFacts
@@ -21,13 +22,16 @@ _CUDA = Path("/usr/local/cuda")  # where CUDA is installed unless somebody says 
 _PREBUILT = ("flashinfer-jit-cache", "flashinfer-cubin")
 
 
-def this_machine(environ: Mapping[str, str], out: Path, out_chosen_by: str = "") -> Machine:
+def this_machine(
+    environ: Mapping[str, str], out: Path, out_chosen_by: str = "", default_card: str = DEFAULT_CARD
+) -> Machine:
     """Look at everything; takes as long as importing torch, and on a GPU a few seconds more.
 
     Args:
         environ: the environment.
         out: where results would go.
         out_chosen_by: what names that folder; empty where it is the default.
+        default_card: the profile that commands take without ``--card``.
     """
     has_torch = importlib.util.find_spec("torch") is not None
     answers: dict[str, Any] = ask(environ) if has_torch else {}
@@ -50,6 +54,7 @@ def this_machine(environ: Mapping[str, str], out: Path, out_chosen_by: str = "")
             cache_folder(), next((v for v in ("FRAGSCOPE_CACHE_DIR", "XDG_CACHE_HOME") if environ.get(v)), "")
         ),
         out=look_at(out, out_chosen_by),
+        default_card=default_card,
     )
 
 

@@ -43,10 +43,20 @@ def gpu(machine: Machine) -> Check:
 
 
 def card(machine: Machine) -> Check:
-    """The device profile that fits, for replays that take place elsewhere."""
+    """The device profile that fits, for replays that take place elsewhere, and whether it is the one in use."""
     name = "card profile"
+    default = printable(machine.default_card, 80)
+    if machine.default_card not in CARDS:
+        return Check(
+            name,
+            "fail",
+            f"none is named {default!r}, which 'card' in pyproject.toml makes the default",
+            "'fragscope cards' lists what there is",
+        )
     if not machine.devices:
-        return Check(name, "absent", "no GPU that torch can use; --card names one for the virtual device")
+        return Check(
+            name, "absent", f"no GPU that torch can use; the virtual device is {default} where --card names no other"
+        )
     unknown = {d.name: d for d in reversed(machine.devices) if card_like(d.name, d.total) is None}
     known = {c.name: None for d in machine.devices if (c := card_like(d.name, d.total)) is not None}
     if not unknown:
@@ -56,7 +66,14 @@ def card(machine: Machine) -> Check:
             if guessed
             else ""
         )
-        return Check(name, "ok", f"{', '.join(known)} has the same name and memory", hint)
+        said = f"{', '.join(known)} has the same name and memory"
+        if machine.default_card in known:
+            return Check(name, "ok", said, hint)
+        first = next(iter(known))
+        switch = (
+            f'--card {first}, or card = "{first}" in pyproject.toml, makes the virtual device the card that is here'
+        )
+        return Check(name, "warn", f"{said}, but the default is {default}", "; ".join(filter(None, (switch, hint))))
     device = next(iter(unknown.values()))
     free = "" if device.free is None else f", free = {device.free}"
     major, minor = device.capability

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from fragscope.allocator.cards import DEFAULT_CARD
 from fragscope.record.cuda.non_torch import Scope
 
 
@@ -168,6 +169,7 @@ class Machine:
         numba: its release; None where it is not installed.
         compiled: whether the allocator's loop was compiled before.
         cache, out: the cache folder and the folder of results.
+        default_card: the profile that commands take without ``--card``.
     """
 
     fragscope: str | None
@@ -184,6 +186,7 @@ class Machine:
     compiled: bool
     cache: Folder
     out: Folder
+    default_card: str = DEFAULT_CARD
 
     @property
     def devices(self) -> tuple[Device, ...]:

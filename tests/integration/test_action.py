@@ -147,14 +147,25 @@ class Runner:
             check=False,
         )
 
-    def python(self, *, torch: bool = True, run: int = 0, gate: int = 0, writes: bool = True) -> str:
+    def python(
+        self,
+        *,
+        torch: bool = True,
+        run: int = 0,
+        gate: int = 0,
+        writes: bool = True,
+        pip: bool = True,
+        own: bool = True,
+    ) -> str:
         """A Python that only notes what it is asked to do, and writes the files that a gate would."""
         file = self.temporary / "python"
         file.write_text(
             f"""#!{sys.executable}
 import os, sys
 if sys.argv[1] == "-c":
-    sys.exit({0 if torch else 1})
+    sys.exit({int(own)} if "EXTERNALLY-MANAGED" in sys.argv[2] else {int(not torch)})
+if sys.argv[1:] == ["-m", "pip", "--version"]:
+    sys.exit({int(not pip)})
 with open(os.environ["CALLS"], "a") as f:
     print(*map(repr, sys.argv[1:]), file=f)
 for option, name in zip(sys.argv, sys.argv[1:]):
@@ -191,6 +202,41 @@ def test_torch_is_installed_only_where_there_is_none(runner):
         ["-m", "pip", "install", "--quiet", "--index-url", cpu, "--", "torch"],
         ["-m", "pip", "install", "--quiet", "--", "fragscope==0.1.0"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "system", "advice"),
+    [
+        ({"pip": False}, "Linux", "'uv venv --seed'"),
+        ({"own": False}, "Linux", "put actions/setup-python before this action"),
+        ({}, "Windows", "runs-on: ubuntu-latest"),
+    ],
+)
+def test_a_python_that_nothing_can_be_installed_into_is_told_so(runner, monkeypatch, made, system, advice):
+    monkeypatch.setenv("RUNNER_OS", system)
+    monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
+    done = runner.step(INSTALL, python=runner.python(**made))
+    assert (done.returncode, runner.called) == (1, [])
+    assert done.stdout.startswith("::error title=fragscope gate::")
+    assert advice in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_python_that_is_not_there_is_told_so(runner):
+    done = runner.step(INSTALL, python="python-of-nobody")
+    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
+    assert "actions/setup-python installs one" in done.stdout
+
+
+def test_whether_a_python_is_the_systems_is_asked_of_it(runner):
+    """The question of the script, put to this Python and to one whose library is marked as PEP 668 has it."""
+    question = re.search(r"-c '(import os.*?)'; then", INSTALL["run"], re.DOTALL)[1]
+    assert subprocess.run([sys.executable, "-c", question], check=False).returncode == 1, "a virtual environment"
+    (runner.temporary / "EXTERNALLY-MANAGED").touch()
+    marked = (
+        f"import sys, sysconfig\nsys.prefix = sys.base_prefix\nsysconfig.get_path = lambda _: {str(runner.temporary)!r}"
+    )
+    assert subprocess.run([sys.executable, "-c", f"{marked}\n{question}"], check=False).returncode == 0
 
 
 def test_scenarios_are_run_and_their_results_gated(runner):
@@ -297,6 +343,31 @@ def test_a_failing_gate_as_a_runner_sees_it(runner):
     assert summary.startswith("# Something before\n### fragscope gate: failed\n")
     assert Path(runner.outputs["comment"]).read_text() == f"<!-- fragscope-gate -->\n{summary.partition(chr(10))[2]}"
     assert len(ElementTree.parse(runner.outputs["junit"]).findall("testsuite/testcase/failure")) == 1
+
+
+@pytest.mark.torch
+def test_a_checkout_of_another_user_is_trusted(runner, monkeypatch):
+    """As in a job with ``container:``, where the runner's user owns the files and root runs the steps."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("HOME", str(runner.temporary))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "2")
+    for n, (key, value) in enumerate((("user.name", "a"), ("user.email", "a@example.org"))):
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{n}", key)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{n}", value)
+    (runner.workspace / "pyproject.toml").write_text('[tool.fragscope]\nscenarios = ["scenario_loader.py"]\n')
+    (runner.workspace / "scenario_loader.py").write_text(SCENARIO)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "one"]):
+        trusted = ["-c", f"safe.directory={runner.workspace}"]
+        subprocess.run(["git", *trusted, *command], cwd=runner.workspace, check=True)
+    untrusted = subprocess.run(
+        [sys.executable, "-m", "fragscope", "gate", "--against", "HEAD"], cwd=runner.workspace, capture_output=True,
+        text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert untrusted.returncode == 2
+    assert "git config --global --add safe.directory" in untrusted.stderr
+    done = runner.step(GATE, python=sys.executable, against="HEAD")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- the workflow that may write comments -------------------------------------------------------------------------

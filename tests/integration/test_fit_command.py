@@ -61,9 +61,9 @@ def test_the_answer_runs_and_a_page_less_does_not(name: str, capsys: pytest.Capt
 def test_text_says_what_fails_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["fit", SPLIT]) == 0
     out, err = capsys.readouterr()
-    assert "max_split_size_mb:20 (l4 and 9 larger)" in out
-    assert "default (l4 and 9 larger)" in out
-    assert "expandable_segments:True (l4 and 9 larger)" in out
+    assert "max_split_size_mb:20 (l4 and 18 larger)" in out
+    assert "default (l4 and 18 larger)" in out
+    assert "expandable_segments:True (l4 and 18 larger)" in out
     assert " fails, " in out
     assert "are needed" in out
     assert "observations_unseen" in out
@@ -133,7 +133,7 @@ def test_markdown_has_the_table_of_the_text(capsys: pytest.CaptureFixture[str]) 
     assert cells[1] == ["--:"] * 8 + ["---"]
     fits = answer(capsys, MOE)["fits"]
     assert [float(row[0].replace(",", "")) for row in cells[2:]] == [f["capacity"] / MIB for f in fits]
-    assert cells[3][-1] == r"expandable\_segments:True (l4 and 9 larger)"
+    assert cells[3][-1] == r"expandable\_segments:True (l4 and 18 larger)"
     assert any(line.startswith("- default, with ") and " fails, " in line for line in lines)
     assert any(line.startswith(r"- observations\_unseen (effect unknown") for line in lines)
 

@@ -564,6 +564,9 @@ def test_a_shallow_clone_is_told_what_to_fetch(team: Team, tmp_path: Path) -> No
     assert gated.code == 2
     assert "the clone is shallow; 'git fetch --depth=1 origin release-1' gets it" in gated.err
     assert "fetch-depth: 0" in gated.err
+    parent = Team(tmp_path / "shallow").gate(against="HEAD^1")
+    assert parent.code == 2
+    assert "'git fetch --unshallow' gets it (actions/checkout: fetch-depth: 2 for HEAD^1" in parent.err
 
 
 def test_a_branch_that_only_the_remote_has_is_the_nearest(team: Team, tmp_path: Path) -> None:

@@ -103,9 +103,23 @@ def test_models_of_ones_own_take_the_place_of_the_shipped(tmp_path, capsys):
     assert (model["name"], model["tokens"]["launch_grid"]) == ("mine", most_tokens(4, 64, 128))
 
 
+def test_several_cards_are_answered_one_after_the_other(tmp_path, capsys):
+    out = tmp_path / "out"
+    cards = ["--card", "l4", "--card", "b200", "--card", "l4"]
+    both = json_of("thresholds", capsys, "--model", "deepseek-v3", *cards, "--out", str(out))
+    alone = [json_of("thresholds", capsys, "--model", "deepseek-v3", "--card", card) for card in ("l4", "b200")]
+    assert both.pop("other_cards") == [alone[1]]
+    assert both == alone[0]
+    # A launch takes at least what its largest tensor does, 2 bytes for each of 7,168 numbers of 8 rows a token.
+    assert both["models"][0]["tokens"]["memory"] < 23_583_784_960 // (2 * 7168 * 8) < 300_000
+    assert sorted(file.parent.name for file in out.rglob("thresholds.json")) == ["b200", "l4"]
+    assert json.loads((out / "l4" / "thresholds.json").read_text()) == both
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--free", "9 GiB", "--card", "l4", "--card", "a10"], "--free: it says what is free of one card"),
         (["--model", "deepseek"], "--model: no model named 'deepseek'; did you mean 'deepseek-v3'?"),
         (["--card", "h100"], "--card: no profile named 'h100'"),
         (["--free", "lots"], "--free: 'lots' is not a byte count"),

@@ -89,6 +89,23 @@ def test_json_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
         assert b["lower"] <= min(t["outcomes"][0]["peak"]["reserved"] for t in value["ranked"])
 
 
+def test_of_several_cards_the_worst_decides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "t.fscope")
+    # 12 blocks of 1.5 GiB that leave holes of 500 MiB: 18 GiB, then 4 GiB more than an L4 has beside the holes.
+    requests = [("alloc", i, (500 if i % 2 else 1536) * MIB) for i in range(24)]
+    requests += [("free", i) for i in range(1, 24, 2)]
+    write_trace(trace_of(*requests, ("alloc", 24, 2560 * MIB), card="h200"), Path(path))
+    value = answer(capsys, path, "--card", "l4", "--card", "h200", "--bound")
+    assert [(t["path"], t["card"]) for t in value["traces"]] == [(path, "l4"), (path, "h200")]
+    assert len(value["bounds"]) == 1
+    for i, card in enumerate(("l4", "h200")):
+        alone = answer(capsys, path, "--card", card)["current"]
+        assert value["current"]["outcomes"][i] == alone["outcomes"][0]
+    assert value["current"]["ooms"] == sum(o["ooms"] for o in value["current"]["outcomes"])
+    text = run(["tune", path, "--card", "l4", "--card", "h200"])
+    assert (text, "l4" in capsys.readouterr().out) == (0, True)
+
+
 def test_no_line_to_export_where_nothing_is_better(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_trace(trace_of(("alloc", 0, 30 * MIB)), tmp_path / "t.fscope")
     assert run(["tune", str(tmp_path / "t.fscope")]) == 0

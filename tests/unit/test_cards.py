@@ -23,13 +23,22 @@ GIB = 2**30
 # multiprocessors, L2 in MiB.
 PUBLISHED = {
     "NVIDIA A10": (22_516, (8, 6), 72, 6),
+    "NVIDIA A10G": (22_587, (8, 6), 80, 6),
     "NVIDIA L4": (22_491, (8, 9), 58, 48),
     "NVIDIA L40S": (45_373, (8, 9), 142, 96),
+    "NVIDIA L40": (45_373, (8, 9), 142, 96),
+    "NVIDIA GeForce RTX 4090": (24_081, (8, 9), 128, 72),
+    "NVIDIA RTX 6000 Ada Generation": (48_622, (8, 9), 142, 96),
     "NVIDIA A100-SXM4-40GB": (40_339, (8, 0), 108, 40),
     "NVIDIA A100-PCIE-40GB": (40_339, (8, 0), 108, 40),
     "NVIDIA A100-SXM4-80GB": (81_158, (8, 0), 108, 40),
     "NVIDIA A100 80GB PCIe": (81_038, (8, 0), 108, 40),
     "NVIDIA H100 80GB HBM3": (81_079, (9, 0), 132, 50),
+    "NVIDIA H100 PCIe": (81_106, (9, 0), 114, 50),
+    "NVIDIA GH200 480GB": (97_280, (9, 0), 132, 60),
+    "NVIDIA H200 NVL": (143_156, (9, 0), 132, 60),
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": (97_250, (12, 0), 188, 128),
+    "NVIDIA B300 SXM6 AC": (274_074, (10, 3), 148, 126.5),  # 267.7 GiB, from 267.65 on
     "NVIDIA H200": (143_156, (9, 0), 132, 60),
     "NVIDIA B200": (182_631, (10, 0), 148, 126.5),
 }
@@ -61,7 +70,15 @@ def test_what_nobody_measured_is_marked() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("a11", "a10"), ("A100", "a100-40gb"), ("h100", "h100-80gb"), ("l40", "l40s"), ("H200", "h200"), ("b300", "b200")],
+    [
+        ("a11", "a10"),
+        ("A100", "a100-40gb"),
+        ("h100", "h100-80gb"),
+        ("l41", "l4"),
+        ("H200", "h200"),
+        ("b30", "b300"),
+        ("4090", "rtx-4090"),
+    ],
 )
 def test_an_unknown_card_is_answered_with_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(UsageError, match=f"--card: no profile named '{wrong}'; did you mean .*{near}") as found:
@@ -72,7 +89,7 @@ def test_an_unknown_card_is_answered_with_the_nearest(wrong: str, near: str) -> 
 def test_a_card_is_recognised_by_what_cuda_calls_it() -> None:
     assert card_like("NVIDIA A100 80GB PCIe", None) == CARDS["a100-80gb-pcie"]
     assert card_like("NVIDIA A10", CARDS["a10"].total + 1) is None
-    assert card_like("NVIDIA A10G", None) is None
+    assert card_like("NVIDIA GeForce RTX 4090 D", None) is None
 
 
 # --- what an estimate changes -------------------------------------------------------------------------------------

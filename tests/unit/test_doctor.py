@@ -163,6 +163,24 @@ def test_the_profile_that_fits_is_named():
     assert gpu.card(CARD).detail == "h100-80gb has the same name and memory"
 
 
+def test_a_default_card_that_is_not_here_is_told():
+    l4 = Device("NVIDIA L4", 23_583_784_960, None, (8, 9), 58, 50_331_648)
+    machine = replace(CARD, torch=torch_facts(devices=(l4,)))
+    check = gpu.card(machine)
+    assert (check.status, check.detail) == (
+        "warn", "l4 has the same name and memory, but the default is h100-80gb",
+    )  # fmt: skip
+    assert '--card l4, or card = "l4" in pyproject.toml' in check.advice
+    assert gpu.card(replace(machine, default_card="l4")).status == "ok"
+
+
+def test_a_default_card_that_nobody_knows_is_broken():
+    for machine in (CARD, LAPTOP):
+        check = gpu.card(replace(machine, default_card="h1000\n"))
+        assert check.status == "fail"
+        assert r"none is named 'h1000\\n'" in check.detail
+
+
 @pytest.mark.parametrize(
     "device", [H200, msgspec.structs.replace(H100, total=85_017_493_503), msgspec.structs.replace(H100, name="H100")]
 )

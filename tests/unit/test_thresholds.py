@@ -142,20 +142,6 @@ def test_reserved_bytes_are_those_of_the_segments():
     assert launch_peak(launch("qwen3-next-80b"), 300_000, settings()).reserved == own + 20 * MIB + 2 * MIB
 
 
-def test_memory_limit_is_found_as_by_trying_all():
-    made = Launch(experts=16, top_k=2, hidden=1024, intermediate=512, tile=32)
-    for conf in ("", "expandable_segments:True"):
-        for capacity in (24 * MIB, 64 * MIB, 96 * MIB):
-            under = settings(conf, capacity)
-            fitting = [t for t in range(1, 20_001) if t % 7 == 1 and launch_peak(made, t, under).fits]
-            found = memory_limit(made, under)
-            refused = [t for t in range(1, 20_001, 7) if t not in set(fitting)]
-            assert refused, "the range must go beyond the limit"
-            assert min(refused) - 7 <= found.tokens < min(refused)
-            assert not launch_peak(made, found.tokens + 1, under).fits
-            assert 0 < found.tried < 600
-
-
 def test_no_memory_is_room_for_no_token():
     assert memory_limit(launch("deepseek-v3"), settings(capacity=2 * MIB)).tokens == 0
     assert recommended_chunk(launch("deepseek-v3"), settings(capacity=2 * MIB)) == 0

@@ -5,13 +5,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from builders import FP8, TRACES, replayed, replayed_phase, settings, torch_statistics
+from builders import FP8, TRACES, replayed, replayed_phase, torch_statistics
 from driven_traces import Driven
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fragscope.allocator import replay
 from fragscope.errors import InputFileError, UsageError
 from fragscope.measure import decimate, lifetimes, measured_rows, timeline
 from fragscope.trace import NO_ID, DecisionKind, DecisionLog, RequestKind, RequestLog, Trace, load_trace
@@ -39,21 +38,6 @@ def test_peak_and_end_are_those_of_the_models_own_counters(name: str) -> None:
         assert getattr(line.peak(), counter) == getattr(result.whole.peak, counter), counter
         assert getattr(line.at(-1), counter) == getattr(result.whole.end, counter), counter
     assert line.at(-1).releasable == result.whole.end.reserved - result.whole.reserved_after_empty_cache
-    assert len(line.oom) == result.whole.ooms
-
-
-@pytest.mark.parametrize("name", ["moe_list_stack-default", "streams-default", "oom-default"])
-@pytest.mark.parametrize("conf", ["max_split_size_mb:20", "expandable_segments:True", "roundup_power2_divisions:4"])
-@pytest.mark.parametrize("divisor", [1, 10])
-def test_under_other_settings_too_they_are_the_models(name: str, conf: str, divisor: int) -> None:
-    """On a tenth of the card there are OOMs and releases."""
-    recorded = settings(name)
-    other = replace(recorded, conf=conf, capacity=recorded.capacity // divisor, memory_fraction=None)
-    result = replay(load_trace(TRACES / f"{name}.pickle.xz"), other)
-    line = timeline(result.trace)
-    for counter in COUNTERS:
-        assert getattr(line.peak(), counter) == getattr(result.whole.peak, counter), counter
-        assert getattr(line.at(-1), counter) == getattr(result.whole.end, counter), counter
     assert len(line.oom) == result.whole.ooms
 
 

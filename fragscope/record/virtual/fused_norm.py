@@ -1,6 +1,7 @@
 """``rms_norm``: one kernel on a card, forward and backward, and several operators elsewhere.
 
-Source: ``rms_norm_symint`` in aten/src/ATen/native/layer_norm.cpp and ``_fused_rms_norm`` in tools/autograd/derivatives.yaml.
+Source: ``rms_norm_symint`` in aten/src/ATen/native/layer_norm.cpp; ``_fused_rms_norm`` in
+tools/autograd/derivatives.yaml.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _copied_first(results: tuple[int, ...]) -> Callable[..., Plan]:
 
 
 def _layer_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
-    gradient, source = args[:2]
+    gradient = args[0]
     plan = _copied_first(tuple(range(len(results))))(args[1:], kwargs, results, card)
     return plan if gradient.is_contiguous() else plan.guessed("on strided tensors")
 
