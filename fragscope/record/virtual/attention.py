@@ -75,7 +75,7 @@ class Attention:
         with self._device.temporaries([8, 8]):  # seed and offset of the random numbers
             out = _like(query, (*query.shape[:3], value.shape[-1]))
             self._device.launched(_CUDNN, tensors, [out])
-            self._device.follow_plan(_CUDNN, cudnn_workspace(query.shape[2], self._device.card), [])
+            self._device.follow_plan(_CUDNN, cudnn_workspace(query, key, self._device.card), [])
         return out
 
     def pick(

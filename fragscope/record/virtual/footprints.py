@@ -34,7 +34,7 @@ OUTPUTS_ONLY = frozenset(
         "index_add", "scatter", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d",
         "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d",
         "upsample_bilinear2d_backward", "upsample_nearest2d", "reflection_pad1d", "floor_divide", "silu_backward",
-        "mse_loss_backward", "complex", "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_",
+        "mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "complex", "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_",
         "_amp_foreach_non_finite_check_and_unscale_",
     )
 )  # fmt: skip

@@ -3,7 +3,8 @@
 Each takes what the operator takes; the operators it calls are seen one by one. What it returns takes the place of the
 operator's result.
 
-Source: aten/src/ATen/native/SoftMax.cpp (``_safe_softmax``), ReduceOps.cpp (``logsumexp``), Loss.cpp (``mse_loss``).
+Source: aten/src/ATen/native/SoftMax.cpp (``_safe_softmax``), ReduceOps.cpp (``logsumexp``), Loss.cpp (``mse_loss``,
+``smooth_l1_loss``, ``huber_loss``).
 """
 
 from __future__ import annotations
@@ -42,16 +43,23 @@ def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.
     return _aten.add_.Tensor(out, most if keepdim else most.view(out.shape))
 
 
-def _mse_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1) -> torch.Tensor:
-    """The mean is written into the memory of all squares, which it keeps."""
+def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> torch.Tensor:
+    """The mean is written into the memory of the losses of all elements, which it keeps."""
     if reduction == 0:
         return _aten.empty_like(_broadcast(source, target))
     out = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
-    squares = _aten.empty_like(out)
+    losses = _aten.empty_like(out)
     out.resize_(())
     into = _aten.mean.out if reduction == 1 else _aten.sum.IntList_out
-    into(squares, [], out=out)
+    into(losses, [], out=out)
     return out
+
+
+def _loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> torch.Tensor:
+    losses = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
+    if reduction == 0:
+        return losses
+    return _aten.mean(losses) if reduction == 1 else _aten.sum(losses)
 
 
 def _broadcast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -61,6 +69,8 @@ def _broadcast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 COMPOSITES: dict[str, Callable[..., Any]] = {
     "aten::_safe_softmax": _safe_softmax,
     "aten::logsumexp": _logsumexp,
-    "aten::mse_loss": _mse_loss,
+    "aten::mse_loss": _kept_loss,
+    "aten::smooth_l1_loss": _kept_loss,
+    "aten::huber_loss": _loss,
 }
 """By name of the operator."""

@@ -13,11 +13,13 @@ RECORDED = (9, 0)
 _ALIGNMENT = 256
 _RADIX = 2048
 """Bytes of 256 counts, one a digit."""
-_TILES = {(4, 8): 5376, (8, 8): 4608, (8, 0): 5760}
+_TILES = {(2, 8): 5632, (4, 8): 5376, (8, 8): 4608, (8, 0): 5760}
 """Elements a block sorts, by bytes of key and value."""
-_SCAN_TILES = {4: 1920, 8: 896}
-"""Elements a block adds up, by their bytes."""
-_ONE_TILE = (100, 3072)
+_SCAN_TILES = {2: (7282, 8192), 4: (1920, 1920), 8: (896, 896)}
+"""Elements a block adds up, by their bytes, at least and at most."""
+_STATE_OF = {2: 8, 4: 4, 8: 8}
+"""Bytes of a sum that tiles tell each other; what is no word of its own is widened."""
+_ONE_TILE = (1600, 2400)
 """So many are sorted by one block, and so many by several; between them nobody looked."""
 
 
@@ -51,10 +53,8 @@ def segmented_sort(count: int, key: int, value: int) -> int:
 
 def scan(count: int, item: int) -> int | None:
     """Bytes of a running sum; None where it was not seen."""
-    tile = _SCAN_TILES.get(item)
-    if tile is None:
-        return None
-    return _states(-(-count // tile), item)
+    bounds = _SCAN_TILES.get(item)
+    return None if bounds is None else tiled_states(count, _STATE_OF[item], *bounds)
 
 
 def _states(tiles: int, item: int) -> int:

@@ -18,7 +18,7 @@ from fragscope.record.virtual.scratch.plan import Plan, outputs_then
 _UNSORTED = 3072
 """So many indices are added up one by one."""
 _ROWS_A_THREAD = 10
-_UNIQUE_TILES = (3125, 6250)
+_UNIQUE_TILES = (4167, 4999)
 """A block drops the repeated among so many sorted indices, at least and at most."""
 
 

@@ -215,6 +215,14 @@ def _picked(accumulator: Callable[[torch.Tensor], int], *, flat: bool = False) -
     return plan
 
 
+def _truth(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """A single number is converted and copied."""
+    source = args[0]
+    if source.numel() == 1 and source.dtype != torch.bool:
+        return outputs_then(1, [1])
+    return _picked(lambda t: t.itemsize)(args, kwargs, results, card)
+
+
 def _moments(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
     """Variances; two values are loaded at a time."""
     source = args[0]
@@ -244,8 +252,8 @@ PLANS: dict[str, Callable[..., Plan]] = {
     "aten::amin": _picked(lambda t: t.itemsize),
     "aten::max": _picked(lambda t: t.itemsize),
     "aten::min": _picked(lambda t: t.itemsize),
-    "aten::any": _picked(lambda t: t.itemsize),
-    "aten::all": _picked(lambda t: t.itemsize),
+    "aten::any": _truth,
+    "aten::all": _truth,
     "aten::argmax": _picked(lambda t: 16, flat=True),
     "aten::argmin": _picked(lambda t: 16, flat=True),
     "aten::var": _moments,

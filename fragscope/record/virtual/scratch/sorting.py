@@ -22,8 +22,7 @@ _DIGITS = 256
 _BLOCK = 256
 _TOPK_BLOCKS = 6  # a multiprocessor: 65,536 registers, of which a thread takes 40
 _SCANNED_AT_ONCE = 2048
-_FEW = 512
-"""So many are added up by one block, whatever its tile."""
+_SORTED = (torch.float32, torch.int64, torch.int32, torch.bfloat16, torch.float16)
 _NOT_SEEN = "of this type or size"
 
 
@@ -41,7 +40,7 @@ def _sort(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     if count <= _SMALL_SORT:
         return plan.take(8 * count)
     every, key = source.numel(), source.itemsize
-    if card.capability != cub.RECORDED or source.dtype not in (torch.float32, torch.int64) or every >= 2**31:
+    if card.capability != cub.RECORDED or source.dtype not in _SORTED or every >= 2**31:
         return plan.guessed(_NOT_SEEN)
     if source.stride(dim) != 1 or not torch.ops.aten.is_non_overlapping_and_dense(source):
         plan.take(every * key, every * key, every * 8)
@@ -81,7 +80,10 @@ def _topk(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     if not _uses_many_blocks(rows, length):
         picked = results[0].shape[dim]
         return plan.guessed(_NOT_SEEN) if picked > _SMALL_SORT else plan
-    if source.itemsize != 4 or card.capability != cub.RECORDED:
+    if (
+        source.dtype not in (torch.float32, torch.int32, torch.bfloat16, torch.float16)
+        or card.capability != cub.RECORDED
+    ):
         return plan.guessed(_NOT_SEEN)
     a_thread = min(64, max(4, -(-length * rows // (card.multiprocessors * _TOPK_BLOCKS * _BLOCK))))
     blocks = rows * -(-length // (a_thread * _BLOCK))
@@ -114,8 +116,7 @@ def _running(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % source.dim()
     if source.numel() != source.shape[dim]:
         return plan
-    seen = out.dtype in (torch.float32, torch.int64) or (source.numel() <= _FEW and out.dtype == torch.int32)
-    size = cub.scan(source.numel(), out.itemsize) if seen else None
+    size = cub.scan(source.numel(), out.itemsize) if out.dtype in _SORTED else None
     if size is None or card.capability != cub.RECORDED:
         return plan.guessed(_NOT_SEEN)
     return plan.take(size)
