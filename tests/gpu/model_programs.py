@@ -219,7 +219,10 @@ def vit_base_train() -> None:
     model = timm.create_model("vit_base_patch16_224", pretrained=False, depth=4).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for batch in (12, 20, 7):
-        images, labels = torch.randn(batch, 3, 224, 224, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
+        images, labels = (
+            torch.randn(batch, 3, 224, 224, device="cuda"),
+            torch.zeros(batch, dtype=torch.int64, device="cuda"),
+        )
         with torch.autocast("cuda", torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
         loss.backward()
@@ -303,9 +306,8 @@ def from_pretrained() -> None:
 PROGRAMS: dict[str, Callable[[], None]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        llama_small_sdpa, llama_small_eager, llama_medium_sdpa, llama_generate, llama_generate_static,
-        llama_sample, llama_train, gpt2, gpt2_train, bert, mixtral, qwen_experts, vit_train, vit_train_autocast, vit_base_train, resnet_train,
-        resnet18_train, encoder,
-        safetensors_load, from_pretrained,
+        llama_small_sdpa, llama_small_eager, llama_medium_sdpa, llama_generate, llama_generate_static, llama_sample,
+        llama_train, gpt2, gpt2_train, bert, mixtral, qwen_experts, vit_train, vit_train_autocast, vit_base_train,
+        resnet_train, resnet18_train, encoder, safetensors_load, from_pretrained,
     )
 }  # fmt: skip

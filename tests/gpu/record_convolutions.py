@@ -47,7 +47,11 @@ def models() -> Iterator[tuple[str, Callable[[], torch.nn.Module], list[tuple[in
         yield name, getattr(torchvision.models, name), met + usual
     for name in ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch14_224"):
         options: dict[str, Any] = {"pretrained": False, "dynamic_img_size": True}
-        yield name, lambda n=name, o=options: timm.create_model(n, depth=1, **o), met[: 8 if "small" in name else 0] + usual
+        yield (
+            name,
+            lambda n=name, o=options: timm.create_model(n, depth=1, **o),
+            met[: 8 if "small" in name else 0] + usual,
+        )
     yield "convnext_tiny", lambda: timm.create_model("convnext_tiny", pretrained=False), usual[:4]
     yield "efficientnet_b0", lambda: timm.create_model("efficientnet_b0", pretrained=False), usual[:4]
 
@@ -165,7 +169,9 @@ def main() -> None:
     }  # fmt: skip
     content = json.dumps({"versions": versions, "calls": dict(sorted(done.items()))}, indent=0)
     options.file.write_bytes(lzma.compress(content.encode()))
-    print(f"{len(done)} of {len(calls)} calls, {len({*done.values()})} different, in {options.file.stat().st_size} bytes")
+    print(
+        f"{len(done)} of {len(calls)} calls, {len({*done.values()})} different, in {options.file.stat().st_size} bytes"
+    )
 
 
 if __name__ == "__main__":

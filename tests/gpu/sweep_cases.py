@@ -7,7 +7,6 @@ them with the others.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -150,8 +149,8 @@ def _norms() -> None:
                     return nn.BatchNorm2d(x.shape[1], dtype=x.dtype).cuda().train(t)(x)
 
                 sweep(f"sweep_batch_norm_{training}", batch, shape, dtype, back=True)
-        sweep("sweep_group_norm", lambda x: nn.GroupNorm(4, x.shape[1]).cuda()(x), shape, back=True)
-        sweep("sweep_instance_norm", lambda x: nn.functional.instance_norm(x), shape, back=True)
+        sweep("sweep_group_norm", lambda x: nn.GroupNorm(4, x.shape[1]).to(x.device)(x), shape, back=True)
+        sweep("sweep_instance_norm", nn.functional.instance_norm, shape, back=True)
         sweep("sweep_max_pool", lambda x: nn.functional.max_pool2d(x, 2), shape, back=True)
         sweep("sweep_avg_pool", lambda x: nn.functional.avg_pool2d(x, 2), shape, back=True)
         sweep("sweep_adaptive_pool", lambda x: nn.functional.adaptive_avg_pool2d(x, 1), shape, back=True)
@@ -241,7 +240,7 @@ def _products() -> None:
     sweep("sweep_dot", lambda x: x @ x, (4096,), back=True)
     sweep("sweep_einsum", lambda x: torch.einsum("bij,bkj->bik", x, x), (4, 64, 64), back=True)
     sweep("sweep_einsum_outer", lambda x: torch.einsum("i,j->ij", x, x), (64,), back=True)
-    sweep("sweep_conv1d", lambda x: nn.Conv1d(64, 32, 3).cuda()(x), (4, 64, 100), back=True)
+    sweep("sweep_conv1d", lambda x: nn.Conv1d(64, 32, 3).to(x.device)(x), (4, 64, 100), back=True)
     for size, channels, out, kernel, stride, side in ((48, 3, 384, 16, 16, 224), (8, 3, 64, 7, 2, 224),
                                                       (8, 64, 64, 1, 1, 56), (8, 64, 64, 3, 1, 56),
                                                       (8, 512, 512, 3, 1, 7)):  # fmt: skip

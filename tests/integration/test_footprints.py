@@ -43,9 +43,9 @@ SOMETIMES = (
     *(f"sweep_sdpa_efficient_{way}" for way in ("_back", "causal_back", "dropout_back", "masked")),
 )  # fmt: skip
 ALWAYS = (
-    "randperm", "conv2d", "lstm", "gru", "embedding_bag", "conv2d_amp", "scaled_mm", "conv2d_backward", "stream_capture",
-    "sgd_fused_step", "multinomial", "nonzero", "masked_select", "unique", "item", "adafactor_step", "types_multinomial",
-    "types_cosine",
+    "randperm", "conv2d", "lstm", "gru", "embedding_bag", "conv2d_amp", "scaled_mm", "conv2d_backward",
+    "stream_capture", "sgd_fused_step", "multinomial", "nonzero", "masked_select", "unique", "item",
+    "adafactor_step", "types_multinomial", "types_cosine",
     *(f"sweep_{n}" for n in (
         "nonzero", "masked_select", "unique", "bincount", "isin_many", "multinomial", "multinomial_5", "randperm",
         "equal", "allclose", "where", "conv1d", "bce",

@@ -44,7 +44,7 @@ _ADDING = (
 
 def adds_itself() -> str:
     """Name of the node whose formula runs, if that adds tensors; else empty."""
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     name = "" if node is None else node.name()
     return name if name.startswith(_ADDING) or "BackwardBackward" in name else ""
 

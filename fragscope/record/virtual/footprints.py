@@ -23,19 +23,19 @@ OUTPUTS_ONLY = frozenset(
         # filled in place
         "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
         # copies and rearrangements
-        "clone", "contiguous", "lift_fresh", "cat", "stack", "flip", "roll", "index_select", "gather", "embedding",
-        "repeat", "constant_pad_nd", "tril", "triu", "_unsafe_view", "_reshape_copy", "masked_fill", "masked_fill_",
+        "clone", "contiguous", "lift_fresh", "cat", "stack", "flip", "index_select", "gather", "repeat",
+        "constant_pad_nd", "tril", "triu", "_unsafe_view", "_reshape_copy", "masked_fill", "masked_fill_",
         "index_copy_", "index_fill_", "index_add_", "scatter_",
         # kernels that keep what they need on chip
-        "native_dropout",
-        "_fused_rms_norm_backward", "_log_softmax_backward_data",
-        "nll_loss_forward", "nll_loss_backward", "native_batch_norm_backward", "median", "kthvalue",
-        "searchsorted", "glu", "glu_backward", "select_backward", "slice_backward", "scatter_add_", "scatter_add",
-        "index_add", "scatter", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d",
-        "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d",
-        "upsample_bilinear2d_backward", "upsample_nearest2d", "reflection_pad1d", "floor_divide", "silu_backward",
-        "mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "complex", "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_",
-        "_amp_foreach_non_finite_check_and_unscale_",
+        "native_dropout", "native_batch_norm_backward", "_fused_rms_norm_backward", "_log_softmax_backward_data",
+        "nll_loss_forward", "nll_loss_backward", "mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
+        "glu", "glu_backward", "silu_backward", "median", "kthvalue", "searchsorted", "floor_divide", "complex",
+        "select_backward", "slice_backward", "scatter_add_", "scatter_add", "index_add", "scatter",
+        "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward",
+        "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d", "upsample_bilinear2d_backward",
+        "upsample_nearest2d", "reflection_pad1d",
+        # optimizers
+        "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_", "_amp_foreach_non_finite_check_and_unscale_",
     )
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""

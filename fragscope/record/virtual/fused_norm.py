@@ -23,7 +23,7 @@ def rms_norm(
     eps: float | None,
 ) -> torch.Tensor:
     """As ``torch.rms_norm``, which ``plain`` is, of a tensor on the card."""
-    out: torch.Tensor = _RmsNorm.apply(source, weight, device, plain, shape, eps)
+    out: torch.Tensor = _RmsNorm.apply(source, weight, device, plain, shape, eps)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -17,7 +17,7 @@ import torch
 _aten = torch.ops.aten
 
 
-def _safe_softmax(source: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _safe_softmax(source: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     """Rows of minus infinity become zeros."""
     out = _aten._softmax(source if dtype is None else source.to(dtype), dim, False)
     masked = _aten.isneginf(source)
@@ -28,7 +28,7 @@ def _safe_softmax(source: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     return out
 
 
-def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor:
+def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> Any:
     if not source.dtype.is_floating_point:
         source = source.to(torch.get_default_dtype())
     most = _aten.amax(source, dims, True)
@@ -43,7 +43,7 @@ def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.
     return _aten.add_.Tensor(out, most if keepdim else most.view(out.shape))
 
 
-def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> torch.Tensor:
+def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> Any:
     """The mean is written into the memory of the losses of all elements, which it keeps."""
     if reduction == 0:
         return _aten.empty_like(_broadcast(source, target))
@@ -55,14 +55,14 @@ def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *
     return out
 
 
-def _loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> torch.Tensor:
+def _loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> Any:
     losses = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
     if reduction == 0:
         return losses
     return _aten.mean(losses) if reduction == 1 else _aten.sum(losses)
 
 
-def _broadcast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _broadcast(a: torch.Tensor, b: torch.Tensor) -> Any:
     return a if a.shape == b.shape else torch.broadcast_tensors(a, b)[0]
 
 
