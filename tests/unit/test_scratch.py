@@ -186,3 +186,36 @@ def test_lists_of_gradients_are_normed_at_once():
             p.grad = torch.empty_like(p)
         taken = events(device, lambda: nn.utils.get_total_norm([p.grad for p in parameters]))
         assert [size for what, size in taken if what == "+"][:4] == [12, 4, 4, 4]
+
+
+def encoder(**options) -> nn.Module:
+    return nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, **options).cuda().eval()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["norm first", "norm last"])
+def test_an_encoder_layer_without_gradients_keeps_its_attention_apart(first):
+    """Its function takes the joined projection, what attention gives, and its projection, in this order."""
+    with h100() as device:
+        layer, x = encoder(norm_first=first), torch.empty(2, 16, 64, device="cuda")
+        with torch.no_grad():
+            layer(x)
+            taken = [size for what, size in events(device, lambda: layer(x)) if what == "+" and size >= 8192]
+        joined, width, inner = 2 * 16 * 192 * 4, 2 * 16 * 64 * 4, 2 * 16 * 128 * 4
+        assert taken == ([width] * first) + [joined, width, width, width, inner, width] + ([width] * (not first))
+        assert device.estimated == {}
+
+
+@pytest.mark.parametrize("why", ["masks", "training", "gradients", "alone"])
+def test_what_the_fused_layer_does_not_take_is_torchs_own(why):
+    with h100() as device:
+        layer, x = encoder(), torch.empty(2, 16, 64, device="cuda")
+        with torch.set_grad_enabled(why == "gradients"):
+            if why == "masks":
+                layer(x, src_key_padding_mask=torch.zeros(2, 16, dtype=torch.bool, device="cuda"))
+                assert "TransformerEncoderLayer with masks and without gradients" in device.estimated
+            elif why == "alone":
+                layer.self_attn(x, x, x)
+                assert list(device.estimated) == ["MultiheadAttention without gradients"]
+            else:
+                (layer.train() if why == "training" else layer)(x)
+                assert device.estimated == {}

@@ -22,6 +22,7 @@ import torch.utils.dlpack
 from torch.overrides import _get_current_function_mode_stack
 
 from fragscope.errors import UnsupportedError
+from fragscope.record.virtual import fused_layers
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.libraries_api import replace_libraries
 from fragscope.record.virtual.memory_api import Memory
@@ -128,8 +129,9 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
             replace(module, "assert_close", api.assert_close(torch.testing.assert_close))
         for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
             replace(torch.cuda.nvtx, name, lambda *args, **kwargs: 0)
-        for fused in (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention):
-            replace(fused, "forward", api.fused_forward(fused.forward))
+        layer, heads = torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention
+        replace(layer, "forward", fused_layers.encoder_layer(device, layer.forward))
+        replace(heads, "forward", fused_layers.attention(device, heads.forward))
         rnn = torch.nn.RNNBase
         replace(rnn, "flatten_parameters", api.flatten_parameters(rnn.flatten_parameters))
         replace(torch.amp.GradScaler, "_maybe_opt_step", api.optimizer_step())
@@ -453,18 +455,6 @@ class _Cuda:
                 raise
 
         return assert_close
-
-    def fused_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Without training and gradients torch runs all of these modules in kernels of their own; here it does not."""
-
-        @functools.wraps(original)
-        def forward(module: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-            trains = module.training or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
-            if not trains and source.is_cuda and torch.backends.mha.get_fastpath_enabled():
-                self.device.estimate(f"{type(module).__name__} without gradients")
-            return original(module, source, *args, **kwargs)
-
-        return forward
 
     def flatten_parameters(self, original: Any) -> Callable[[Any], None]:
         """Torch moves the weights into one piece for cuDNN; what that takes is unknown."""
