@@ -1,4 +1,4 @@
-"""Whole programs on the virtual device ask for what they asked an H100 for, and come near the peaks that PyTorch counted.
+"""Whole programs on the virtual device ask for what they asked an H100 for, and come near the peaks that it reached.
 
 The requests are the same, one by one. Which of several cached blocks of one size is taken hangs on their addresses,
 which the driver gives; so the peaks may differ a little.

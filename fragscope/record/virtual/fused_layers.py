@@ -3,9 +3,9 @@
 A ``TransformerEncoderLayer`` without masks takes the steps of that function here. With masks, and for a
 ``MultiheadAttention`` alone, the layer's own steps are taken and the case is estimated.
 
-Source: ``TransformerEncoderLayer.forward`` in torch/nn/modules/transformer.py; ``transformer_encoder_layer_forward`` and
-``native_multi_head_attention_cuda`` in aten/src/ATen/native/transformers. Recorded on an H100 with torch 2.11: the last
-part of ``encoder`` of tests/gpu/model_programs.py.
+Source: ``TransformerEncoderLayer.forward`` in torch/nn/modules/transformer.py; ``transformer_encoder_layer_forward``
+and ``native_multi_head_attention_cuda`` in aten/src/ATen/native/transformers. Recorded on an H100 with torch 2.11: the
+last part of ``encoder`` of tests/gpu/model_programs.py.
 """
 
 from __future__ import annotations
