@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from model_programs import PROGRAMS
-from program_report import assumed_in, is_measured, report, requests_compared, verified_in
+from program_report import assumed_in, report, requests_compared, verified_in
 
 from fragscope.allocator import Card, ReplaySettings, card_named, rules_for
 from fragscope.record.virtual import VirtualDevice
@@ -213,18 +213,16 @@ def results_of(folder: Path, card: Card, programs: list[str], jobs: dict[tuple[s
     versions = {"torch": torch.__version__, **{m: _version(m) for m in ("transformers", "timm", "safetensors")}}
     found: dict[str, Any] = {"versions": versions, "card": card.product, "programs": {}}
     for program in programs:
-        runs: dict[str, Any] = {}
+        own = {kind: job for (name, kind), job in jobs.items() if name == program}
+        kept = {kind: {"result": j.result, "error": j.error, "seconds": j.seconds} for kind, j in own.items()}
         for tag in CONFS:
-            sides = {side: jobs[program, f"{side}-{tag}"] for side in SIDES if (program, f"{side}-{tag}") in jobs}
-            run = runs[tag] = {
-                side: {"error": j.error, "seconds": j.seconds, **(j.result or {})} for side, j in sides.items()
-            }
-            if is_measured(run):
-                run.update(requests_compared(*(folder / f"{program}-{side}-{tag}.fscope" for side in SIDES)))
-        unknown = {op for run in runs.values() for op in run["virtual"].get("estimated", ())}
-        profiled = jobs.get((program, "footprints"), Job("", dict)).result or {}
-        temporary = {op: size for op, size in profiled.items() if op in unknown}
-        found["programs"][program] = {"runs": runs, "temporary": temporary}
+            if all(f"{side}-{tag}" in own and not own[f"{side}-{tag}"].error for side in SIDES):
+                files = (folder / f"{program}-{side}-{tag}.fscope" for side in SIDES)
+                kept[f"compared-{tag}"] = requests_compared(*files)
+        if (profiled := own.get("footprints")) is not None and profiled.result:
+            unknown = {op for job in own.values() for op in (job.result or {}).get("estimated", ())}
+            kept["footprints"]["result"] = {op: n for op, n in profiled.result.items() if op in unknown}
+        found["programs"][program] = kept
     return found
 
 
