@@ -210,10 +210,11 @@ def _summary(runs: list[Run]) -> list[str]:
     exact = [run for run in runs if run.is_exact]
     verified = [run.done["verified"] for run in runs if run.done is not None]
     wrong, compared = (sum(v[key] for v in verified) for key in ("mismatches", "compared"))
+    same = sum(said == done for said, done in (run.compared["peak_requested"] for run in runs))
     return [
         f"- Both figures equal to the byte: {sum(run.is_equal for run in runs)} of {len(runs)}",
         f"- Of those said to be exact: {sum(run.is_equal for run in exact)} of {len(exact)}",
-        f"- Peak of requested bytes equal: {sum(len({*run.compared['peak_requested']}) == 1 for run in runs)} of {len(runs)}",
+        f"- Peak of requested bytes equal: {same} of {len(runs)}",
         f"- Every request equal, in order: {sum(run.compared['requests'] == 'equal' for run in runs)} of {len(runs)}",
         f"- The model beside the card's own decisions: {wrong:,} of {compared:,} differ",
         "",

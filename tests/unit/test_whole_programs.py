@@ -92,7 +92,7 @@ def test_the_tables_say_what_was_predicted_what_was_measured_and_what_is_missing
     assert rows[2:] == ["| small | 8,388,608 | 0 | 1 |", "| small | 3,145,728 | 2 | 1 |"]
     assert "| aten::sort | 4 | small | model.py:7 | 4,096 |" in text
     assert "- Both figures equal to the byte: 0 of 2\n- Of those said to be exact: 0 of 1\n" in text
-    assert "- Peak of requested bytes equal: 0 of 2\\n" in text
+    assert "- Peak of requested bytes equal: 0 of 2\n" in text
     assert "- Every request equal, in order: 0 of 2\n" in text
     assert "decisions: 2 of 14 differ\n" in text
 
