@@ -234,11 +234,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="that a process may take")
     parser.add_argument("--table", type=Path, metavar="RESULTS.json", help="print the tables of a run; nothing else")
     options = parser.parse_intermixed_args()
+    if (options.folder is None) == (options.table is None):
+        parser.error("name either FOLDER or --table RESULTS.json")
     if options.table is not None:
-        print(report(json.loads(options.table.read_text())), end="")
+        try:
+            print(report(json.loads(options.table.read_text())), end="")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            parser.error(f"{options.table} is no results.json of this command: {type(e).__name__}: {e}")
         return
-    if options.folder is None:
-        parser.error("FOLDER or --table is needed")
     unknown = set(options.programs) - PROGRAMS.keys()
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")

@@ -170,3 +170,22 @@ def test_jobs_that_fail_die_or_take_too_long_do_not_stop_the_others(tmp_path, ca
     assert bad.error == "ZeroDivisionError: division by zero"
     assert dead.error == "the process died; see its log"
     assert slow.error == "stopped after 5 s"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name either FOLDER or --table"),
+        (["folder", "--table", "results.json"], "name either FOLDER or --table"),
+        (["--table", "missing.json"], "missing.json is no results.json of this command: FileNotFoundError"),
+        (["--table", "other.json"], "other.json is no results.json of this command: KeyError: 'programs'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["whole_programs.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        whole_programs.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
