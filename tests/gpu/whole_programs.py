@@ -1,12 +1,13 @@
 """Run model_programs.py on this machine's GPU and on the virtual device, and hold the figures against each other.
 
     python tests/gpu/whole_programs.py FOLDER [--virtual-only] [--seconds N] [PROGRAM ...]
+    python tests/gpu/whole_programs.py --table RESULTS.json
 
 Each program runs under no conf and under expandable segments, in a process of its own, forked from this one, which has
 the libraries loaded and never touches CUDA. A third run on the GPU, under PyTorch's profiler, tells what each operator
 allocates. To the folder go ``results.json``, ``table.md``, the recordings of both devices, and
 ``footprints-PROGRAM.json.xz``. A program that fails is a line of the table. ``--virtual-only`` needs no GPU and takes
-the card for an H100.
+the card for an H100. ``--table`` prints the tables of a run once more, and needs none either.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from model_programs import PROGRAMS
+from program_report import assumed_in, report, requests_compared, verified_in
 
 from fragscope.allocator import Card, ReplaySettings, card_named, rules_for
-from fragscope.cli.tables import markdown_table
 from fragscope.record.virtual import VirtualDevice
-from fragscope.trace import RequestKind, Trace, load_trace, write_trace
+from fragscope.trace import RequestKind, write_trace
 
 CONFS = {"default": "", "expandable": "expandable_segments:True"}
 # Imported once, before any process is forked; a program whose library is missing fails in its own process.
@@ -44,7 +44,7 @@ LIBRARIES = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers.generation.utils", "safetensors.torch",
     "torchvision.models", "timm", "torch._dynamo", "torch.utils.cpp_extension",
 )  # fmt: skip
-SOME = 12  # rows shown of what differs
+SIDES = ("virtual", "card")
 CARD_JOBS = 2  # at a time; all together they take a small part of a card, and each counts its own memory
 
 
@@ -172,8 +172,14 @@ def on_virtual(program: str, card: Card, conf: str, file: Path) -> dict[str, Any
         peak = figures()
         trace = device.trace({"program": program, "conf": conf})
     write_trace(trace, file)
-    estimated = {op: list(calls_and_place) for op, calls_and_place in sorted(device.estimated.items())}
-    return {**peak, "allocations": trace.count(RequestKind.ALLOC), "estimated": estimated}
+    estimated = {op: [calls, within_package(place)] for op, (calls, place) in sorted(device.estimated.items())}
+    allocations = trace.count(RequestKind.ALLOC)
+    return {**peak, "allocations": allocations, "estimated": estimated, "assumed": assumed_in(file)}
+
+
+def within_package(place: str) -> str:
+    """A place in an installed package, without the folders of this machine."""
+    return place.rpartition("/site-packages/")[2]
 
 
 def on_card(program: str, conf: str, file: Path) -> dict[str, Any]:
@@ -187,7 +193,8 @@ def on_card(program: str, conf: str, file: Path) -> dict[str, Any]:
     finally:
         trace = recorder.stop({"program": program, "conf": conf})
         write_trace(trace, file)
-    return {**peak, "allocations": trace.count(RequestKind.ALLOC), "lost": [str(x) for x in trace.lost]}
+    lost = [str(x) for x in trace.lost]
+    return {**peak, "allocations": trace.count(RequestKind.ALLOC), "lost": lost, "verified": verified_in(file)}
 
 
 def footprints(program: str, file: Path) -> dict[str, int]:
@@ -201,93 +208,40 @@ def footprints(program: str, file: Path) -> dict[str, int]:
     return {name: max(f["temporary"] for f in kinds) for name, kinds in found.items()}
 
 
-def sizes_of(trace: Trace) -> Counter[int]:
-    requests = trace.requests
-    return Counter(requests.size[requests.kind == RequestKind.ALLOC].tolist())
-
-
-def what_differs(virtual: Path, card: Path) -> list[list[int]]:
-    """Sizes that were asked for another number of times: bytes, times on the virtual device, times on the card."""
-    said, done = sizes_of(load_trace(virtual)), sizes_of(load_trace(card))
-    rows = [[size, said[size], done[size]] for size in said.keys() | done.keys() if said[size] != done[size]]
-    return sorted(rows, key=lambda r: -r[0] * abs(r[1] - r[2]))
-
-
-def row(program: str, conf: str, said: Job, done: Job | None) -> tuple[str, ...]:
-    """One line of the table."""
-    if said.error:
-        return (program, conf, f"virtual: {said.error[:120]}", *["-"] * 7)
-    rough = f"{len(said.result['estimated'])} ops" if said.result["estimated"] else "exact"
-    cells = []
-    for key in ("allocated", "reserved"):
-        mib = f"{said.result[key] / 2**20:,.2f}"
-        if done is None or done.error:
-            cells += [mib, "-", "-"]
-            continue
-        measured = done.result[key]
-        off = said.result[key] - measured
-        cells += [mib, f"{measured / 2**20:,.2f}", f"{off:+,} B ({off / measured:+.2%})" if measured else f"{off:+,} B"]
-    outcome = "ok" if done is None or not done.error else f"GPU: {done.error[:120]}"
-    return (program, conf, outcome, *cells, rough)
-
-
-HEADING = (
-    "program", "conf", "outcome", "allocated, said", "measured", "difference", "reserved, said", "measured",
-    "difference", "unknown operators",
-)  # fmt: skip
-
-
-def report(folder: Path, programs: list[str], jobs: dict[tuple[str, str], Job]) -> str:
-    rows = [row(p, c, jobs[p, f"virtual-{c}"], jobs.get((p, f"card-{c}"))) for p in programs for c in CONFS]
-    lines = markdown_table([HEADING, *rows])
-    lines += ["", "MiB; difference is said minus measured, of the whole program.", ""]
-    temporary: dict[str, int] = {}
+def results_of(folder: Path, card: Card, programs: list[str], jobs: dict[tuple[str, str], Job]) -> dict[str, Any]:
+    """All that the tables need, as JSON."""
+    versions = {"torch": torch.__version__, **{m: _version(m) for m in ("transformers", "timm", "safetensors")}}
+    found: dict[str, Any] = {"versions": versions, "card": card.product, "programs": {}}
     for program in programs:
-        measured = jobs.get((program, "footprints"))
-        for name, size in (measured.result or {}).items() if measured is not None else ():
-            temporary[name] = max(size, temporary.get(name, 0))
-    unknown = ("unknown operator", "calls", "programs", "first place", "temporary bytes, at most")
-    lines += markdown_table([unknown, *_unknown(programs, jobs, temporary)])
-    for program in programs:
-        for conf in CONFS:
-            done = jobs.get((program, f"card-{conf}"))
-            if done is None or done.error or jobs[program, f"virtual-{conf}"].error:
-                continue
-            differing = what_differs(
-                folder / f"{program}-virtual-{conf}.fscope", folder / f"{program}-card-{conf}.fscope"
-            )
-            if differing and conf == "default":
-                lines += [
-                    "",
-                    f"{program}: {len(differing)} sizes asked for another number of times, the weightiest first:",
-                ]
-                lines += [f"  {size:,} B: {said} said, {made} on the card" for size, said, made in differing[:SOME]]
-    return "\n".join(lines) + "\n"
-
-
-def _unknown(
-    programs: list[str], jobs: dict[tuple[str, str], Job], temporary: dict[str, int]
-) -> Iterator[tuple[str, ...]]:
-    calls: Counter[str] = Counter()
-    where: dict[str, str] = {}
-    used: dict[str, list[str]] = {}
-    for program in programs:
-        said = jobs[program, "virtual-default"]
-        for op, (times, place) in (said.result["estimated"] if said.result else {}).items():
-            calls[op] += times
-            where.setdefault(op, place)
-            used.setdefault(op, []).append(program)
-    for op, times in calls.most_common():
-        yield op, f"{times:,}", ", ".join(used[op]), where[op], f"{temporary[op]:,}" if op in temporary else "-"
+        own = {kind: job for (name, kind), job in jobs.items() if name == program}
+        kept = {kind: {"result": j.result, "error": j.error, "seconds": j.seconds} for kind, j in own.items()}
+        for tag in CONFS:
+            if all(f"{side}-{tag}" in own and not own[f"{side}-{tag}"].error for side in SIDES):
+                files = (folder / f"{program}-{side}-{tag}.fscope" for side in SIDES)
+                kept[f"compared-{tag}"] = requests_compared(*files)
+        if (profiled := own.get("footprints")) is not None and profiled.result:
+            unknown = {op for job in own.values() for op in (job.result or {}).get("estimated", ())}
+            kept["footprints"]["result"] = {op: n for op, n in profiled.result.items() if op in unknown}
+        found["programs"][program] = kept
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("programs", nargs="*", metavar="PROGRAM")
     parser.add_argument("--virtual-only", action="store_true")
     parser.add_argument("--seconds", type=float, default=90.0, help="that a process may take")
+    parser.add_argument("--table", type=Path, metavar="RESULTS.json", help="print the tables of a run; nothing else")
     options = parser.parse_intermixed_args()
+    if (options.folder is None) == (options.table is None):
+        parser.error("name either FOLDER or --table RESULTS.json")
+    if options.table is not None:
+        try:
+            print(report(json.loads(options.table.read_text())), end="")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            parser.error(f"{options.table} is no results.json of this command: {type(e).__name__}: {e}")
+        return
     unknown = set(options.programs) - PROGRAMS.keys()
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
@@ -330,22 +284,11 @@ def main() -> None:
                 f"{program}-footprints", lambda p=program, f=file: footprints(p, f), on_card=True
             )
     runner.run(list(jobs.values()))
-    text = report(folder, programs, jobs)
+    results = results_of(folder, card, programs, jobs)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    text = report(results)
     print("\n" + text)
     (folder / "table.md").write_text(text)
-    results = {
-        "versions": {"torch": torch.__version__, **{m: _version(m) for m in ("transformers", "timm", "safetensors")}},
-        "card": card.product,
-        "programs": {
-            program: {
-                kind: {"result": job.result, "error": job.error, "seconds": job.seconds}
-                for (name, kind), job in jobs.items()
-                if name == program
-            }
-            for program in programs
-        },
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
     sys.exit(1 if any(job.error for job in jobs.values()) else 0)
 
 
