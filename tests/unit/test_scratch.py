@@ -219,3 +219,70 @@ def test_what_the_fused_layer_does_not_take_is_torchs_own(why):
             else:
                 (layer.train() if why == "training" else layer)(x)
                 assert device.estimated == {}
+
+
+# --- what others do with it ---------------------------------------------------------------------------------------
+
+
+def test_composites_take_results_and_empty_tensors():
+    with h100():
+        x, out = torch.zeros(4, 8, device="cuda"), torch.empty(8, device="cuda")
+        assert torch.logsumexp(x, 0, out=out) is out
+        assert torch.logsumexp(torch.zeros(0, 3, device="cuda"), 0).shape == (3,)
+        assert functional.mse_loss(x.half(), x, reduction="none").dtype == torch.float32
+        assert functional.huber_loss(x.half(), x, reduction="none").dtype == torch.float16
+        assert torch.logsumexp(torch.complex(x, x), 0).dtype == torch.complex64
+
+
+def test_rms_norm_refuses_what_torch_refuses():
+    with h100(), pytest.raises(RuntimeError, match="normalized_shape"):
+        functional.rms_norm(torch.zeros(4, 8, device="cuda"), (7,))
+
+
+def test_attention_without_a_kernel_that_is_left():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with h100():
+        q = torch.zeros(1, 2, 8, 64, dtype=torch.float64, device="cuda")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="No viable backend"):
+            functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_product_of_nothing_takes_no_workspace():
+    """A card asks for none: an expert without tokens is not the first product of a stream."""
+    with h100() as device:
+        taken = events(device, lambda: torch.zeros(0, 16, device="cuda") @ torch.zeros(16, 4, device="cuda"))
+        assert taken == [("+", 256), ("-", 0)]
+        assert device.gemm_workspaces == {}
+
+
+def many_rows() -> torch.Tensor:
+    return nn.LayerNorm(8).cuda()(torch.zeros(70_000, 8, device="cuda")).square().mean()
+
+
+def expanded_gradient_of_log_softmax() -> torch.Tensor:
+    return functional.log_softmax(torch.zeros(4, 8, device="cuda", requires_grad=True), -1).sum()
+
+
+def expanded_gradient_of_embedding() -> torch.Tensor:
+    return nn.Embedding(9, 4).cuda()(torch.zeros(3, dtype=torch.long, device="cuda")).sum()
+
+
+def channels_last() -> torch.Tensor:
+    images = torch.zeros(2, 4, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    return nn.BatchNorm2d(4).cuda()(images).mean()
+
+
+@pytest.mark.parametrize(
+    ("code", "op"),
+    [
+        (many_rows, "aten::native_layer_norm_backward of so many rows"),
+        (expanded_gradient_of_log_softmax, "aten::_log_softmax_backward_data on strided tensors"),
+        (expanded_gradient_of_embedding, "aten::embedding_dense_backward on strided tensors"),
+        (channels_last, "aten::native_batch_norm with channels last"),
+    ],
+)
+def test_what_no_recording_has_is_estimated(code, op):
+    with h100() as device:
+        code().backward()
+        assert op in device.estimated

@@ -99,6 +99,8 @@ class Attention:
             name = _NAMES.get(number)
             if name is not None and name != "math" and _is_enabled(name) and getattr(call, f"fits_{name}")():
                 return name
+        if not _is_enabled("math"):
+            raise RuntimeError("No viable backend for scaled_dot_product_attention was found. ")
         return "math"
 
 
@@ -206,6 +208,11 @@ def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) 
     return bias.expand(*query.shape[:3], key.shape[2])
 
 
+def _usual_scale(query: torch.Tensor) -> float:
+    head = query.shape[-1]
+    return 1 / math.sqrt(head) if head else math.inf
+
+
 def _multiplied(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -226,7 +233,7 @@ def _multiplied(
     given = query.dtype
     if given in _HALF and not torch._C._get_math_sdp_allow_fp16_bf16_reduction():
         query, key, value = (t.to(torch.float32) for t in (query, key, value))
-    factor = math.sqrt(abs(scale) if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    factor = math.sqrt(abs(scale) if scale is not None else _usual_scale(query))
     scaled = query * (-factor if scale is not None and scale < 0 else factor)
     if is_causal:
         seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=_META).tril()
@@ -255,7 +262,7 @@ def _flash(
 ) -> torch.Tensor:
     """Heads are padded to a multiple of eight."""
     head = query.shape[-1]
-    scale = scale if scale is not None else 1 / math.sqrt(head)
+    scale = scale if scale is not None else _usual_scale(query)
     if head % 8:
         query, key, value = (torch.nn.functional.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
     run: Any = torch.ops.aten._scaled_dot_product_flash_attention

@@ -85,7 +85,7 @@ class DispatchMode(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if trait.made_of is not None and on_card and not real:
+        if trait.made_of is not None and on_card and not real and not args[0].is_complex():
             with self:
                 return trait.made_of(*args, **kwargs)
         known = device.values.begin(name, entries)
@@ -228,7 +228,7 @@ class DispatchMode(TorchDispatchMode):
                 outputs = [outputs[i] for i in trait.order]
             for tensor in outputs:
                 device.register(tensor)
-        if trait.is_gemm:
+        if trait.is_gemm and all(t.numel() for t in (*outputs, *tensors_in(args))):  # torch asks for nothing else
             device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
         if trait.is_mutable:
             for tensor in tensors_in((*args, *kwargs.values())):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fragscope.record.virtual.card import VirtualCard
 
@@ -23,6 +24,15 @@ def rms_norm(
     eps: float | None,
 ) -> torch.Tensor:
     """As ``torch.rms_norm``, which ``plain`` is, of a tensor on the card."""
+    if (
+        not shape
+        or tuple(source.shape[-len(shape) :]) != shape
+        or (weight is not None and tuple(weight.shape) != shape)
+    ):
+        return plain(source, shape, weight, eps)  # which says what is wrong
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (source, weight)):
+        device.estimate("aten::rms_norm of forward derivatives")
+        return plain(source, shape, weight, eps)
     out: torch.Tensor = _RmsNorm.apply(source, weight, device, plain, shape, eps)  # type: ignore[no-untyped-call]
     return out
 

@@ -81,7 +81,7 @@ class Trait:
         self.is_mutable = schema.is_mutable or bool(self._unmarked)
         self.is_checked = schema.is_mutable and torch.Tag.pointwise in func.tags and schema.name not in UNCHECKED
         self.is_gemm = schema.name in GEMMS
-        self.made_of = COMPOSITES.get(schema.name)
+        self.made_of = None if schema.is_mutable else COMPOSITES.get(schema.name)
         self.plan = PLANS.get(schema.name)
         self.order = OUTPUT_ORDER.get(schema.name)
         self.writes_only = schema.is_mutable and not schema.returns

@@ -31,6 +31,8 @@ def _safe_softmax(source: torch.Tensor, dim: int, dtype: torch.dtype | None = No
 def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> Any:
     if not source.dtype.is_floating_point:
         source = source.to(torch.get_default_dtype())
+    if not source.numel():
+        return _aten.log_(_aten.sum.dim_IntList(_aten.exp(source), dims, keepdim))
     most = _aten.amax(source, dims, True)
     sizes = _aten.abs(most)
     infinite = _aten.eq.Scalar(sizes, float("inf"))
@@ -45,9 +47,10 @@ def _logsumexp(source: torch.Tensor, dims: Any, keepdim: bool = False) -> Any:
 
 def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> Any:
     """The mean is written into the memory of the losses of all elements, which it keeps."""
+    common = torch.promote_types(source.dtype, target.dtype)
     if reduction == 0:
-        return _aten.empty_like(_broadcast(source, target))
-    out = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
+        return _aten.empty_like(_broadcast(source, target), dtype=common)
+    out = _aten.empty_like(_broadcast(source, target), dtype=common)
     losses = _aten.empty_like(out)
     out.resize_(())
     into = _aten.mean.out if reduction == 1 else _aten.sum.IntList_out
@@ -56,7 +59,7 @@ def _kept_loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *
 
 
 def _loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest: Any) -> Any:
-    losses = _aten.empty_like(_broadcast(source, target), dtype=torch.promote_types(source.dtype, target.dtype))
+    losses = _aten.empty_like(_broadcast(source, target), dtype=source.dtype)
     if reduction == 0:
         return losses
     return _aten.mean(losses) if reduction == 1 else _aten.sum(losses)

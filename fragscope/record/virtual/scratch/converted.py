@@ -26,7 +26,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _product(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    return outputs_then(1, [_bytes(t) for t in tensors[-2:] if not _fits_blas(t)])
+    plan = outputs_then(1, [_bytes(t) for t in tensors[-2:] if not _fits_blas(t)])
+    return plan if "out" not in kwargs or _fits_blas(kwargs["out"]) else plan.guessed("into strided tensors")
 
 
 def _vector(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -45,7 +46,7 @@ def _where(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Te
     if len(args) < 3:
         return outputs_then(len(results)).guessed("of a condition alone")
     common = results[0].dtype
-    converted = [t.numel() * common.itemsize for t in args[1:3] if t.dtype != common]
+    converted = [t.numel() * common.itemsize for t in args[1:3] if t.dtype != common or t.device.type == "cpu"]
     return Plan().take(*converted).out(0).give(*range(len(converted)))
 
 
@@ -66,8 +67,8 @@ def _binary_cross_entropy(
     reduction = args[4] if len(args) > 4 else kwargs.get("reduction", 1)
     size = _bytes(source)
     why = "with gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in args[:2]) else ""
-    if any(w is not None for w in weights):
-        return outputs_then(1).guessed("with weights")
+    if any(w is not None for w in weights) or args[1].dtype != source.dtype:
+        return outputs_then(1).guessed("with weights or two types")
     if reduction == 0:
         return Plan().out(0).take(size).guessed(why)
     shared, unsure = reduced_by(source, None, card, result=source.itemsize, accumulator=4)

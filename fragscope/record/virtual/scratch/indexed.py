@@ -25,6 +25,9 @@ _UNIQUE_TILES = (4167, 4999)
 def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
     gradient, indices, words, padding, by_frequency = args[:5]
     count = indices.numel()
+    if not gradient.is_contiguous():
+        copied = _embedding((gradient.contiguous(), *args[1:]), kwargs, results, card)
+        return copied.guessed("on strided tensors")
     if not indices.is_contiguous():
         copied = _embedding((gradient, indices.contiguous(), *args[2:]), kwargs, results, card)
         return Plan([("take", 8 * count), *((s, n + 1 if s == "give" else n) for s, n in copied.steps)], copied.why)

@@ -24,7 +24,10 @@ def _norm(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     tensors, order = args[0], args[1] if len(args) > 1 else 2
     chunks = max((-(-t.numel() // _CHUNK) for t in tensors), default=0)
     plan = Plan().take(len(tensors) * chunks * max(4, tensors[0].itemsize)).out(*range(len(results)))
-    is_fast = order in (1, 2, float("inf")) and all(t.is_contiguous() and t.dtype.is_floating_point for t in tensors)
+    same = len({t.dtype for t in tensors}) == 1 and kwargs.get("dtype") in (None, tensors[0].dtype)
+    is_fast = (
+        same and order in (1, 2, float("inf")) and all(t.is_contiguous() and t.dtype.is_floating_point for t in tensors)
+    )
     return plan if is_fast else outputs_then(len(results)).guessed("of this kind")
 
 
@@ -43,5 +46,6 @@ def _most(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
 PLANS: dict[str, Callable[..., Plan]] = {
     "aten::_foreach_norm": _norm,
     "aten::_foreach_max": _most,
+    "aten::_foreach_powsum": _most,
     "aten::_grouped_mm": _grouped_mm,
 }

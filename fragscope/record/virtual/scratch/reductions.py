@@ -187,6 +187,8 @@ def _added(vectors: Callable[[torch.dtype], Sequence[int]], dims_at: int = 1) ->
 
     def plan(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
         source, out = args[0], results[0]
+        if source.is_complex() or out.is_complex():
+            return outputs_then(1).guessed("of complex numbers")
         kept = out.dtype == source.dtype or (source.dtype in _HALF and out.dtype == torch.float32)
         read = source if kept else torch.empty_like(source, dtype=out.dtype, device="meta")
         dims = args[dims_at] if len(args) > dims_at else kwargs.get("dim")
