@@ -1,4 +1,4 @@
-"""The parts of ``tests/gpu/whole_programs.py`` that need no GPU: footprints, and the table of both devices."""
+"""The parts of ``tests/gpu/whole_programs.py`` that need no GPU: footprints, jobs, and the report of both devices."""
 
 from __future__ import annotations
 
