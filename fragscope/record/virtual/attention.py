@@ -2,7 +2,7 @@
 
 Torch picks by the device of its tensors, and for metadata takes the one that multiplies matrices, whose scores are the
 largest tensor of all. So the choice is made here, by the card's capability, and the kernel's own operator is called.
-What kernels take besides their outputs depends on their launch, so that all of them are estimated.
+What kernels take besides their outputs is told by ``scratch/attention_kernels.py``.
 
 Source: ``select_sdp_backend`` and the ``can_use_*`` functions of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
 ``scaled_dot_product_attention`` in aten/src/ATen/native/transformers/attention.cpp; the order of cuDNN's allocations,
