@@ -29,3 +29,13 @@ def test_own_files_see_a_card_and_installed_packages_the_machine():
         assert torch.cuda.set_device(0) is None
         assert torch.cuda.current_device() == 0
     assert answers("/home/me/project/loader.py") == (False, False, 0)
+
+
+def test_own_files_may_ask_what_the_card_is():
+    question = "import torch\nseen = torch.cuda.get_device_name(0), torch.cuda.get_device_capability()\n"
+    question += "properties = torch.cuda.get_device_properties(0)\n"
+    namespace: dict[str, object] = {}
+    with card_in_sight():
+        exec(compile(question, "/home/me/project/kernels.py", "exec"), namespace)
+    assert namespace["seen"] == ("NVIDIA H100 80GB HBM3", (9, 0))
+    assert namespace["properties"].total_memory == 85_017_493_504

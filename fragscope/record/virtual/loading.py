@@ -1,8 +1,8 @@
 """What a program's own files see of CUDA while they are imported, which is before a virtual card exists.
 
 ``DEVICE = "cuda" if torch.cuda.is_available() else "cpu"`` at the top of a file would take the host for good, and the
-case would show nothing on the card. Installed packages see the machine as it is: many of them ask more than is answered
-here.
+case would show nothing on the card. What the card is called and can do is that of the default profile: a run may be for
+several. Installed packages see the machine as it is: many of them ask more than is answered here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+
+from fragscope.allocator import DEFAULT_CARD, card_named
 
 _INSTALLED = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _FOLDERS = ("/site-packages/", "/dist-packages/")
@@ -30,8 +32,15 @@ def card_in_sight() -> Iterator[None]:
     if has_card:
         yield
         return
+    card = card_named(DEFAULT_CARD)
+    properties = SimpleNamespace(
+        name=card.product, total_memory=card.total, major=card.capability[0], minor=card.capability[1],
+        multi_processor_count=card.multiprocessors, L2_cache_size=card.l2,
+    )  # fmt: skip
     answers: tuple[tuple[str, Any], ...] = (
         ("is_available", True), ("device_count", 1), ("current_device", 0), ("set_device", None),
+        ("get_device_name", card.product), ("get_device_capability", card.capability),
+        ("get_device_properties", properties),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, answer in answers:
