@@ -415,7 +415,7 @@ def test_outcomes_limits_and_what_is_not_measured_are_said(tmp_path: Path) -> No
     team = Team.made(tmp_path / "theirs", files)
     team.edit("acme/ends.py", "return 64", "return 90 * 1024")
     team.edit("acme/ends.py", "    float(tensor[0])\n", "    pass\n")
-    team.edit("acme/ends.py", "    return tensor\n", "    return tensor.sort()\n")
+    team.edit("acme/ends.py", "    return tensor\n", "    return tensor.mode()\n")
     team.edit("budgets.toml", '"1 GiB"', '"1.5 GiB"')
     team.edit("budgets.toml", 'retained = "128 MiB"', "transient = 0")
     gated = team.gate()
@@ -429,7 +429,7 @@ def test_outcomes_limits_and_what_is_not_measured_are_said(tmp_path: Path) -> No
     assert outcomes["fits"]["place"]["line"] == team.line("scenarios/scenario_acme.py", "kept = [kept,")
     assert verdict["undeclared"] == []
     assert any(
-        n["case"] and n["case"]["variant"] == "unsorted" and "sort" in n["reason"] for n in verdict["not_measured"]
+        n["case"] and n["case"]["variant"] == "unsorted" and "mode" in n["reason"] for n in verdict["not_measured"]
     )
     policy = [(p["what"], p["metric"], p["kind"], p["before"], p["after"]) for p in verdict["policy"]]
     assert policy == [

@@ -134,7 +134,7 @@ def test_code_that_needs_values_fails_with_its_own_error(pytester):
         + """
     @pytest.mark.gpu_memory_budget(peak_allocated="1 GiB")
     def test_load(fragscope_device):
-        load().sum().item()
+        load().amax().item()
 """,
     )
     result = run(pytester)
