@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fragscope.allocator import Card
-from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 from fragscope.record.virtual.scratch.reductions import reduced_by
 
 CUDNN_WORKSPACE = 256
@@ -24,7 +24,6 @@ _PART = 128  # keys of a part, at least
 _BLOCKS = 256  # that are wanted at a time
 _FEWEST_PARTS = 4
 _HALF = (torch.float16, torch.bfloat16)
-_SEEN = (9, 0)
 _LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))
 """Capabilities whose blocks may take what the largest tiles need."""
 _STATE = 16
@@ -49,7 +48,7 @@ def cudnn_workspace(query: torch.Tensor, key: torch.Tensor, card: Card) -> Plan:
         if parts >= _FEWEST_PARTS:
             parts = 1 << (parts.bit_length() - 1)
             plan.pass_by(CUDNN_WORKSPACE // 2 + 4 * (head + 2) * batch * heads * parts)
-    return plan if card.capability == _SEEN else plan.guessed("on this card")
+    return plan if card.capability == RECORDED else plan.guessed("on this card")
 
 
 def _cudnn(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -67,7 +66,7 @@ def _cudnn_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: list
         if tensor.shape[1] != heads:
             size += batch * heads * tensor.shape[2] * tensor.shape[3] * tensor.itemsize
     plan = outputs_then(len(results), [size])
-    return plan if card.capability == _SEEN else plan.guessed("on this card")
+    return plan if card.capability == RECORDED else plan.guessed("on this card")
 
 
 def _flash(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -159,8 +158,7 @@ def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: 
         why = why or "of such heads"
     if card.capability not in _LARGE_SHARED_MEMORY:
         why = why or "on this card"
-    delta = first + (0 if query.dtype in _HALF else 2 if rows > 1 and heads > 1 else 1)
-    return plan.take(4 * batch * heads * floats).give(delta, -1).guessed(why)
+    return plan.take(4 * batch * heads * floats).give(-2, -1).guessed(why)
 
 
 def _tiles(dtype: torch.dtype, head: int) -> tuple[int, int, bool]:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from fragscope.allocator import Card
-from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
-_SEEN = (9, 0)
 _STEPS = {"o": "out", "t": "take", "g": "give"}
 
 
@@ -73,7 +72,7 @@ def _convolution(op: str) -> Callable[..., Plan]:
         groups, layouts = args[-1] if op == "aten::convolution" else args[-2], [layout_of(t) for t in args[:2]]
         if groups != 1 and "l" in layouts:  # some kernels of groups want their channels first
             return outputs_then(len(results)).guessed("of groups, channels last")
-        known = _table().get(key_of(op, args)) if not kwargs and card.capability == _SEEN else None
+        known = _table().get(key_of(op, args)) if not kwargs and card.capability == RECORDED else None
         if known is None or torch.backends.cudnn.deterministic or torch.backends.cudnn.benchmark:
             return outputs_then(len(results)).guessed("of this shape")
         return Plan(steps_of(known))

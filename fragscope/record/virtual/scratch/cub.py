@@ -7,9 +7,6 @@ CUB. Other cards and toolkits cut other tiles.
 
 from __future__ import annotations
 
-RECORDED = (9, 0)
-"""Compute capability of the card that was recorded."""
-
 _ALIGNMENT = 256
 _RADIX = 2048
 """Bytes of 256 counts, one a digit."""

@@ -13,7 +13,7 @@ import torch
 
 from fragscope.allocator import Card
 from fragscope.record.virtual.scratch import cub
-from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
 _UNSORTED = 3072
 """So many indices are added up one by one."""
@@ -33,7 +33,7 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torc
         return Plan([("take", 8 * count), *((s, n + 1 if s == "give" else n) for s, n in copied.steps)], copied.why)
     if count <= _UNSORTED and not by_frequency and padding < 0:
         return outputs_then(1)
-    if by_frequency or indices.dtype != torch.int64 or card.capability != cub.RECORDED:
+    if by_frequency or indices.dtype != torch.int64 or card.capability != RECORDED:
         return outputs_then(1).guessed("of this kind")
     if count <= _UNSORTED:  # with a padding index
         return outputs_then(1).guessed("with a padding index")
@@ -73,7 +73,7 @@ def accumulated(target: torch.Tensor, indices: Sequence[torch.Tensor | None], va
     if values.numel() != added:
         plan.take(added * values.itemsize)
     plan.take(each, each, each, size or 1)
-    if size is None or card.capability != cub.RECORDED:
+    if size is None or card.capability != RECORDED:
         plan.guessed("with accumulate of so many")
     return plan
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fragscope.allocator import Card
-from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
 _CHUNK = 65_536  # elements of a tensor that one block works on
 _ARGUMENTS = 60  # bytes of a problem's pointers, sizes and strides
@@ -34,7 +34,7 @@ def _norm(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
 def _grouped_mm(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
     ends = args[2] if len(args) > 2 else kwargs.get("offs")
     plan = outputs_then(1)
-    if ends is None or card.capability != (9, 0) or args[0].dtype != torch.bfloat16:
+    if ends is None or card.capability != RECORDED or args[0].dtype != torch.bfloat16:
         return plan.guessed("of this kind")
     return plan.take(_ARGUMENTS * ends.numel(), _GROUPED_WORKSPACE)
 

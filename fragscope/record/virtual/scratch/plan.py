@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+RECORDED = (9, 0)
+"""Compute capability of the card whose calls were recorded; what only a recording tells is estimated on others."""
+
 
 @dataclass(slots=True)
 class Plan:

@@ -13,7 +13,7 @@ import torch
 
 from fragscope.allocator import Card
 from fragscope.record.virtual.scratch import cub
-from fragscope.record.virtual.scratch.plan import Plan, outputs_then
+from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
 _SMALL_SORT = 4096
 _MANY_SEGMENTS = 128
@@ -40,7 +40,7 @@ def _sort(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     if count <= _SMALL_SORT:
         return plan.take(8 * count)
     every, key = source.numel(), source.itemsize
-    if card.capability != cub.RECORDED or source.dtype not in _SORTED or every >= 2**31:
+    if card.capability != RECORDED or source.dtype not in _SORTED or every >= 2**31:
         return plan.guessed(_NOT_SEEN)
     if source.stride(dim) != 1 or not torch.ops.aten.is_non_overlapping_and_dense(source):
         plan.take(every * key, every * key, every * 8)
@@ -80,10 +80,7 @@ def _topk(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     if not _uses_many_blocks(rows, length):
         picked = results[0].shape[dim]
         return plan.guessed(_NOT_SEEN) if picked > _SMALL_SORT else plan
-    if (
-        source.dtype not in (torch.float32, torch.int32, torch.bfloat16, torch.float16)
-        or card.capability != cub.RECORDED
-    ):
+    if source.dtype not in (torch.float32, torch.int32, torch.bfloat16, torch.float16) or card.capability != RECORDED:
         return plan.guessed(_NOT_SEEN)
     a_thread = min(64, max(4, -(-length * rows // (card.multiprocessors * _TOPK_BLOCKS * _BLOCK))))
     blocks = rows * -(-length // (a_thread * _BLOCK))
@@ -117,7 +114,7 @@ def _running(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.
     if source.numel() != source.shape[dim]:
         return plan
     size = cub.scan(source.numel(), out.itemsize) if out.dtype in _SORTED else None
-    if size is None or card.capability != cub.RECORDED:
+    if size is None or card.capability != RECORDED:
         return plan.guessed(_NOT_SEEN)
     return plan.take(size)
 
