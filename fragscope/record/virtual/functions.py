@@ -548,7 +548,7 @@ class _Globals(dict[str, Any]):
     """A function's globals as they are when they are asked for, less the questions, which are answered with no."""
 
     def __init__(self, func: FunctionType, asked: list[str]) -> None:
-        super().__init__(dict.fromkeys(asked, lambda *args: False), __builtins__=func.__builtins__)  # type: ignore[attr-defined]
+        super().__init__(dict.fromkeys(asked, lambda *args: False), __builtins__=func.__builtins__)
         self._globals = func.__globals__
 
     def __missing__(self, name: str) -> Any:
