@@ -100,6 +100,7 @@ def test_every_room_has_its_arrows_written_down():
         "fragscope.cli.doctor",
         "fragscope.cli.cards",
         "fragscope.cli.fit",
+        "fragscope.cli.card_answers",
         "fragscope.cli.fit_cards",
         "fragscope.cli.gate",
         "fragscope.cli.init",
