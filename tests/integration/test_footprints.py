@@ -110,9 +110,18 @@ def events_on_virtual_card(make: footprint_cases.Case) -> tuple[list[list[Any]],
 def without_collection():
     """As inside ``case.measure()``: nothing may depend on a garbage collection."""
     gc.collect()
+    gc.freeze()
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def collected_afterwards():
+    """A virtual card is a cycle with all it has noted; those of thousands of cases are gigabytes."""
+    yield
+    gc.collect(0)
 
 
 KNOWN = by_stem(n for n in CASES if stem_of(n) not in (*ALWAYS, *SOMETIMES))
