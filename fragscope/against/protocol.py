@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fragscope.against.imports import Foreign, Own
+from fragscope.allocator import Card
 
 
 class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +22,8 @@ class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
             do not define it, and one that cannot be imported is left out.
         lenient: own scenario files that cannot be imported are left out too, and names that match nothing are none.
         only: names of cases as arguments of ``fragscope run``; all where empty.
-        confs, releases, card: what the cases are run under.
+        confs, releases, cards: what the cases are run under.
+        own_cards: those that the working tree defines, for both sides: a card of one name is one card.
         out: folder for results.
         jobs, timeout: as options of ``fragscope run``.
     """
@@ -34,7 +36,8 @@ class SideRequest(msgspec.Struct, frozen=True, kw_only=True):
     only: list[str]
     confs: list[str]
     releases: list[str]
-    card: str
+    cards: list[str]
+    own_cards: list[Card]
     out: str
     jobs: int
     timeout: float

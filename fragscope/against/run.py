@@ -30,6 +30,7 @@ from fragscope.against.imports import (
     refusal,
 )
 from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
+from fragscope.allocator.cards import defined
 from fragscope.config import Config, load_config
 from fragscope.errors import FragscopeError, NotMeasuredError, UsageError, from_plain, printable
 from fragscope.results import Results, load_results
@@ -45,7 +46,7 @@ class SideOptions:
 
     Attributes:
         only: names of cases as arguments of ``fragscope run``.
-        confs, releases, card: settings.
+        confs, releases, cards: settings.
         jobs: recordings at once, on both sides together.
         timeout: seconds one recording may take.
         out: folder for the results of both.
@@ -54,7 +55,7 @@ class SideOptions:
     only: tuple[str, ...]
     confs: tuple[str, ...]
     releases: tuple[str, ...]
-    card: str
+    cards: tuple[str, ...]
     jobs: int
     timeout: float
     out: Path
@@ -146,7 +147,8 @@ def run_both(
             only=list(options.only),
             confs=list(options.confs),
             releases=list(options.releases),
-            card=options.card,
+            cards=list(options.cards),
+            own_cards=list(defined()),
             out=str(side.folder.absolute()),
             jobs=jobs,
             timeout=options.timeout,
@@ -306,7 +308,12 @@ def _run(
             )
             stack.callback(_stop, process)
             running.append(_Running(side, file, process))
-        _follow(running, step)
+        try:
+            _follow(running, step)
+        except BaseException:
+            for one in running:  # all at once; what follows waits for one after the other
+                one.process.terminate()
+            raise
         return [one.answer() for one in running]
 
 

@@ -17,6 +17,7 @@ from typing import IO, NoReturn
 import msgspec
 
 from fragscope.against.protocol import LeftOut, SideAnswer, SideRequest, Step, answer_path
+from fragscope.allocator.cards import define
 from fragscope.errors import EXIT_INTERRUPTED, EXIT_PASS, FragscopeError, UsageError, printable, to_plain
 from fragscope.results import Case
 from fragscope.suite.discover import load_scenarios, select
@@ -35,6 +36,7 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
         FragscopeError: as ``fragscope run`` would.
     """
     top, root = Path(request.own.top), Path(request.root)
+    define(request.own_cards)
     if request.lenient:
         # What is not there is not to be had from the working tree, by the .pth file of an editable install: a package
         # that comes with a change is new, and not a reason to refuse. Workers import from the same folders.
@@ -50,7 +52,7 @@ def run_side(request: SideRequest, step: Callable[[Step], None]) -> SideAnswer:
                 raise
     selections = list({s.name: s for s in selections}.values())
     selections, absent = applicable(selections)
-    settings, refused = cells(request.confs, request.releases, [request.card], None)
+    settings, refused = cells(request.confs, request.releases, request.cards, None)
     files = {s.scenario.name: str(s.scenario.file.relative_to(top)) for s in selections}
     foreign = request.own.foreign(sys.modules)
     answer = SideAnswer(left_out=left_out, scenarios=files, foreign=foreign)

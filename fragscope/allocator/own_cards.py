@@ -36,17 +36,26 @@ def use_cards_of(pyproject: Path) -> None:
     Raises:
         InputFileError: a table is not right; names file, line and key.
     """
+    define(())
+    define(cards_of(pyproject))
+
+
+def cards_of(pyproject: Path) -> tuple[Card, ...]:
+    """The cards that a pyproject.toml defines, in its order.
+
+    Raises:
+        InputFileError: a table is not right; names file, line and key.
+    """
     here = Path.cwd()
     shown = pyproject.relative_to(here) if pyproject.is_relative_to(here) else pyproject
     toml = read_toml(pyproject, str(shown), "project")
     tables = toml.content.get("tool", {}).get("fragscope", {}).get("cards", {})
     found: dict[str, Card] = {}
-    define(())
     if not isinstance(tables, dict):
         raise toml.error(("tool", "fragscope", "cards"), "cards is not a table; write [tool.fragscope.cards.NAME]")
     for name, table in tables.items():
         found[name] = _Reader(toml, name, table, found).card()
-    define(found.values())
+    return tuple(found.values())
 
 
 class _Reader:

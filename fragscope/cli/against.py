@@ -7,22 +7,32 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fragscope.cli.gate_files import BUDGETS, LOCK
 from fragscope.cli.running import RichProgress, stopped_by_signals
-from fragscope.errors import UsageError, printable
+from fragscope.errors import InputFileError, UsageError, printable
+from fragscope.units import format_bytes
 
 if TYPE_CHECKING:
     from fragscope.against.git import Repository
     from fragscope.against.protocol import Step
+    from fragscope.allocator import Card
     from fragscope.config import Config
     from fragscope.gate import Budgets, Lock, Verdict
     from fragscope.gate.verdict import Against, PolicyChange
 
 _TIMEOUT = 600.0
+_CARD_FACTS: dict[str, Callable[[Any], str]] = {
+    "total": format_bytes,
+    "free": format_bytes,
+    "capability": lambda c: f"{c[0]}.{c[1]}",
+    "multiprocessors": str,
+    "l2": format_bytes,
+    "product": str,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,7 @@ class Wanted:
     only: tuple[str, ...] = ()
     confs: tuple[str, ...] = ()
     releases: tuple[str, ...] = ()
-    card: str | None = None
+    cards: tuple[str, ...] = ()
     tolerance: str | None = None
     jobs: int | None = None
     budgets: Path | None = None
@@ -91,12 +101,12 @@ def verdict_against(wanted: Wanted, config: Config, limits: Budgets, lock: Lock 
         only=wanted.only,
         confs=wanted.confs or ("",),
         releases=wanted.releases or (config.torch or NEWEST.release,),
-        card=wanted.card or config.card or DEFAULT_CARD,
+        cards=tuple(dict.fromkeys(wanted.cards)) or (config.card or DEFAULT_CARD,),
         jobs=wanted.jobs or usable_cores(),
         timeout=_TIMEOUT,
         out=(config.out or Path(".fragscope")).absolute() / "against",
     )
-    cells(options.confs, options.releases, [options.card], None)  # complains before anything is checked out
+    cells(options.confs, options.releases, options.cards, None)  # complains before anything is checked out
     repository = Repository.at(root)
     commit = repository.commit_of(wanted.ref)
     which = _named(wanted.ref, commit)
@@ -171,8 +181,39 @@ def policy_changes(
         ("lock", _stated(theirs.lock, theirs.root), _stated(config.lock, config.root)),
         ("warn_only", str(theirs.warn_only).lower(), str(config.warn_only).lower()),
         ("tolerance", theirs.tolerance, config.tolerance),
+        ("card", theirs.card, config.card),
+        ("torch", theirs.torch, config.torch),
+        *_card_changes(_own_cards(theirs), _own_cards(config)),
     ]
     return [*(change for key, was, now in stated for change in setting_changes(key, was, now)), *found]
+
+
+def _own_cards(config: Config) -> dict[str, Card]:
+    """The cards that a tree defines; none where they cannot be used."""
+    from fragscope.allocator.own_cards import cards_of
+
+    if config.own_cards is None:
+        return {}
+    try:
+        return {card.name: card for card in cards_of(config.own_cards)}
+    except InputFileError:
+        return {}
+
+
+def _card_changes(before: dict[str, Card], after: dict[str, Card]) -> Iterator[tuple[str, str, str]]:
+    """Cards that became others under their old names: what is not alike in them, before and now."""
+    for name, was in before.items():
+        now = after.get(name)
+        if now is None:
+            yield f"cards.{name}", "defined", "not"
+            continue
+        unlike = [key for key in _CARD_FACTS if getattr(was, key) != getattr(now, key)]
+        if unlike:
+            yield f"cards.{name}", _facts(was, unlike), _facts(now, unlike)
+
+
+def _facts(card: Card, keys: list[str]) -> str:
+    return ", ".join(f"{key} {_CARD_FACTS[key](getattr(card, key))}" for key in keys)
 
 
 def _stated(file: Path | None, root: Path | None) -> str | None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--conf", multiple=True, metavar="CONF", help="With --against: PYTORCH_ALLOC_CONF; repeatable.")
 @click.option("--torch", "releases", multiple=True, metavar="RELEASE",
               help="With --against: release whose rules apply; repeatable.")  # fmt: skip
-@click.option("--card", metavar="NAME", help="With --against: device profile.")
+@click.option("--card", "cards", multiple=True, metavar="NAME", help="With --against: device profile; repeatable.")
 @click.option("--jobs", type=click.IntRange(min=1), help="With --against: recordings at once; one a core by default.")
 @click.option(
     "--lock",
@@ -66,7 +66,7 @@ def command(
     tolerance: str | None,
     conf: tuple[str, ...],
     releases: tuple[str, ...],
-    card: str | None,
+    cards: tuple[str, ...],
     jobs: int | None,
     lock: Path | None,
     no_lock: bool,
@@ -112,7 +112,7 @@ def command(
     limits = Budgets(shown, ()) if limits_file is None else load_budgets(limits_file, shown_as=shown)
     locked = None if locked_file is None else load_lock(locked_file, shown_as=relative(locked_file))
     if against is None:
-        given = {"--only": only, "--tolerance": tolerance, "--conf": conf, "--torch": releases, "--card": card,
+        given = {"--only": only, "--tolerance": tolerance, "--conf": conf, "--torch": releases, "--card": cards,
                  "--jobs": jobs}  # fmt: skip
         for option, value in given.items():
             if value:
@@ -128,7 +128,7 @@ def command(
             raise UsageError(f"--against runs what it compares, and takes no results: leave {results} out")
         from fragscope.cli.against import Wanted, verdict_against
 
-        wanted = Wanted(against, only, conf, releases, card, tolerance, jobs, budgets, lock)
+        wanted = Wanted(against, only, conf, releases, cards, tolerance, jobs, budgets, lock)
         verdict = verdict_against(wanted, config, limits, locked)
     verdict = waive(verdict, limits.waivers, limits.file, datetime.datetime.now(datetime.UTC).date())
     verdict = decided(msgspec.structs.replace(verdict, warn_only=config.warn_only if warn_only is None else warn_only))

@@ -186,5 +186,10 @@ def _kill_session(leader: int | None) -> None:
 
 
 def _end_server() -> None:
-    # Python offers no public way to end a fork server before the interpreter ends.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    # Python offers no public way to end a fork server before the interpreter ends. By itself it ends only once it has
+    # imported torch and the scenario files, which somebody who pressed Ctrl-C would wait for.
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()

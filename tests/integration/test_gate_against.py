@@ -491,6 +491,24 @@ def test_a_project_in_a_subfolder_with_a_submodule_and_a_hook(tmp_path: Path) ->
     assert after == before.splitlines()
 
 
+OWN_CARD = PROJECT + '\n[tool.fragscope.cards.mine]\nlike = "l4"\ntotal = "{0} GiB"\nfree = "{0} GiB"\n'
+
+
+def test_cards_of_the_repository_itself_are_one_on_both_sides(tmp_path: Path) -> None:
+    """The change makes the card smaller than the case needs; what that does is not what its code costs."""
+    needs = SCENARIO.replace('"experts": 8', '"experts": 400')  # two layers of 1,650 MiB
+    files = {**FILES, "pyproject.toml": OWN_CARD.format(8), "scenarios/scenario_acme.py": needs}
+    team = Team.made(tmp_path / "theirs", files)
+    team.write({"pyproject.toml": OWN_CARD.format(2).replace("scenarios =", 'card = "mine"\nscenarios =')})
+    small = team.gate().verdict
+    assert [(c["case"]["card"], c["outcome"]) for c in small["undeclared"]] == [("mine", "oom")]
+    assert small["against"]["compared"] == 1
+    assert small["policy"][0]["detail"] == "card was the default, now mine"
+    both = team.gate("--card", "mine", "--card", "l4", "--card", "mine").verdict
+    assert [c["case"]["card"] for c in both["undeclared"]] == ["mine"]
+    assert both["against"]["compared"] == 2
+
+
 def test_the_verdict_is_the_same_every_time(tmp_path: Path) -> None:
     team = Team.made(tmp_path / "theirs")
     team.edit(WHERE, *COSTLY)

@@ -116,6 +116,13 @@ STRICT, LOOSE = LIMIT.format(5), LIMIT.format(9)
         ({"budgets.toml": LOOSE, "strict.toml": STRICT}, 'budgets = "strict.toml"', "",
          ["budgets was strict.toml, now the default", "budgets.toml raised by 4 B, from 5 B to 9 B"]),
         ({}, "", "warn_only = true", ["warn_only was false, now true"]),
+        ({}, "", 'card = "b200"\ntorch = "2.9"', ["card was the default, now b200", "torch was the default, now 2.9"]),
+        ({}, '[tool.fragscope.cards.mine]\nlike = "l4"\ntotal = "20 GiB"\nfree = "19 GiB"',
+         '[tool.fragscope.cards.mine]\nlike = "l4"\ntotal = "48 GiB"\nfree = "19 GiB"\nmultiprocessors = 57\n'
+         '[tool.fragscope.cards.new]\nlike = "l4"',
+         ["cards.mine was total 20.00 GiB, multiprocessors 58, now total 48.00 GiB, multiprocessors 57"]),
+        ({}, '[tool.fragscope.cards.mine]\nlike = "l4"', "", ["cards.mine was defined, now not"]),
+        ({}, '[tool.fragscope.cards.mine]\nlike = "no such card"', "", []),
         ({"memory.lock": "a", "strict.toml": STRICT}, 'lock = "memory.lock"\nbudgets = "strict.toml"',
          'lock = "memory.lock"\nbudgets = "strict.toml"', []),
     ],
