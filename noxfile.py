@@ -12,25 +12,27 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
-# Millions of requests go through the allocator's loop in the first; counting their lines would take most of the time.
-# The others run commands in processes of their own, whose lines are not counted anyway.
+# Some run commands in processes of their own, whose lines are not counted anyway; millions of requests go through the
+# allocator's loop in the others, and counting their lines would take most of the time. What takes longest comes first,
+# so that no process is left with it at the end.
 WITHOUT_COVERAGE = (
-    "tests/conformance", "tests/property", "tests/unit/test_compiled.py", "tests/unit/test_late_measures.py",
-    "tests/unit/test_timeline_elsewhere.py", "tests/unit/test_timeline_properties.py",
     *(
         f"tests/integration/test_{name}.py"
         for name in (
-            "recorded_traces", "scenarios", "alltoall_scenarios", "device_memory", "hazard_outcome",
-            "gate_against_lock", "installed_variants", "kv_cache_growth", "lock_guide", "moe_chunking", "moe_layouts",
-            "own_loader_guide", "pytest_guide", "ranks", "record_command", "run_command", "run_outcomes", "run_resume",
-            "sweep_command", "w4a8_convert",
+            "own_loader_guide", "scenarios", "sweep_command", "moe_chunking", "installed_variants", "kv_cache_growth",
+            "hazard_outcome", "moe_layouts", "run_command", "alltoall_scenarios", "pytest_guide", "ranks",
+            "gate_against_lock", "w4a8_convert", "device_memory", "recorded_traces", "lock_guide", "record_command",
+            "run_outcomes", "run_resume",
         )
     ),
+    "tests/property", "tests/conformance", "tests/unit/test_compiled.py", "tests/unit/test_late_measures.py",
+    "tests/unit/test_timeline_elsewhere.py", "tests/unit/test_timeline_properties.py",
 )  # fmt: skip
 
 
-# A file's tests stay together: what they share, such as a run of every scenario, is made once.
-PARALLEL = ("-n", "auto", "--dist", "loadfile")
+# A file's tests stay together: what they share, such as a run of every scenario, is made once. Files with few tests are
+# often the longest; they keep their place, where xdist would move them to the end.
+PARALLEL = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def group(name: str) -> list[str]:

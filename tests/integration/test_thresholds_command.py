@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -16,8 +18,17 @@ from fragscope.thresholds import most_tokens, shipped_models
 GIB = 1024**3
 
 
-def test_every_shipped_model_has_its_limits(capsys):
-    answer = json_of("thresholds", capsys)
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """What one call prints and writes: all shipped models, which takes a while."""
+    out, printed = tmp_path_factory.mktemp("thresholds"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run(["thresholds", "--torch", "2.11.0", "--format", "markdown", "--out", str(out)]) == 0
+    return printed.getvalue(), json.loads((out / "thresholds.json").read_text())
+
+
+def test_every_shipped_model_has_its_limits(documented):
+    _, answer = documented
     assert answer["schema_version"] == 1
     assert (answer["max_grid_y"], answer["upstream_cap"]) == (65_535, 300_000)
     assert answer["settings"]["card"] == "h100-80gb"
@@ -153,7 +164,7 @@ def test_without_memory_no_launch_fits(capsys):
     assert model["peak_at_largest"]["reserved"] == 0
 
 
-def test_the_documented_tables_are_those_of_the_command(capsys):
-    assert run(["thresholds", "--torch", "2.11.0", "--format", "markdown"]) == 0
-    made = capsys.readouterr().out.strip()
+def test_the_documented_tables_are_those_of_the_command(documented):
+    printed, _ = documented
+    made = printed.strip()
     assert made in (Path(__file__).parents[2] / "docs" / "thresholds.md").read_text()
