@@ -160,7 +160,7 @@ class VirtualCard:
     def register(self, tensor: torch.Tensor) -> None:
         """Give a new tensor's storage its memory on the card, unless it is followed already."""
         if self.storages.find(tensor) is None:
-            id_ = self.allocate(tensor.untyped_storage().nbytes())
+            id_ = self.allocate(0 if tensor._is_zerotensor() else tensor.untyped_storage().nbytes())
             self.storages.follow(tensor, Place.CARD, id_)
 
     def resized(self, tensor: torch.Tensor, entry: Entry) -> None:

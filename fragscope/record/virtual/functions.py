@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -17,7 +18,7 @@ from fragscope.record.virtual.autocast import casts
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.fused_norm import rms_norm
 from fragscope.record.virtual.legacy_types import CudaType, named
-from fragscope.record.virtual.storages import Place
+from fragscope.record.virtual.storages import Place, is_transformed
 
 _META = torch.device("meta")
 _CUDA = torch.device("cuda", 0)
@@ -157,7 +158,7 @@ class FunctionMode(TorchFunctionMode):
         return 0 if self._place(tensor) is Place.CARD else -1
 
     def _data_ptr(self, func: Any, tensor: torch.Tensor) -> int:
-        entry = self._device.storages.find(tensor)
+        entry = None if is_transformed(tensor) else self._device.storages.find(tensor)
         if entry is None or entry.id is None:
             return int(func(tensor))
         return self._device.memory.address(entry.id) + int(tensor.storage_offset()) * tensor.itemsize
@@ -357,7 +358,9 @@ class FunctionMode(TorchFunctionMode):
             if dtype is None and self._device.autocast.dtype() is not None:
                 dtype = torch.float32
             if self._place(tensor) is Place.CARD and tensor.dtype == torch.half and dtype == torch.float32:
-                if torch.is_grad_enabled() and tensor.requires_grad:
+                if is_transformed(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
+                    self._device.estimate(f"{plain.__name__} from float16 to float32 in torch.func")
+                elif torch.is_grad_enabled() and tensor.requires_grad:
                     self._device.estimate(f"{plain.__name__} from float16 to float32 with gradients")
                 else:
                     if not tensor.is_contiguous():
@@ -378,6 +381,8 @@ class FunctionMode(TorchFunctionMode):
         of tests/data/footprints.
         """
         if bias is None or input.dim() <= 2 or input.is_contiguous() or self._place(input) is not Place.CARD:
+            return func(input, weight, bias)  # type: ignore[no-any-return]
+        if any(is_transformed(t) for t in (input, weight, bias)):  # a card does not either
             return func(input, weight, bias)  # type: ignore[no-any-return]
         lower = self._device.autocast.dtype()
         if lower is not None:
@@ -409,10 +414,10 @@ class FunctionMode(TorchFunctionMode):
 
         return note
 
-    def _attention(self, func: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._place(query) is not Place.CARD:
-            return func(query, *args, **kwargs)  # type: ignore[no-any-return]
-        return self._attends(func, query, *args, **kwargs)
+    def _attention(self, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if any(isinstance(t, torch.Tensor) and self._place(t) is Place.CARD for t in (*args, *kwargs.values())):
+            return self._attends(func, *args, **kwargs)
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
 
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -435,6 +440,9 @@ class FunctionMode(TorchFunctionMode):
         if self._device.autocast.dtype() is not None and casts("rms_norm"):
             input, weight = self._device.autocast.cast((input, weight), torch.float32)
         if weight is not None and weight.dtype != input.dtype:  # torch has no kernel for this
+            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        if is_transformed(input) or (weight is not None and is_transformed(weight)):
+            self._device.estimate("aten::rms_norm in torch.func")
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
         if not input.is_contiguous():
             self._device.estimate("aten::rms_norm on strided tensors")

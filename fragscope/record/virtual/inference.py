@@ -59,7 +59,7 @@ class Shadows:
                 if original.shape != value.shape:
                     original.resize_(value.shape)
                 return original
-            if value.device.type != "meta":
+            if value.device.type != "meta" or value._is_zerotensor():  # which has no memory that it could share
                 return value
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
         if isinstance(value, list | tuple):
