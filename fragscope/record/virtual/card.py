@@ -158,7 +158,13 @@ class VirtualCard:
         return DeviceMemory(taken, how, give)
 
     def register(self, tensor: torch.Tensor) -> None:
-        """Give a new tensor's storage its memory on the card, unless it is followed already."""
+        """Give a new tensor's storage its memory on the card, unless it is followed already.
+
+        Raises:
+            UnsupportedError: it is sparse.
+        """
+        if tensor.layout is not torch.strided:
+            raise self.unsupported("sparse tensors are not supported on the virtual device")
         if self.storages.find(tensor) is None:
             id_ = self.allocate(0 if tensor._is_zerotensor() else tensor.untyped_storage().nbytes())
             self.storages.follow(tensor, Place.CARD, id_)

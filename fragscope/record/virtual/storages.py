@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 is_transformed: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is what ``torch.func`` hands to a function in place of another, whose storage is the only one."""
@@ -104,6 +105,8 @@ class Storages:
         """The entry of a tensor's storage, None if it is not followed."""
         while is_transformed(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor.layout is not torch.strided or isinstance(tensor, UninitializedTensorMixin):
+            return None  # it has no storage
         return self._entries.get(tensor.untyped_storage()._cdata)
 
     def place(self, tensor: torch.Tensor) -> Place | None:
