@@ -28,6 +28,8 @@ _CLONE = torch.ops.aten.clone.default
 _MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
 _ZEROS = ("aten::new_zeros", "aten::zeros", "aten::zeros_like")
 _NONZERO = torch.ops.aten.nonzero.default
+_LENGTHS_ON_HOST = ("aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward")
+"""Operators that take a tensor of the host beside those on the card."""
 
 
 class DispatchMode(TorchDispatchMode):
@@ -98,7 +100,8 @@ class DispatchMode(TorchDispatchMode):
             return self._index(func, args, kwargs, entries)
         if trait.needs_values:
             return self._with_values(func, args, kwargs, entries)
-        if on_card and (any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))):
+        is_mixed = any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))
+        if on_card and is_mixed and name not in _LENGTHS_ON_HOST:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(in {name})"

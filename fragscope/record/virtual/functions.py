@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.parameter import UninitializedBuffer, UninitializedTensorMixin
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -73,6 +74,7 @@ class FunctionMode(TorchFunctionMode):
             torch.rms_norm: self._rms_norm,
             torch.nn.functional.rms_norm: self._rms_norm,
             torch._has_compatible_shallow_copy_type: self._compatible,
+            torch._nested_tensor_from_mask_left_aligned: self._left_aligned,
         }
         for refused in (tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__):
             self._handlers[refused] = self._needs_data(refused)
@@ -216,6 +218,10 @@ class FunctionMode(TorchFunctionMode):
         return tensor.to(_META if to_card else _CPU, **kwargs)
 
     def _to(self, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(tensor, UninitializedTensorMixin):
+            with torch._C.DisableTorchFunctionSubclass():
+                moved = self._to(func, tensor.detach(), *args, **kwargs)
+                return moved.as_subclass(type(tensor)) if isinstance(tensor, UninitializedBuffer) else moved
         if (args and isinstance(args[0], torch.Tensor)) or "tensor" in kwargs:
             other = args[0] if args else kwargs.pop("tensor")
             place = self._place(other)
@@ -419,6 +425,13 @@ class FunctionMode(TorchFunctionMode):
             return self._attends(func, *args, **kwargs)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
 
+    def _left_aligned(self, func: Any, tensor: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether an encoder may leave out padding in nested tensors, which depends on the mask: it is taken not to."""
+        if self._place(tensor) is not Place.CARD:
+            return bool(func(tensor, mask))
+        self._device.estimate("TransformerEncoder with a padding mask and without gradients")
+        return False
+
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
@@ -457,6 +470,10 @@ class FunctionMode(TorchFunctionMode):
         return bool(func(a, b))
 
     def _set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():  # parameters of lazy modules refuse what is asked here
+            self._exchange_data(func, tensor, value)
+
+    def _exchange_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
         if (tensor.device.type == "meta") == (value.device.type == "meta"):
             func(tensor, value)
             return

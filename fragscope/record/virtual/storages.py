@@ -105,9 +105,12 @@ class Storages:
         """The entry of a tensor's storage, None if it is not followed."""
         while is_transformed(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        if tensor.layout is not torch.strided or isinstance(tensor, UninitializedTensorMixin):
+        if tensor.layout is not torch.strided:
             return None  # it has no storage
-        return self._entries.get(tensor.untyped_storage()._cdata)
+        if not isinstance(tensor, UninitializedTensorMixin):
+            return self._entries.get(tensor.untyped_storage()._cdata)
+        with torch._C.DisableTorchFunctionSubclass():  # of a lazy module, which refuses all questions
+            return self._entries.get(tensor.untyped_storage()._cdata)
 
     def place(self, tensor: torch.Tensor) -> Place | None:
         """Where a tensor pretends to be; None for tensors that are just what they are."""
