@@ -135,3 +135,81 @@ def test_host_tensors_attend_as_ever():
         q = torch.ones(1, 2, 3, 4)
         assert functional.scaled_dot_product_attention(q, q, q).sum().item() == 24
         assert device.estimated == {}
+
+
+def refused(options: dict, device: str) -> str:
+    """What torch says of a call that it refuses."""
+    q = torch.zeros(options.get("query", (1, 4, 6, 8)), dtype=options.get("dtype", HALF), device=device)
+    k = torch.zeros(options.get("key", q.shape), dtype=options.get("key dtype", q.dtype), device=device)
+    v = torch.zeros(k.shape, dtype=options.get("value dtype", q.dtype), device=device)
+    mask = options.get("mask")
+    mask = None if mask is None else torch.zeros(mask, dtype=options.get("mask dtype", q.dtype), device=device)
+    with (
+        pytest.raises(RuntimeError) as said,
+        sdpa_kernel(options.get("kernels", list(SDPBackend.__members__.values()))),
+    ):
+        functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=options.get("causal", False), enable_gqa=options.get("shares", False)
+        )
+    return str(said.value)
+
+
+REFUSED = {
+    "value of another type": {"value dtype": FLOAT},
+    "key of another type": {"key dtype": BFLOAT},
+    "one dimension": {"query": (8,)},
+    "a mask of integers": {"mask": (6, 6), "mask dtype": torch.int64},
+    "a mask of another type": {"mask": (6, 6), "mask dtype": BFLOAT},
+    "heads that cannot be shared": {"key": (1, 3, 6, 8), "shares": True},
+    "a mask besides is_causal": {"mask": (6, 6), "causal": True, "kernels": [SDPBackend.MATH]},
+    "heads of two lengths": {"key": (1, 4, 6, 16)},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_in_the_words_of_torch(name):
+    expected = refused(REFUSED[name], "cpu")
+    with h100():
+        assert refused(REFUSED[name], "cuda") == expected
+
+
+def test_tensors_of_several_devices_are_refused():
+    """Source: ``validate_sdpa_input`` in aten/src/ATen/native/transformers/attention.cpp."""
+    with h100():
+        card, host = torch.zeros(1, 4, 6, 8, device="cuda"), torch.zeros(1, 4, 6, 8)
+        for q, k, shown in ((card, host, ("cuda:0", "cpu")), (host, card, ("cpu", "cuda:0"))):
+            with pytest.raises(RuntimeError) as said:
+                functional.scaled_dot_product_attention(q, k, k)
+            assert str(said.value) == (
+                "Expected query, key, and value to have the same device type, but got "
+                f"query.device: {shown[0]} key.device: {shown[1]} and value.device: {shown[1]} instead."
+            )
+        half = card.half()
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            functional.scaled_dot_product_attention(half, half, half, attn_mask=torch.zeros(6, 6, dtype=HALF))
+
+
+@pytest.mark.skipif(not IS_RECENT, reason="cuDNN's kernel comes first from torch 2.11 on")
+def test_masks_that_cudnn_does_not_take():
+    """Source: ``check_attn_mask_shape`` in aten/src/ATen/native/transformers/sdp_utils_cpp.h."""
+    with h100() as device:
+        assert picked(device, mask=(4, 16, 16)) == "mem_efficient"
+        assert picked(device, mask=(1, 1, 1, 16)) == "cudnn"
+        q = torch.zeros(2, 4, 16, 64, dtype=HALF, device="cuda")
+        mask = torch.zeros(16, 16, dtype=HALF, device="cuda", requires_grad=True)
+        call = {"is_causal": False, "enable_gqa": False}
+        assert Attention(device).pick(q, q, q, mask, 0.0, **call) == "mem_efficient"
+        assert Attention(device).pick(q, q, q, mask.detach(), 0.0, **call) == "cudnn"
+        repeated = mask.detach()[:, :1].expand(16, 16)  # check_last_dim_stride_equals_1_dense
+        assert Attention(device).pick(q, q, q, repeated, 0.0, **call) == "math"
+
+
+def test_heads_that_are_equal_are_not_repeated():
+    """Source: ``pre_process_group_query_attention_input`` in aten/src/ATen/native/transformers/attention.cpp."""
+    events = {}
+    for shares in (False, True):
+        with h100() as device, sdpa_kernel(SDPBackend.MATH):
+            q = torch.zeros(2, 4, 16, 64, device="cuda")
+            functional.scaled_dot_product_attention(q, q, q, enable_gqa=shares)
+            events[shares] = device.memory.requests.finish().size.tolist()
+    assert events[True] == events[False]

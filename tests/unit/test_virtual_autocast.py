@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from virtual_cards import h100  # noqa: E402
 
@@ -149,6 +151,50 @@ def test_weights_are_cast_once_and_gradients_come_back(card):
         y = layer(x)
     y.backward(torch.ones_like(y))
     assert layer.weight.grad.dtype == FLOAT
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def casts_of_threads(device):
+    """How often a weight is cast in two threads that share it; one leaves autocast while the other is in it."""
+    weight, x = torch.ones(4, 4, device=device, requires_grad=True), torch.ones(4, 4, dtype=BFLOAT, device=device)
+    counts = []
+
+    def use():
+        with Casts() as casts:
+            x @ weight
+        counts.append(casts.count)
+
+    def other():
+        with torch.autocast(device, BFLOAT):
+            use()
+
+    with torch.autocast(device, BFLOAT):
+        use()
+        use()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        use()
+    return counts
+
+
+def test_threads_share_casts_and_the_first_that_leaves_lets_go_of_them():
+    """Casts are a table of the process (``get_cached_casts`` in aten/src/ATen/autocast_mode.cpp), on the host, too."""
+    expected = casts_of_threads("cpu")
+    assert expected == [1, 0, 0, 1]
+    with h100():
+        assert casts_of_threads("cuda") == expected
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

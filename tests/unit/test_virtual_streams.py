@@ -13,7 +13,7 @@ from virtual_cards import h100
 torch = pytest.importorskip("torch")
 
 from fragscope.record.virtual import VirtualDevice  # noqa: E402 - needs torch
-from fragscope.trace import RequestKind  # noqa: E402
+from fragscope.trace import RequestKind, Requests  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -126,6 +126,112 @@ def test_sums_of_gradients_are_made_where_they_are_taken() -> None:
         (a + b).sum().backward()
         x.grad.clone()
         assert [str(h) for h in device.memory.ordering.hazards] == []
+
+
+def several_streams(first: torch.cuda.Stream, second: torch.cuda.Stream) -> tuple[torch.Tensor, ...]:
+    """A leaf; what the main stream and the first make of it; and what the second, the main and the first make of that.
+
+    The step of the second stream hands a gradient to each of the other two, where another one is already: a pass takes
+    the step that was made last first.
+    """
+    x = torch.ones(1000, device="cuda", requires_grad=True)
+    u = x * 2
+    with torch.cuda.stream(first):
+        v = x * 3
+    with torch.cuda.stream(second):
+        both = u * v
+    on_main = u * 5
+    with torch.cuda.stream(first):
+        on_first = v * 7
+    return x, u, v, both, on_main, on_first
+
+
+def test_gradients_that_other_streams_take_are_marked() -> None:
+    """By hand from ``InputBuffer::add`` (torch/csrc/autograd/input_buffer.cpp): what comes from another stream than the
+    one of the step that takes it is recorded there, whether or not it is added to what came before."""
+    with h100() as device:
+        _, _, _, *ends = several_streams(torch.cuda.Stream(), torch.cuda.Stream())
+        names = dict(zip((0, *streams_of(device)), ("main", "first", "second"), strict=True))
+        gradients = [torch.ones(1000, device="cuda") for _ in ends]
+        before = len(device.memory.requests.finish())
+        torch.autograd.backward(ends, gradients)
+        requests = device.memory.requests.finish()
+        made = {int(requests.id[r]): int(requests.stream[r]) for r in range(len(requests)) if is_alloc(requests, r)}
+        used = [
+            (names[made[int(requests.id[r])]], names[int(requests.stream[r])])
+            for r in range(before, len(requests))
+            if requests.kind[r] == RequestKind.RECORD_STREAM
+        ]
+        assert used == [
+            ("main", "second"),  # the caller's gradient of what the second stream made
+            ("main", "first"),  # and of what the first made
+            ("second", "main"),  # the second stream's for u, to which the main one has given one before
+            ("second", "first"),  # and for v, likewise
+            ("first", "main"),  # v's for the leaf, which was first used on the main stream
+        ]
+        taken = [names[int(requests.stream[r])] for r in range(before, len(requests)) if is_alloc(requests, r)]
+        assert taken == ["first", "main", "second", "second", "first", "main"], "all sums are written in place"
+
+
+@pytest.mark.parametrize("wanted", ["x", "v"])
+def test_sums_are_made_on_the_stream_of_the_step_that_takes_them(wanted: str) -> None:
+    """By hand from ``InputBuffer::add``: the accumulation stream is the consumer's. A graph of the gradients is asked
+    for, since sums are written in place without (``accumulate``, beside it)."""
+    with h100() as device:
+        x, _, v, *ends = several_streams(torch.cuda.Stream(), torch.cuda.Stream())
+        names = dict(zip((0, *streams_of(device)), ("main", "first", "second"), strict=True))
+        gradients = [torch.ones(1000, device="cuda") for _ in ends]
+        before = len(device.memory.requests.finish())
+        kept = torch.autograd.grad(ends, {"x": x, "v": v}[wanted], gradients, create_graph=True)
+        requests = device.memory.requests.finish()
+        taken = [names[int(requests.stream[r])] for r in range(before, len(requests)) if is_alloc(requests, r)]
+        if wanted == "x":
+            assert taken == [
+                "first",  # of on_first, for v
+                "main",  # of on_main, for u
+                "second", "second",  # of both, for u and for v
+                "main", "first",  # their sums with the above
+                "first", "main",  # of v and of u, for x
+                "main",  # their sum
+            ]  # fmt: skip
+        else:  # nothing that only u needs is done
+            assert taken == ["first", "second", "first"]
+        del kept
+
+
+def test_several_gradients_of_one_tensor_are_added_up_where_it_was_made() -> None:
+    """By hand from ``InputBuffer::add``, which the gradients that a pass begins with go through, too."""
+    with h100() as device:
+        side = torch.cuda.Stream()
+        x = torch.ones(1000, device="cuda", requires_grad=True)
+        with torch.cuda.stream(side):
+            y = x * 2
+        gradients = [torch.ones(1000, device="cuda") for _ in range(2)]
+        before = len(device.memory.requests.finish())
+        kept = torch.autograd.grad([y, y], x, gradients)
+        requests = device.memory.requests.finish()
+        events = [
+            (RequestKind(int(requests.kind[r])).name, int(requests.stream[r]) != 0)
+            for r in range(before, len(requests))
+            if requests.kind[r] in (RequestKind.ALLOC, RequestKind.RECORD_STREAM)
+        ]
+        assert events == [
+            ("RECORD_STREAM", True),
+            ("RECORD_STREAM", True),
+            ("ALLOC", True),  # their sum
+            ("ALLOC", True),  # the gradient of x, which no other stream has used
+        ]
+        del kept
+
+
+def is_alloc(requests: Requests, row: int) -> bool:
+    return bool(requests.kind[row] == RequestKind.ALLOC)
+
+
+def streams_of(device: VirtualDevice) -> list[int]:
+    """Handles of the streams besides the default one that memory was taken on, in order."""
+    requests = device.memory.requests.finish()
+    return [int(s) for s in dict.fromkeys(requests.stream.tolist()) if s]
 
 
 def test_backward_passes_inside_others_and_of_other_threads() -> None:

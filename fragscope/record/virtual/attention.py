@@ -19,6 +19,7 @@ import torch
 
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.scratch.attention_kernels import cudnn_workspace
+from fragscope.record.virtual.storages import Place, is_transformed
 
 _META = torch.device("meta")  # of the card, where operators of the program run
 _HALF = (torch.float16, torch.bfloat16)
@@ -47,11 +48,17 @@ class Attention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """As ``torch.nn.functional.scaled_dot_product_attention``; ``plain`` is that function."""
+        """As ``torch.nn.functional.scaled_dot_product_attention``; ``plain`` is that function.
+
+        Raises:
+            RuntimeError: the tensors do not fit each other; as torch does.
+        """
         autocast = self._device.autocast
         lower = autocast.dtype()
         if lower is not None:  # the kernel is picked after the casts, of which the last argument's comes first
             attn_mask, value, key, query = (autocast.cast(t, lower) for t in (attn_mask, value, key, query))
+        if self._is_refused(query, key, value, attn_mask):
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         kernel = self.pick(query, key, value, attn_mask, dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
         scaled = {"scale": scale}
         if kernel == "math":
@@ -59,7 +66,7 @@ class Attention:
                 return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             return _multiplied(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         tensors = [t for t in (query, key, value, attn_mask) if t is not None]
-        keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         bias = _additive(attn_mask, query.dtype)
         if kernel == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
@@ -68,15 +75,51 @@ class Attention:
             run = torch.ops.aten._scaled_dot_product_efficient_attention
             out: torch.Tensor = run(query, key, value, bias, keeps_sums, dropout_p, is_causal, **scaled)[0]
             return out
-        if keeps_sums:
+        is_taken_apart = any(is_transformed(t) for t in tensors)
+        if keeps_sums or is_taken_apart:
+            if not keeps_sums:
+                self._device.estimate(f"{_CUDNN} in torch.func, without gradients")
             run = torch.ops.aten._scaled_dot_product_cudnn_attention
-            return run(query, key, value, bias, True, dropout_p, is_causal, False, **scaled)[0]  # type: ignore[no-any-return]
+            return run(query, key, value, bias, keeps_sums, dropout_p, is_causal, False, **scaled)[0]  # type: ignore[no-any-return]
         # Without gradients it writes no sums, which torch's rule for its shapes makes all the same.
         with self._device.temporaries([8, 8]):  # seed and offset of the random numbers
             out = _like(query, (*query.shape[:3], value.shape[-1]))
             self._device.launched(_CUDNN, tensors, [out])
             self._device.follow_plan(_CUDNN, cudnn_workspace(query, key, self._device.card), [])
         return out
+
+    def _is_refused(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> bool:
+        """Whether torch's own function says what is wrong, which it asks first, too.
+
+        Raises:
+            RuntimeError: tensors are on several devices, which only the virtual card can name.
+
+        Source: ``validate_sdpa_input`` in aten/src/ATen/native/transformers/attention.cpp; of the mask, what the
+        dispatcher asks of the arguments of one kernel.
+        """
+        tensors = (query, key, value)
+        if not query.dtype == key.dtype == value.dtype:
+            return True
+        shown = [self._shown(t) for t in tensors]
+        if len(set(shown)) > 1:
+            raise RuntimeError(
+                "Expected query, key, and value to have the same device type, but got "
+                f"query.device: {shown[0]} key.device: {shown[1]} and value.device: {shown[2]} instead."
+            )
+        if mask is not None and mask.dim() and (where := self._shown(mask)) != shown[0]:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {shown[0]} and "
+                f"{where}! (attn_mask of scaled_dot_product_attention)"
+            )
+        allowed = (torch.bool, torch.float32, query.dtype)
+        return any(t.dim() < 2 for t in tensors) or (mask is not None and mask.dtype not in allowed)
+
+    def _shown(self, tensor: torch.Tensor) -> str:
+        """The device that a tensor seems to be on."""
+        place = self._device.storages.place(tensor)
+        return "cuda:0" if place is Place.CARD else "cpu" if place is Place.HOST else str(tensor.device)
 
     def pick(
         self,
@@ -131,6 +174,7 @@ class _Call:
         same_batch = query.shape[0] == key.shape[0] == value.shape[0]
         same_dtype = query.dtype == key.dtype == value.dtype
         is_dense = all(t.stride(3) == 1 or t.shape[3] == 1 for t in self._tensors)
+        is_dense = is_dense and (mask is None or not mask.dim() or mask.stride(-1) == 1)
         self._is_plain = same_batch and same_dtype and is_dense
         self._dtype = query.dtype
 
@@ -168,11 +212,23 @@ class _Call:
             return False
         limit = 256 if self.capability == (9, 0) else 128
         rows, columns = self._tensors[0].shape[2], self._tensors[1].shape[2]
+        if self._dims[0] != self._dims[1] or not self._fits_cudnn_mask(rows, columns):
+            return False
         if columns == 1 or (rows == 1 and self._dropout > 0):
             return False
         if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
             return False
         return all(n <= limit and n % 8 == 0 for n in self._dims)
+
+    def _fits_cudnn_mask(self, rows: int, columns: int) -> bool:
+        """Source: ``check_attn_mask_shape`` in aten/src/ATen/native/transformers/sdp_utils_cpp.h."""
+        mask = self._mask
+        if mask is None:
+            return True
+        if mask.requires_grad or mask.dim() not in (2, 4):
+            return False
+        wanted = (*self._tensors[0].shape[:2], rows, columns)[-mask.dim() :]
+        return all(given in (1, size) for given, size in zip(mask.shape, wanted, strict=True))
 
 
 def _like(query: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -235,14 +291,19 @@ def _multiplied(
         query, key, value = (t.to(torch.float32) for t in (query, key, value))
     factor = math.sqrt(abs(scale) if scale is not None else _usual_scale(query))
     scaled = query * (-factor if scale is not None and scale < 0 else factor)
+    if is_causal and mask is not None:
+        raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True")
     if is_causal:
         seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=_META).tril()
         mask = _additive(seen, scaled.dtype)
         del seen
     else:
         mask = _additive(mask, scaled.dtype)
-    if shares_heads:
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+    if shares_heads and not query.shape[-3] == key.shape[-3] == value.shape[-3]:
+        heads = query.shape[-3]
+        if heads % key.shape[-3] or heads % value.shape[-3]:
+            raise RuntimeError("Number of heads in key and value must divide the number of heads in ")
+        key, value = (t.repeat_interleave(heads // t.shape[-3], dim=-3) for t in (key, value))
     scores = torch.matmul(scaled, key.transpose(-2, -1) * factor)
     if mask is not None:
         scores.add_(mask)

@@ -10,7 +10,6 @@ Source: ``CastPolicy`` and the operator lists of aten/src/ATen/autocast_mode.h, 
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -74,7 +73,7 @@ class Autocast:
 
     def __init__(self, storages: Storages) -> None:
         self._storages = storages
-        self._local = _Casts()
+        self._casts: dict[int, list[tuple[weakref.ref[torch.Tensor], torch.Tensor]]] = {}  # lives on after its weight
 
     @staticmethod
     def dtype() -> torch.dtype | None:
@@ -107,14 +106,16 @@ class Autocast:
         )
         if not is_kept:
             return tensor.to(dtype)
-        kept = self._local.casts.get(id(tensor))
-        if kept is None or kept[0]() is not tensor:
-            kept = self._local.casts[id(tensor)] = (weakref.ref(tensor), tensor.to(dtype))
-        return kept[1]
+        known = self._casts.setdefault(id(tensor), [])
+        for weight, cast in known:
+            if weight() is tensor:
+                return cast
+        known.append((weakref.ref(tensor), tensor.to(dtype)))
+        return known[-1][1]
 
     def clear(self) -> None:
-        """Let go of the weights that were cast."""
-        self._local.casts.clear()
+        """Let go of the weights that were cast, by whatever thread."""
+        self._casts.clear()
 
     def widest(self, values: tuple[Any, ...], lower: torch.dtype) -> torch.dtype:
         """The widest type among tensors, at least the lower precision.
@@ -207,13 +208,6 @@ class Autocast:
 def casts(name: str) -> bool:
     """Whether the torch that is installed has a cast for an operator; releases differ in that."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY)
-
-
-class _Casts(threading.local):
-    """Weights that each thread has cast: the weight, and what became of it."""
-
-    def __init__(self) -> None:
-        self.casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
 
 def _operator(name: str) -> Any:

@@ -14,17 +14,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
 _LEAF = 2**64 - 1
 """Number of the nodes that add to a ``.grad``: the gradient accumulators of leaves."""
 _MARK = "fragscope.stream"
-_Wait = Callable[[int, int], None]
 _Use = Callable[[torch.Tensor, int], None]
+
+
+class Events(Protocol):
+    """What lets streams wait for each other."""
+
+    def record(self, stream: int) -> Any:
+        """An event behind the work so far of a stream."""
+
+    def wait(self, stream: int, event: Any) -> None:
+        """A stream waits for an event."""
 
 
 class BackwardPass:
@@ -33,12 +42,17 @@ class BackwardPass:
     Args:
         streams: of each node of the graph.
         caller: the stream that was current when the pass was asked for.
+        events: of the card.
+        use: marks a tensor as used by a stream.
     """
 
-    def __init__(self, streams: dict[Any, int], caller: int) -> None:
+    def __init__(self, streams: dict[Any, int], caller: int, events: Events, use: _Use) -> None:
         self.streams = streams
         self._caller = caller
+        self._events, self._use = events, use
         self._set: tuple[Any, int] | None = None  # a node, and the stream that its hooks or its code made current
+        self._ready: dict[tuple[Any, int], tuple[int, Any]] = {}  # by input of a node: where its gradient is, and when
+        self._sums: deque[int] = deque()  # streams of the sums that come next
 
     @property
     def stream(self) -> int:
@@ -56,15 +70,55 @@ class BackwardPass:
         """The stream of the node that is run, whatever its code made current meanwhile."""
         return self.streams.get(torch._C._current_autograd_node(), self._caller)
 
-    @property
-    def consumer_stream(self) -> int:
-        """The stream that gradients of the node that is run are summed up on: that of the node which takes the sum.
+    def give(self, gradient: torch.Tensor, producer: int, consumer: Any, at: int) -> None:
+        """A gradient of a stream goes to an input of a node, where others may be already: then their sum is next.
 
-        Where it hands gradients to nodes of several streams, it is not known which of them is meant: then its own.
+        It is made on the stream of the node that takes it, whatever comes first. That stream waits for both, and what
+        is of another one is marked as used by it.
+
+        Source: ``InputBuffer::add`` in torch/csrc/autograd/input_buffer.cpp, on one device (case A there).
         """
-        node = torch._C._current_autograd_node()
-        wanted = {self.streams.get(n, self._caller) for n, _ in getattr(node, "next_functions", ()) if n is not None}
-        return wanted.pop() if len(wanted) == 1 else self.node_stream
+        handle, here = self.streams[consumer], (consumer, at)
+        if handle != producer:
+            self._use(gradient, handle)
+        event = self._events.record(producer)
+        earlier = self._ready.get(here)
+        if earlier is None:
+            self._ready[here] = producer, event
+            return
+        for stream, ready in (earlier, (producer, event)):
+            if stream != handle:
+                self._events.wait(handle, ready)
+        self._ready[here] = handle, None
+        self._sums.append(handle)
+
+    @contextlib.contextmanager
+    def summing(self) -> Iterator[None]:
+        """While two gradients are added up: on their consumer's stream, or where a formula is that adds its own."""
+        if not self._sums:
+            yield
+            return
+        before, self.stream = self._set, self._sums.popleft()
+        try:
+            yield
+        finally:
+            self._set = before
+
+    def begin(self, node: Any, inputs: int) -> None:
+        """A node is run next, with the gradients that it was given."""
+        self._sums.clear()
+        handle = self.streams[node]
+        for at in range(inputs):
+            stream, event = self._ready.get((node, at), (handle, None))
+            if stream != handle:
+                self._events.wait(handle, event)
+
+    def end(self, node: Any, gradients: tuple[Any, ...]) -> None:
+        """A node has made gradients for those behind it."""
+        self._sums.clear()
+        for gradient, (following, at) in zip(gradients, node.next_functions, strict=False):
+            if following in self.streams and isinstance(gradient, torch.Tensor) and _is_run(following):
+                self.give(gradient, self.streams[node], following, at)
 
 
 class _Log(threading.local):
@@ -80,12 +134,12 @@ class GraphStreams:
 
     Args:
         unsure: told what is not known.
-        wait: lets the first stream wait for the second.
+        events: of the card.
         use: marks a tensor as used by a stream.
     """
 
-    def __init__(self, unsure: Callable[[str], None], wait: _Wait, use: _Use) -> None:
-        self._unsure, self._wait, self._use = unsure, wait, use
+    def __init__(self, unsure: Callable[[str], None], events: Events, use: _Use) -> None:
+        self._unsure, self._events, self._use = unsure, events, use
         self._log = _Log()
         self._logs: list[tuple[list[int], list[int]]] = []
 
@@ -104,51 +158,54 @@ class GraphStreams:
             log.handles.append(handle)
 
     @contextlib.contextmanager
-    def running(self, roots: Iterable[Any], caller: int, *, nested: bool) -> Iterator[BackwardPass | None]:
+    def running(
+        self, roots: Sequence[Any], gradients: Sequence[Any], caller: int, *, nested: bool
+    ) -> Iterator[BackwardPass | None]:
         """While a backward pass runs from some roots; None where all of it is on the caller's stream.
 
         Args:
             roots: what it is asked of: tensors, or edges of the graph.
+            gradients: of each root.
             caller: the current stream.
             nested: it is a part of another one.
         """
         if not self._logs:
             yield None
             return
-        first = [_node_of(root) for root in roots]
-        streams, producers = self._graph([n for n in first if n is not None], caller)
+        first = [_edge_of(root) for root in roots]
+        streams = self._graph([node for node, _ in first if node is not None], caller)
         if not nested and all(handle == caller for handle in streams.values()):
             yield None
             return
-        hooks = [n.register_prehook(self._before(streams[n], producers[n])) for n in streams]
+        running = BackwardPass(streams, caller, self._events, self._use)
+        for (node, at), gradient in zip(first, gradients, strict=True):
+            if node is not None and isinstance(gradient, torch.Tensor):
+                running.give(gradient, caller, node, at)
+        hooks = [node.register_prehook(self._before(running, node)) for node in streams]
+        # A hook behind it would keep the gradient of a leaf alive, which is then copied and not taken.
+        hooks += [node.register_hook(_behind(running, node)) for node in streams if node.next_functions]
         try:
-            yield BackwardPass(streams, caller)
+            yield running
         finally:
             for hook in hooks:
                 hook.remove()
             self.changed(caller)
             for handle in dict.fromkeys(streams.values()):
                 if handle != caller:
-                    self._wait(caller, handle)
+                    self._events.wait(caller, self._events.record(handle))
 
-    def _before(self, handle: int, producers: dict[int, set[int]]) -> Callable[[tuple[Any, ...]], None]:
+    def _before(self, running: BackwardPass, node: Any) -> Callable[[tuple[Any, ...]], None]:
         """What is done before a node runs, with the gradients that it is given."""
-        elsewhere = {at: others for at, made in producers.items() if (others := made - {handle})}
 
         def before(gradients: tuple[Any, ...]) -> None:
-            self.changed(handle)
-            for at, others in elsewhere.items():
-                for other in others:
-                    self._wait(handle, other)
-                if at < len(gradients) and isinstance(gradients[at], torch.Tensor):
-                    self._use(gradients[at], handle)
+            self.changed(running.streams[node])
+            running.begin(node, len(gradients))
 
         return before
 
-    def _graph(self, roots: list[Any], caller: int) -> tuple[dict[Any, int], dict[Any, dict[int, set[int]]]]:
-        """The stream of each node below the roots, and by gradient those that it comes from."""
+    def _graph(self, roots: list[Any], caller: int) -> dict[Any, int]:
+        """The stream of each node below the roots."""
         streams: dict[Any, int] = {}
-        edges: list[tuple[Any, Any, int]] = []  # producer, consumer, which of its gradients
         leaves: dict[Any, int] = {}  # gradient accumulators, and the number of the first node that uses each
         todo = list(dict.fromkeys(roots))
         while todo:
@@ -160,24 +217,16 @@ class GraphStreams:
                 leaves[node] = _LEAF
                 continue
             streams[node] = self._stream_of(number)
-            for following, at in node.next_functions:
-                if following is not None:
-                    edges.append((node, following, at))
-                    todo.append(following)
-        for node, following, _ in edges:
-            if following in leaves:
-                leaves[following] = min(leaves[following], node._sequence_nr())
+            todo.extend(following for following, _ in node.next_functions if following is not None)
+        for node in streams:
+            for following, _ in node.next_functions:
+                if following in leaves:
+                    leaves[following] = min(leaves[following], node._sequence_nr())
         for node, number in leaves.items():
             # It is made when its leaf is first used, and lives as long as a graph that uses it.
             handle = node.metadata.setdefault(_MARK, caller if number == _LEAF else self._stream_of(number))
             streams[node] = handle
-        producers: dict[Any, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-        for node, following, at in edges:
-            producers[following][at].add(streams[node])
-        for node in roots:
-            for at in range(len(node._input_metadata)):
-                producers[node][at].add(caller)
-        return streams, producers
+        return streams
 
     def _stream_of(self, number: int) -> int:
         """The stream of a node by its number, which the running thread and others may each have given."""
@@ -193,6 +242,19 @@ def _current_at(starts: list[int], handles: list[int], number: int) -> int:
     return handles[before - 1] if before else 0
 
 
-def _node_of(root: Any) -> Any:
-    """The node of the graph that a tensor, or an edge, is the output of."""
-    return root.grad_fn if isinstance(root, torch.Tensor) else root.node
+def _edge_of(root: Any) -> tuple[Any, int]:
+    """The node of the graph that a tensor, or an edge, is the output of, and which of its outputs."""
+    return (root.grad_fn, root.output_nr) if isinstance(root, torch.Tensor) else (root.node, root.output_nr)
+
+
+def _behind(running: BackwardPass, node: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], None]:
+    """What is done when a node has run."""
+    return lambda made, given: running.end(node, made)
+
+
+def _is_run(node: Any) -> bool:
+    """Whether the running pass needs a node; ``torch.autograd.grad`` leaves out what no gradient asked for needs."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # which does not answer for leaves whose gradients are asked for
+        return True

@@ -18,7 +18,7 @@ from fragscope.record.device_memory import DeviceMemory, How
 from fragscope.record.virtual.autocast import Autocast
 from fragscope.record.virtual.backward import BackwardPass, GraphStreams
 from fragscope.record.virtual.callsite import CallSites
-from fragscope.record.virtual.card_memory import CardMemory
+from fragscope.record.virtual.card_memory import CardMemory, Recorded
 from fragscope.record.virtual.cublas import Cublas
 from fragscope.record.virtual.extent import Extent, extent_of
 from fragscope.record.virtual.pinned import Pinned
@@ -65,7 +65,7 @@ class VirtualCard:
         self.scopes = Scopes(newest_first=settings.rules.rules.newest_scope_first)
         self._thread = ThreadState()
         self._cublas = Cublas(lambda: self.card.capability, self.allocate, self.estimate)
-        self._graphs = GraphStreams(self.estimate, self._wait_for, self.record_stream)
+        self._graphs = GraphStreams(self.estimate, StreamEvents(self.memory), self.record_stream)
         self._graph_task = -1
         self._hooks_only: dict[int, bool] = {}  # whether a stream was used by hooks of backward passes only
 
@@ -158,9 +158,15 @@ class VirtualCard:
         return DeviceMemory(taken, how, give)
 
     def register(self, tensor: torch.Tensor) -> None:
-        """Give a new tensor's storage its memory on the card, unless it is followed already."""
+        """Give a new tensor's storage its memory on the card, unless it is followed already.
+
+        Raises:
+            UnsupportedError: it is sparse.
+        """
+        if tensor.layout is not torch.strided:
+            raise self.unsupported("sparse tensors are not supported on the virtual device")
         if self.storages.find(tensor) is None:
-            id_ = self.allocate(tensor.untyped_storage().nbytes())
+            id_ = self.allocate(0 if tensor._is_zerotensor() else tensor.untyped_storage().nbytes())
             self.storages.follow(tensor, Place.CARD, id_)
 
     def resized(self, tensor: torch.Tensor, entry: Entry) -> None:
@@ -286,37 +292,21 @@ class VirtualCard:
             self.memory.launch(handle, what, self.sites.line, read, written)
 
     @contextlib.contextmanager
-    def backward(self, roots: Iterable[Any]) -> Iterator[None]:
+    def backward(self, roots: Sequence[Any], gradients: Sequence[Any]) -> Iterator[None]:
         """While autograd runs a backward pass in the running thread, from tensors or edges of the graph."""
         outer = self._thread.running
         self._cublas.backward()
-        with self._graphs.running(roots, self.stream, nested=outer is not None) as running:
+        with self._graphs.running(roots, gradients, self.stream, nested=outer is not None) as running:
             self._thread.running = running
             try:
                 yield
             finally:
                 self._thread.running = outer
 
-    @contextlib.contextmanager
-    def summing_gradients(self) -> Iterator[None]:
-        """While autograd adds up two gradients, which it does on the stream of the node that takes the sum."""
+    def summing_gradients(self) -> contextlib.AbstractContextManager[None]:
+        """While gradients are added up."""
         running = self._thread.running
-        if running is None:
-            yield
-            return
-        before, consumer = running.stream, running.consumer_stream
-        for other in dict.fromkeys(running.streams.values()):
-            self._wait_for(consumer, other)
-        running.stream = consumer
-        try:
-            yield
-        finally:
-            running.stream = before
-
-    def _wait_for(self, stream: int, other: int) -> None:
-        """A stream waits for the work so far of another one."""
-        if stream != other:
-            self.memory.wait(stream, self.memory.record_event(other, counts=False))
+        return contextlib.nullcontext() if running is None else running.summing()
 
     def record_stream(self, tensor: torch.Tensor, stream: int) -> None:
         """A stream uses a tensor, which may be on the card."""
@@ -418,6 +408,21 @@ class VirtualCard:
             "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
             f"fragmentation. (virtual {self._card.name})"
         )
+
+
+class StreamEvents:
+    """Events that torch records and waits for itself."""
+
+    def __init__(self, memory: CardMemory) -> None:
+        self._memory = memory
+
+    def record(self, stream: int) -> Recorded:
+        """An event behind the work so far of a stream."""
+        return self._memory.record_event(stream, counts=False)
+
+    def wait(self, stream: int, event: Recorded) -> None:
+        """A stream waits for an event."""
+        self._memory.wait(stream, event)
 
 
 class ThreadState(threading.local):

@@ -418,9 +418,9 @@ class _Cuda:
     def backward(self, original: Any) -> Callable[..., Any]:
         """A backward pass, whose steps run on streams of their own."""
 
-        def run(roots: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.device.backward(roots):
-                return original(roots, *args, **kwargs)
+        def run(roots: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.device.backward(roots, gradients):
+                return original(roots, gradients, *args, **kwargs)
 
         return run
 

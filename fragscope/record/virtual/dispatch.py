@@ -17,6 +17,7 @@ from fragscope.record.virtual.footprints import (
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.layouts import KEEPS_LAYOUT, channels_last_as
+from fragscope.record.virtual.operand_types import check_index_put
 from fragscope.record.virtual.overlaps import check_overlaps
 from fragscope.record.virtual.scratch.indexed import accumulated
 from fragscope.record.virtual.storages import Entry, Place, Storages
@@ -27,6 +28,8 @@ _CLONE = torch.ops.aten.clone.default
 _MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
 _ZEROS = ("aten::new_zeros", "aten::zeros", "aten::zeros_like")
 _NONZERO = torch.ops.aten.nonzero.default
+_LENGTHS_ON_HOST = ("aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward")
+"""Operators that take a tensor of the host beside those on the card."""
 
 
 class DispatchMode(TorchDispatchMode):
@@ -97,11 +100,14 @@ class DispatchMode(TorchDispatchMode):
             return self._index(func, args, kwargs, entries)
         if trait.needs_values:
             return self._with_values(func, args, kwargs, entries)
-        if on_card and (any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))):
+        is_mixed = any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))
+        if on_card and is_mixed and name not in _LENGTHS_ON_HOST:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(in {name})"
             )
+        if trait.check is not None and on_card:
+            trait.check(*args, **kwargs)
         if trait.is_checked:
             check_overlaps(trait.written(args, kwargs), tensors_in((*args, *kwargs.values())))
         given, given_by_name = args, kwargs
@@ -318,6 +324,8 @@ class DispatchMode(TorchDispatchMode):
             if not func._schema.is_mutable:
                 target = self._run(_CLONE, (target,), {})
             return self._run(_MASKED_FILL, (target, mask, args[2].item()), {})  # which needs no shape
+        if writes:
+            check_index_put(target, args[2])
         indices: list[torch.Tensor | None] = []
         for index in args[1]:
             if index is None or index.dtype not in (torch.bool, torch.uint8):

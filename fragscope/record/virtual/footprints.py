@@ -34,6 +34,8 @@ OUTPUTS_ONLY = frozenset(
         "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward",
         "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d", "upsample_bilinear2d_backward",
         "upsample_nearest2d", "reflection_pad1d",
+        # what forward derivatives ask, and zeros that have no memory
+        "is_same_size", "_has_same_storage_numel", "_efficientzerotensor",
         # optimizers
         "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_", "_amp_foreach_non_finite_check_and_unscale_",
     )
@@ -44,7 +46,7 @@ NO_KERNEL = frozenset(
     f"aten::{name}"
     for name in (
         "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_", "lift_fresh",
-        "_unsafe_view",
+        "_unsafe_view", "is_same_size", "_has_same_storage_numel", "_efficientzerotensor",
     )
 )  # fmt: skip
 """Operators, besides views, that touch no memory."""

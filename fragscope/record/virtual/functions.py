@@ -9,6 +9,8 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.parameter import UninitializedBuffer, UninitializedTensorMixin
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -17,7 +19,7 @@ from fragscope.record.virtual.autocast import casts
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.fused_norm import rms_norm
 from fragscope.record.virtual.legacy_types import CudaType, named
-from fragscope.record.virtual.storages import Place
+from fragscope.record.virtual.storages import Place, is_transformed
 
 _META = torch.device("meta")
 _CUDA = torch.device("cuda", 0)
@@ -72,6 +74,7 @@ class FunctionMode(TorchFunctionMode):
             torch.rms_norm: self._rms_norm,
             torch.nn.functional.rms_norm: self._rms_norm,
             torch._has_compatible_shallow_copy_type: self._compatible,
+            torch._nested_tensor_from_mask_left_aligned: self._left_aligned,
         }
         for refused in (tensor.numpy, tensor.tolist, tensor.__array__, tensor.__dlpack__):
             self._handlers[refused] = self._needs_data(refused)
@@ -157,7 +160,7 @@ class FunctionMode(TorchFunctionMode):
         return 0 if self._place(tensor) is Place.CARD else -1
 
     def _data_ptr(self, func: Any, tensor: torch.Tensor) -> int:
-        entry = self._device.storages.find(tensor)
+        entry = None if is_transformed(tensor) else self._device.storages.find(tensor)
         if entry is None or entry.id is None:
             return int(func(tensor))
         return self._device.memory.address(entry.id) + int(tensor.storage_offset()) * tensor.itemsize
@@ -215,6 +218,10 @@ class FunctionMode(TorchFunctionMode):
         return tensor.to(_META if to_card else _CPU, **kwargs)
 
     def _to(self, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(tensor, UninitializedTensorMixin):
+            with torch._C.DisableTorchFunctionSubclass():
+                moved = self._to(func, tensor.detach(), *args, **kwargs)
+                return moved.as_subclass(type(tensor)) if isinstance(tensor, UninitializedBuffer) else moved
         if (args and isinstance(args[0], torch.Tensor)) or "tensor" in kwargs:
             other = args[0] if args else kwargs.pop("tensor")
             place = self._place(other)
@@ -357,7 +364,9 @@ class FunctionMode(TorchFunctionMode):
             if dtype is None and self._device.autocast.dtype() is not None:
                 dtype = torch.float32
             if self._place(tensor) is Place.CARD and tensor.dtype == torch.half and dtype == torch.float32:
-                if torch.is_grad_enabled() and tensor.requires_grad:
+                if is_transformed(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
+                    self._device.estimate(f"{plain.__name__} from float16 to float32 in torch.func")
+                elif torch.is_grad_enabled() and tensor.requires_grad:
                     self._device.estimate(f"{plain.__name__} from float16 to float32 with gradients")
                 else:
                     if not tensor.is_contiguous():
@@ -378,6 +387,8 @@ class FunctionMode(TorchFunctionMode):
         of tests/data/footprints.
         """
         if bias is None or input.dim() <= 2 or input.is_contiguous() or self._place(input) is not Place.CARD:
+            return func(input, weight, bias)  # type: ignore[no-any-return]
+        if any(is_transformed(t) for t in (input, weight, bias)):  # a card does not either
             return func(input, weight, bias)  # type: ignore[no-any-return]
         lower = self._device.autocast.dtype()
         if lower is not None:
@@ -409,10 +420,17 @@ class FunctionMode(TorchFunctionMode):
 
         return note
 
-    def _attention(self, func: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._place(query) is not Place.CARD:
-            return func(query, *args, **kwargs)  # type: ignore[no-any-return]
-        return self._attends(func, query, *args, **kwargs)
+    def _attention(self, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if any(isinstance(t, torch.Tensor) and self._place(t) is Place.CARD for t in (*args, *kwargs.values())):
+            return self._attends(func, *args, **kwargs)
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _left_aligned(self, func: Any, tensor: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether an encoder may leave out padding in nested tensors, which depends on the mask: it is taken not to."""
+        if self._place(tensor) is not Place.CARD:
+            return bool(func(tensor, mask))
+        self._device.estimate("TransformerEncoder with a padding mask and without gradients")
+        return False
 
     def _functional_dropout(
         self, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -436,6 +454,9 @@ class FunctionMode(TorchFunctionMode):
             input, weight = self._device.autocast.cast((input, weight), torch.float32)
         if weight is not None and weight.dtype != input.dtype:  # torch has no kernel for this
             return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        if is_transformed(input) or (weight is not None and is_transformed(weight)):
+            self._device.estimate("aten::rms_norm in torch.func")
+            return func(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
         if not input.is_contiguous():
             self._device.estimate("aten::rms_norm on strided tensors")
         return rms_norm(self._device, func, input, tuple(normalized_shape), weight, eps)
@@ -449,6 +470,10 @@ class FunctionMode(TorchFunctionMode):
         return bool(func(a, b))
 
     def _set_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():  # parameters of lazy modules refuse what is asked here
+            self._exchange_data(func, tensor, value)
+
+    def _exchange_data(self, func: Any, tensor: torch.Tensor, value: torch.Tensor) -> None:
         if (tensor.device.type == "meta") == (value.device.type == "meta"):
             func(tensor, value)
             return

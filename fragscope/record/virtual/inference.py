@@ -48,6 +48,8 @@ class Shadows:
     def aliases_input(self, value: Any) -> bool:
         """Whether an output shares a shadow's storage without being that shadow: a view nobody declared."""
         if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided:
+                return False
             return id(value) not in self._originals and value.untyped_storage()._cdata in self._storages
         return isinstance(value, list | tuple) and any(self.aliases_input(v) for v in value)
 
@@ -59,8 +61,8 @@ class Shadows:
                 if original.shape != value.shape:
                     original.resize_(value.shape)
                 return original
-            if value.device.type != "meta":
-                return value
+            if value.device.type != "meta" or value._is_zerotensor() or value.layout is not torch.strided:
+                return value  # which has no memory of the host's, or none that it could share
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
         if isinstance(value, list | tuple):
             return type(value)(self.back(v) for v in value)

@@ -9,6 +9,10 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+is_transformed: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is what ``torch.func`` hands to a function in place of another, whose storage is the only one."""
 
 
 class Place(Enum):
@@ -99,11 +103,18 @@ class Storages:
 
     def find(self, tensor: torch.Tensor) -> Entry | None:
         """The entry of a tensor's storage, None if it is not followed."""
-        return self._entries.get(tensor.untyped_storage()._cdata)
+        while is_transformed(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor.layout is not torch.strided:
+            return None  # it has no storage
+        if not isinstance(tensor, UninitializedTensorMixin):
+            return self._entries.get(tensor.untyped_storage()._cdata)
+        with torch._C.DisableTorchFunctionSubclass():  # of a lazy module, which refuses all questions
+            return self._entries.get(tensor.untyped_storage()._cdata)
 
     def place(self, tensor: torch.Tensor) -> Place | None:
         """Where a tensor pretends to be; None for tensors that are just what they are."""
-        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        entry = self.find(tensor)
         return None if entry is None else entry.place
 
     def made_by(self, tensor: torch.Tensor) -> str:

@@ -55,10 +55,12 @@ _COMPARED = _names(
 _ROUNDED_ONCE = _names(
     "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "neg_", "abs", "abs_", "floor", "ceil",
     "trunc", "round", "sign", "relu", "clamp", "clamp_", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_",
+    "reciprocal", "reciprocal_", "_foreach_add", "_foreach_add_", "_foreach_sub", "_foreach_sub_", "_foreach_mul",
+    "_foreach_mul_",
 )  # fmt: skip
 """Floats of 32 and 64 bits come out rounded once."""
 
-_SCALED = _names("add", "add_", "sub", "sub_", "rsub")
+_SCALED = _names("add", "add_", "sub", "sub_", "rsub", "_foreach_add", "_foreach_add_", "_foreach_sub", "_foreach_sub_")
 """Of those, the ones that multiply by ``alpha`` first."""
 _DIVIDED = _names("div", "div_")
 _FLOORED = _names("floor_divide", "floor_divide_", "remainder", "fmod")
@@ -73,7 +75,7 @@ _SMALL_QUOTIENT = {torch.float32: 2.0**20, torch.float64: 2.0**49}
 
 _INTEGERS = _names(
     "sum", "prod", "cumsum", "cumprod", "scatter_add", "scatter_add_", "index_add", "index_add_",
-    "bincount", "_foreach_add_", "_foreach_add",
+    "bincount",
 )  # fmt: skip
 """Besides pointwise operators: exact where all that goes in and comes out is integers and bools."""
 
