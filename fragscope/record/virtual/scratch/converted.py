@@ -66,13 +66,12 @@ def _binary_cross_entropy(
     source, weights = args[0], [*args[2:4], kwargs.get("weight"), kwargs.get("pos_weight")]
     reduction = args[4] if len(args) > 4 else kwargs.get("reduction", 1)
     size = _bytes(source)
-    why = "with gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in args[:2]) else ""
     if any(w is not None for w in weights) or args[1].dtype != source.dtype:
         return outputs_then(1).guessed("with weights or two types")
     if reduction == 0:
-        return Plan().out(0).take(size).guessed(why)
-    shared, unsure = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
-    return Plan().take(size, size).out(0).pass_by(*shared).give(1, 0).guessed(why or unsure)
+        return Plan().out(0).take(size)
+    shared, why = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
+    return Plan().take(size, size).out(0).pass_by(*shared).give(1, 0).guessed(why)
 
 
 def _histogram(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
