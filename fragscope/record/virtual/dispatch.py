@@ -176,7 +176,7 @@ class DispatchMode(TorchDispatchMode):
         shape = values[0].shape if values else torch.Size()
         if name == "aten::_unique2":
             values[0] = _with_room(values[0], args[0].numel())
-        made = [_like_on_card(name, v) for v in values]
+        made = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=_META) for v in values]
         plan = self._trait(func).plan
         if plan is not None:
             device.follow_plan(name, plan(args, kwargs, made, device.card), made)
@@ -362,13 +362,6 @@ class DispatchMode(TorchDispatchMode):
             written = [target] if func._schema.is_mutable else ()
             device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)
         return out
-
-
-def _like_on_card(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Metadata of a result that holds values, laid out as on a card."""
-    if name == "aten::nonzero":  # dimension by dimension
-        return torch.empty(values.mT.shape, dtype=values.dtype, device=_META).mT
-    return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=_META)
 
 
 def _with_room(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ OUTPUTS_ONLY = frozenset(
         "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d", "upsample_bilinear2d_backward",
         "upsample_nearest2d", "reflection_pad1d",
         # optimizers
-        "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_", "_amp_foreach_non_finite_check_and_unscale_",
+        "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_amp_foreach_non_finite_check_and_unscale_",
     )
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
