@@ -47,14 +47,16 @@ _ADDING = (
     "VarMean", "StdMean", "Bilinear", "Cdist", "Pdist", "ThnnFused", "Prelu", "Renorm", "NormBackward", "Trace",
 )  # fmt: skip
 """How names of nodes begin whose formulas add tensors. Source: tools/autograd/derivatives.yaml, FunctionsManual.cpp."""
-
 _ADDS_NOTHING = "LinalgVectorNorm"
+"""How the name of one of them begins whose formula only multiplies, whatever the order of the norm."""
+
 
 def in_place(func: Any, first: Any, made_by: Callable[[torch.Tensor], str]) -> Any:
     """What a formula of derivatives calls without a dispatch mode, where it calls an operator with one.
 
     Args:
-        func: the operator that it calls, with ``first`` as its first argument.
+        func: the operator that it calls.
+        first: its first argument.
         made_by: the operator that made a tensor's memory.
     """
     if func in IN_PLACE:

@@ -157,7 +157,8 @@ class DispatchMode(TorchDispatchMode):
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         """An operator that returns a number, or whose result is as large as values make it."""
         device, name = self._device, func._schema.name
-        waits = kwargs.get("output_size") is None and any(e.place is Place.CARD for e in entries)
+        on_card = any(e.place is Place.CARD for e in entries)
+        waits = kwargs.get("output_size") is None and on_card
         if waits:
             device.wait_for_stream()
         result = device.values.compute(func, args, kwargs, entries)
@@ -178,7 +179,7 @@ class DispatchMode(TorchDispatchMode):
             values[0] = _with_room(values[0], args[0].numel())
         made = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=_META) for v in values]
         plan = self._trait(func).plan
-        if plan is not None:
+        if plan is not None and on_card:
             device.follow_plan(name, plan(args, kwargs, made, device.card), made)
         elif name != "aten::_local_scalar_dense":
             device.estimate(name)
@@ -188,7 +189,7 @@ class DispatchMode(TorchDispatchMode):
                 device.values.attach(tensor, known)
         if name == "aten::_unique2":
             made[0].resize_(shape)
-        if any(e.place is Place.CARD for e in entries):
+        if on_card:
             device.launched(name, tensors, made)
             if waits:  # the host reads a number, at least that of the result's elements
                 device.memory.finished(device.stream)

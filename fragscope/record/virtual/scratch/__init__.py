@@ -18,7 +18,18 @@ from fragscope.record.virtual.scratch import (
     sorting,
 )
 
-_KINDS = (attention_kernels, converted, convolutions, images, indexed, lists, normalised, reductions, sampling,
-          selected, sorting)
+_KINDS = (
+    attention_kernels,
+    converted,
+    convolutions,
+    images,
+    indexed,
+    lists,
+    normalised,
+    reductions,
+    sampling,
+    selected,
+    sorting,
+)
 PLANS = {name: plan for kind in _KINDS for name, plan in kind.PLANS.items()}
 """By name of the operator."""

@@ -168,8 +168,9 @@ def _parts_of_keys(blocks: int, columns: int) -> int:
 
     Source: ``launchKernel`` in attention_backward.cu.
     """
-    is_exact = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if is_exact or (blocks >= _MANY_BLOCKS and columns <= 2 * _COLUMNS):
+    demanded = torch.are_deterministic_algorithms_enabled()
+    is_deterministic = demanded and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_deterministic or (blocks >= _MANY_BLOCKS and columns <= 2 * _COLUMNS):
         return 1
     return max(1, min(-(-columns // _COLUMNS), _MOST_PARTS // blocks))
 

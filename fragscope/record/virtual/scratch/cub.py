@@ -1,9 +1,11 @@
 """Temporary storage of CUB's device-wide algorithms, as torch calls them.
 
-The tiles are those of CUDA 13.0 on compute capability 9.0; other cards and toolkits cut other ones. Source: CCCL 3.0,
-cub/device/dispatch/tuning for them, and ``dispatch_radix_sort.cuh``, ``dispatch_reduce.cuh``, ``dispatch_select_if.cuh``,
-``dispatch_scan_by_key.cuh``, ``single_pass_scan_operators.cuh`` and ``util_temporary_storage.cuh`` beside it for the
-arithmetic. Each was recorded on an H100, and the sizes recorded allow no other tile of its kind.
+The tiles are those of CUDA 13.0 on compute capability 9.0; other cards and toolkits cut other ones. Every size that an
+H100 recorded is that of these tiles.
+
+Source: CCCL 3.0, cub/device/dispatch/tuning for tiles; ``dispatch_radix_sort.cuh``, ``dispatch_reduce.cuh``,
+``dispatch_select_if.cuh``, ``dispatch_scan_by_key.cuh``, agent/single_pass_scan_operators.cuh and
+util_temporary_storage.cuh there for the arithmetic.
 """
 
 from __future__ import annotations

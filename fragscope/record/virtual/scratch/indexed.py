@@ -1,7 +1,7 @@
 """Gradients that are added up by index: they sort the indices first; bags of embeddings.
 
-Source: aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu, Indexing.cu and EmbeddingBag.cu; equal to recordings
-of an H100 (``sweep_embedding_back`` and ``sweep_index_put`` of tests/data/footprints).
+Source: aten/src/ATen/native/cuda/Embedding.cu, EmbeddingBackwardKernel.cu, Indexing.cu and EmbeddingBag.cu; equal to
+recordings of an H100 (``sweep_embedding_back`` and ``sweep_index_put`` of tests/data/footprints).
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from fragscope.record.virtual.scratch import cub, reductions
 from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
 _COUNTED = (torch.float32, torch.bool)
-_FEW_BINS = 100
-"""Fewer are counted in memory on the chip."""
+_UNIQUE_OPTIONS = ((2, "return_inverse"), (3, "return_counts"))
 
 
 def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -67,9 +66,6 @@ def _unique(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.T
     return plan
 
 
-_UNIQUE_OPTIONS = ((2, "return_inverse"), (3, "return_counts"))
-
-
 def _bounds(plan: Plan, source: torch.Tensor, card: Card) -> Plan:
     """The least and the largest element, each read by the host."""
     bound = source.new_empty(())
@@ -79,12 +75,13 @@ def _bounds(plan: Plan, source: torch.Tensor, card: Card) -> Plan:
 
 
 def _counts(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """What bins take besides is on the chip."""
     source = args[0]
     weights = args[1] if len(args) > 1 else kwargs.get("weights")
     if not source.numel():
         return Plan().out(0)
-    if weights is not None or results[0].numel() >= _FEW_BINS or source.dtype != torch.int64:
-        return outputs_then(1).guessed("of many, of this type or with weights")
+    if weights is not None or source.dtype != torch.int64:
+        return outputs_then(1).guessed("of this type or with weights")
     return _bounds(Plan(), source, card).out(0)
 
 
