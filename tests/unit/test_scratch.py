@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -290,19 +291,30 @@ def test_bags_of_embeddings_take_their_sizes_first():
         assert list(device.estimated) == ["aten::_embedding_bag_forward_only of this kind"]
 
 
-def test_binary_cross_entropy_steps_in_place_with_positive_weights_too():
-    """``binary_cross_entropy_with_logits_backward`` in FunctionsManual.cpp: weighted targets, one more, a sigmoid."""
+def test_binary_cross_entropy_weighs_in_place():
+    """By hand from Loss.cpp and FunctionsManual.cpp, 4,000 bytes a tensor.
+
+    Forward: log of the sigmoid, weights of the targets less one and times them, losses, their mean. Backward: a
+    sigmoid; with weights of the targets these, one more, and the sigmoid.
+    """
     with h100() as device:
         x, target, weight = (torch.empty(50, 20, device="cuda") for _ in range(3))
         x.requires_grad_()
-        loss = functional.binary_cross_entropy_with_logits(x, target)
+        for given, forward, backward in (
+            ({}, [4000, 4000, 4], [4, 4000]),
+            ({"weight": weight}, [4000, 4000, 4], [4, 4000]),
+            ({"pos_weight": weight[0]}, [4000, 80, 4000, 4000, 4], [4, 4000, 4000, 4000]),
+            ({"reduction": "none"}, [4000, 4000], [4000]),
+        ):
+            loss = functional.binary_cross_entropy_with_logits(x, target, **given)
+            said = functools.partial(functional.binary_cross_entropy_with_logits, x.detach(), target, **given)
+            assert taken(said, device) == forward
+            x.grad = None
+            how = [torch.ones_like(loss)] if given.get("reduction") else []
+            assert taken(functools.partial(loss.backward, *how), device) == backward
         assert device.estimated == {}
-        given = torch.ones_like(loss)
-        assert taken(lambda: loss.backward(given), device) == [4000]
-        loss = functional.binary_cross_entropy_with_logits(x, target, pos_weight=weight[0])
-        assert list(device.estimated) == ["aten::binary_cross_entropy_with_logits with weights or two types"]
-        x.grad = None
-        assert taken(lambda: loss.backward(given), device) == [4000] * 3
+        functional.binary_cross_entropy_with_logits(x, target.half())
+        assert list(device.estimated) == ["aten::binary_cross_entropy_with_logits of two types"]
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------

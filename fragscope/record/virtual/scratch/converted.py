@@ -63,15 +63,21 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torc
 def _binary_cross_entropy(
     args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card
 ) -> Plan:
-    source, weights = args[0], [*args[2:4], kwargs.get("weight"), kwargs.get("pos_weight")]
+    source, target = args[:2]
+    weight, positive = (args[n] if len(args) > n else kwargs.get(k) for n, k in ((2, "weight"), (3, "pos_weight")))
     reduction = args[4] if len(args) > 4 else kwargs.get("reduction", 1)
-    size = _bytes(source)
-    if any(w is not None for w in weights) or args[1].dtype != source.dtype:
-        return outputs_then(1).guessed("with weights or two types")
+    plan = Plan().take(_bytes(source))
+    if positive is not None:  # less one, by target
+        less, weighted = plan.hold(_bytes(positive)), plan.hold(_bytes(target))
+        plan.give(less, weighted)
+    why = ""
+    if any(t is not None and t.dtype != source.dtype for t in (target, weight, positive)):
+        why = "of two types"
     if reduction == 0:
-        return Plan().out(0).take(size)
-    shared, why = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
-    return Plan().take(size, size).out(0).pass_by(*shared).give(1, 0).guessed(why)
+        return plan.out(0).guessed(why)
+    losses = plan.hold(_bytes(source))
+    shared, unsure = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
+    return plan.out(0).pass_by(*shared).give(losses, 0).guessed(why or unsure)
 
 
 def _histogram(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
