@@ -317,6 +317,18 @@ def test_binary_cross_entropy_weighs_in_place():
         assert list(device.estimated) == ["aten::binary_cross_entropy_with_logits of two types"]
 
 
+def test_scaled_products_take_the_workspace_of_products_with_a_bias():
+    """``scaled_gemm`` in CUDABlas.cpp asks for the same as ``gemm_and_bias`` beside it: 32 MiB and 1 MiB, once."""
+    with h100() as device:
+        a, scale = torch.empty(64, 32, device="cuda").to(torch.float8_e4m3fn), torch.empty((), device="cuda")
+        multiply = functools.partial(torch._scaled_mm, a, a.t(), out_dtype=torch.bfloat16)
+        assert taken(lambda: multiply(scale, scale), device) == [8192, 32 * 2**20, 2**20]
+        assert taken(lambda: multiply(scale, scale), device) == [8192]
+        assert device.estimated == {}
+        multiply(torch.empty(64, 1, device="cuda"), torch.empty(1, 64, device="cuda"))
+        assert list(device.estimated) == ["aten::_scaled_mm with scales of rows or blocks"]
+
+
 # --- convolutions -------------------------------------------------------------------------------------------------
 
 
@@ -443,10 +455,49 @@ def test_what_the_fused_layer_does_not_take_is_torchs_own(why):
                 assert "TransformerEncoderLayer with masks and without gradients" in device.estimated
             elif why == "alone":
                 layer.self_attn(x, x, x)
-                assert list(device.estimated) == ["MultiheadAttention without gradients"]
+                assert len(device.estimated) == 1
+                assert "MultiheadAttention with masks, weights or such heads" in next(iter(device.estimated))
             else:
                 (layer.train() if why == "training" else layer)(x)
                 assert device.estimated == {}
+
+
+def attention(heads: int = 4, **options) -> nn.Module:
+    return nn.MultiheadAttention(64, heads, **{"batch_first": True, **options}).cuda().eval()
+
+
+def test_attention_alone_takes_the_steps_that_it_takes_in_a_layer():
+    """Those of the layer's first part, which was recorded: the joined projection, the heads, and their projection."""
+    with h100() as device, torch.no_grad():
+        layer, x = encoder(norm_first=True), torch.empty(2, 16, 64, device="cuda")
+        layer(x)
+        of_layer = taken(lambda: layer(x), device)
+        alone = taken(lambda: layer.self_attn(x, x, x, need_weights=False), device)
+        first = of_layer.index(2 * 16 * 192 * 4)
+        assert alone == of_layer[first : first + len(alone)]
+        assert alone[0] == 2 * 16 * 192 * 4
+        assert device.estimated == {}
+        out, weights = layer.self_attn(x, x, x, need_weights=False)
+        assert (out.shape, weights) == ((2, 16, 64), None)
+
+
+def test_attention_that_torch_does_not_fuse_is_not_estimated():
+    """``MultiheadAttention.forward`` in torch/nn/modules/activation.py has the conditions."""
+    with h100() as device, torch.no_grad():
+        x, y = (torch.empty(2, 16, 64, device="cuda") for _ in range(2))
+        attention()(x, y, y)
+        attention(batch_first=False)(x, x, x)
+        attention(heads=1)(x, x, x)
+        attention(bias=False)(x, x, x)
+        attention(add_bias_kv=True)(x, x, x)
+        attention()(x, x, x, attn_mask=torch.zeros(16, 16, device="cuda"))
+        assert device.estimated == {}
+        attention(heads=16)(x, x, x, need_weights=False)  # of four elements each
+        assert list(device.estimated) == ["MultiheadAttention with masks, weights or such heads and without gradients"]
+    with h100() as device, torch.no_grad():
+        layer = nn.TransformerEncoderLayer(64, 16, 128, batch_first=True).cuda().eval()
+        layer(torch.empty(2, 16, 64, device="cuda"))
+        assert "TransformerEncoderLayer of such heads and without gradients" in device.estimated
 
 
 # --- what others do with it ---------------------------------------------------------------------------------------

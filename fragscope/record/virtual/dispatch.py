@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fragscope.record.virtual.accumulation import ADD, ADD_IN_PLACE, adds_itself, in_place, is_in_place
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
-    adds_bias,
     copy_temporaries,
+    takes_lt,
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.layouts import KEEPS_LAYOUT, channels_last_as
@@ -239,7 +239,7 @@ class DispatchMode(TorchDispatchMode):
             for tensor in outputs:
                 device.register(tensor)
         if trait.is_gemm and all(t.numel() for t in (*outputs, *tensors_in(args))):  # torch asks for nothing else
-            device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
+            device.take_gemm_workspace(lt=takes_lt(func, args, kwargs))
         if trait.is_mutable:
             for tensor in tensors_in((*args, *kwargs.values())):
                 entry = device.storages.find(tensor)

@@ -58,7 +58,9 @@ SHAPE_OF_INPUT = frozenset(
 )  # fmt: skip
 """Operators that look at the shape of their input and do not read it."""
 
-GEMMS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"))
+GEMMS = frozenset(
+    f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_scaled_mm")
+)
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 
 GEMM_RECORDED = frozenset({(9, 0)})
@@ -94,11 +96,13 @@ def is_known(func: Any) -> bool:
     return name in OUTPUTS_ONLY or name in MODELLED or torch.Tag.pointwise in func.tags
 
 
-def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a matrix product goes to cuBLASLt, which adds the bias in the same kernel.
+def takes_lt(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a matrix product goes to cuBLASLt, which scales, or adds the bias, in the same kernel.
 
-    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp.
+    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp; ``scaled_gemm`` in aten/src/ATen/cuda/CUDABlas.cpp.
     """
+    if func._schema.name == "aten::_scaled_mm":
+        return True
     if func._schema.name != "aten::addmm" or kwargs.get("beta", 1) != 1:
         return False
     bias, _, matrix = args[:3]

@@ -20,6 +20,9 @@ from fragscope.record.virtual.scratch.plan import Plan, outputs_then
 from fragscope.record.virtual.scratch.reductions import reduced_by
 
 
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
@@ -39,6 +42,13 @@ def _vector(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.T
 def _fits_blas(matrix: torch.Tensor) -> bool:
     (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
     return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+
+
+def _scaled(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """With a scale for each matrix; others have kernels of their own."""
+    plan = outputs_then(1)
+    is_plain = all(scale.numel() == 1 for scale in args[2:4]) and args[0].dtype in _EIGHT_BITS
+    return plan if is_plain else plan.guessed("with scales of rows or blocks")
 
 
 def _where(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -113,6 +123,7 @@ PLANS: dict[str, Callable[..., Plan]] = {
     "aten::addmv": _vector,
     "aten::dot": _vector,
     "aten::vdot": _vector,
+    "aten::_scaled_mm": _scaled,
     "aten::where": _where,
     "aten::abs": _of_complex,
     "aten::angle": _of_complex,
