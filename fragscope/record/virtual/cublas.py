@@ -2,8 +2,8 @@
 
 Every thread takes a handle when it first multiplies matrices, one that an ended thread gave back or else a new one, and
 keeps it until it ends. The thread of autograd, which runs all backward passes, has one of its own. A handle takes a
-workspace at its first product on a stream, and cuBLASLt, which adds a bias or scales in the same kernel, one more. Workspaces
-are kept.
+workspace at its first product on a stream, and cuBLASLt, which adds a bias or scales in the same kernel, one more.
+Workspaces are kept.
 
 Source: aten/src/ATen/cuda/CublasHandlePool.cpp and detail/DeviceThreadHandles.h beside it; recorded on an H100 with
 torch 2.11 (tests/data/streams, and ``linear_forward_backward`` of tests/data/footprints).

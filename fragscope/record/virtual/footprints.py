@@ -99,7 +99,8 @@ def is_known(func: Any) -> bool:
 def takes_lt(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a matrix product goes to cuBLASLt, which scales, or adds the bias, in the same kernel.
 
-    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp; ``scaled_gemm`` in aten/src/ATen/cuda/CUDABlas.cpp.
+    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp; ``scaled_gemm`` in CUDABlas.cpp of
+    aten/src/ATen/cuda.
     """
     if func._schema.name == "aten::_scaled_mm":
         return True

@@ -19,7 +19,6 @@ from fragscope.allocator import Card
 from fragscope.record.virtual.scratch.plan import Plan, outputs_then
 from fragscope.record.virtual.scratch.reductions import reduced_by
 
-
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
