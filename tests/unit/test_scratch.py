@@ -179,7 +179,9 @@ def test_picking_counts_first():
         assert taken(lambda: data[mask], device) == [4, 1, 288, 1023, 72]
         assert taken(lambda: data.masked_select(mask), device) == [4, 1, 288, 1023, 72]
         assert device.estimated == {}
-        torch.arange(3, device="cuda").nonzero()
+        assert taken(torch.arange(4096, device="cuda").nonzero, device) == [4, 1, 4095 * 8, 1023]
+        assert device.estimated == {}
+        torch.arange(4097, device="cuda").nonzero()
         data[mask] = torch.empty(18, device="cuda")
         data[0].masked_select(mask)
         assert list(device.estimated) == [

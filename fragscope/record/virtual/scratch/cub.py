@@ -33,7 +33,7 @@ _UNIQUE_TILE = 448 * 11
 """Pairs of eight bytes each from which a block drops repeated keys."""
 _BY_KEY_TILE = 288 * 14
 """Elements of four bytes that a block adds up by keys of four bytes."""
-_COUNT_TILE = 256 * 16
+COUNT_TILE = 256 * 16
 """Elements that a block counts; fewer take one block, which keeps no partial results."""
 _COUNT_BLOCKS = 5 * 8
 """Partial counts a multiprocessor: five for each block that it holds, as recorded."""
@@ -114,7 +114,7 @@ def sum_by_key(count: int) -> int:
 
 def count_nonzero(count: int, card: Card) -> int:
     """Bytes of counting what is not zero, in int32."""
-    return 1 if count <= _COUNT_TILE else _together(4 * _COUNT_BLOCKS * card.multiprocessors)
+    return 1 if count <= COUNT_TILE else _together(4 * _COUNT_BLOCKS * card.multiprocessors)
 
 
 def _states(count: int, tile: int, item: int) -> int:
