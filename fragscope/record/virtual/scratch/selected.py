@@ -18,6 +18,7 @@ from fragscope.record.virtual.scratch.plan import RECORDED, Plan, outputs_then
 
 _COUNTED = (torch.float32, torch.bool)
 """Of these it was recorded how many blocks count many of them; few take one, whatever they are."""
+_AT_ONCE = 2**31 - 1
 _UNIQUE_OPTIONS = ((2, "return_inverse"), (3, "return_counts"))
 
 
@@ -32,7 +33,8 @@ def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.
     if source.dim():
         plan.pass_by(cub.select(count))
     is_seen = source.dtype in _COUNTED or count <= cub.COUNT_TILE
-    return plan if is_seen and 0 < count < 2**31 and card.capability == RECORDED else plan.guessed("of this type or size")
+    is_sure = is_seen and 0 < count < _AT_ONCE and card.capability == RECORDED
+    return plan if is_sure else plan.guessed("of this type or size")
 
 
 def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
