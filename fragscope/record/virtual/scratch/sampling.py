@@ -1,6 +1,6 @@
 """Drawing by probabilities, and permutations.
 
-Source: ``multinomial_out`` in aten/src/ATen/native/Distributions.cpp, cuda/Randperm.cpp beside it and
+Source: ``multinomial_out`` in aten/src/ATen/native/Distributions.cpp, cuda/Randperm.cu beside it and
 ``check_supported_max_int_with_precision`` in TensorFactories.h. Recorded on an H100 as ``sweep_multinomial``,
 ``types_multinomial`` and ``sweep_randperm`` of tests/data/footprints.
 """
