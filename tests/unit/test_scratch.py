@@ -259,7 +259,11 @@ def test_an_index_of_many_is_checked_by_a_reduction_of_several_blocks():
         assert [size for size in sizes[:8] if size in (8, 4, 1)] == [8, 4, 1, 8, 4, 1]
         assert device.estimated == {}
         x.index_put_((index[:9].int(),), ones[:9], accumulate=True)
-        assert list(device.estimated) == ["aten::index_put_ with accumulate by such indices"]
+        square = index[:9].view(3, 3).t()
+        x.index_put_((square,), ones[:9].view(3, 3), accumulate=True)
+        assert list(device.estimated) == [
+            "aten::index_put_ with accumulate by such indices", "aten::index_put_ with accumulate on strided tensors",
+        ]  # fmt: skip
 
 
 def test_gradients_of_wide_heads_keep_parts_of_keys_apart():

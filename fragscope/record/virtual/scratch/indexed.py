@@ -66,7 +66,7 @@ def accumulated(target: torch.Tensor, indices: Sequence[torch.Tensor | None], va
         or any(i.dtype != torch.int64 or i.shape != given[0].shape for i in given)
     ):
         return plan.guessed("with accumulate by such indices")
-    if not target.is_contiguous():
+    if not target.is_contiguous() or any(i.dim() > 1 and not i.is_contiguous() for i in given):
         return plan.guessed("with accumulate on strided tensors")
     count = given[0].numel()
     each, slice_size = 8 * count, math.prod(target.shape[len(given) :])
