@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,251 @@ def test_storage_of_cub_is_that_of_the_recording():
     assert [cub.scan(n, 4) for n in (100, 100_000, 1 << 20)] == [1023, 1279, 5375]
     assert [cub.scan(n, 8) for n in (100, 100_000, 1 << 20)] == [1279, 2815, 19_967]
     assert cub.radix_sort(5000, 16, 8) is None
+
+
+def test_storage_of_cub_between_the_recordings():
+    """By hand from CCCL 3.0: pieces aligned to 256 bytes, and 255 for where they begin."""
+    assert [cub.radix_sort(n, 8, 8) for n in (2304, 2305)] == [1, 2 * 18_688 + 8 * 2048 + 1024 + 256 + 255]
+    assert cub.radix_sort(5000, 8, 8, passes=1) == 2048 + 2 * 1024 + 256 + 255  # in place
+    # 2**28 - 1 elements of 4,608 a tile are 58,254 tiles: one more takes a second set of counts and of counters
+    portion = 58_254 * 4608
+    counts, tiles, pairs = 8 * 2048, 58_254 * 1024, 8 * portion
+    assert cub.radix_sort(portion, 8, 8) == counts + tiles + 2 * pairs + 256 + 255
+    assert cub.radix_sort(portion + 32, 8, 8) == 2 * counts + tiles + 2 * (pairs + 256) + 256 + 255
+    assert cub.select(5_000_000) == 9728 + 255 + 1 + 255  # 1,184 tiles of 4,224, and 32 states of 8 bytes
+    assert cub.plain_sum(5_000_000) == 13_312 + 255 + 1 + 255  # 1,628 tiles of 3,072
+    assert cub.sum_by_key(64_512) == 768 + 256 + 255  # 16 tiles of 4,032, with states of 16 bytes and a key each
+    assert cub.sum_by_key(64_513) == 1024 + 256 + 255
+    # 261 tiles of 3,840: half precision has its states, partial and whole sums apart
+    assert cub.scan(1_000_000, 2, is_word=False) == (1280 + 768 + 768 + 255) + 1 + 255
+    assert cub.scan(1_000_000, 2) is None
+    assert cub.scan((1 << 30) + 1, 4) is None
+    assert [cub.count_nonzero(n, card_named("h100-80gb")) for n in (4096, 4097)] == [1, 132 * 8 * 5 * 4 + 128 + 255]
+
+
+def test_an_operator_that_is_called_gives_back_its_scratch_and_keeps_its_result():
+    inner = Plan().take(7).out(0).take(8, 9).give(0).take(5)
+    plan = Plan().take(1)
+    assert plan.call(inner, 100) == 2
+    assert plan.steps == [
+        ("take", 1), ("take", 7), ("take", 100), ("take", 8), ("take", 9), ("give", 1), ("take", 5),
+        ("give", 5), ("give", 4), ("give", 3),
+    ]  # fmt: skip
+    assert plan.call(Plan().out(0).guessed("of this kind"), 0) == 6
+    assert plan.why == "of this kind"
+
+
+# --- drawing, picking, counting -----------------------------------------------------------------------------------
+
+
+def taken(code, device=None) -> list[int]:
+    """What a call takes on an H100, in order; bytes."""
+    return [n for what, n in events(device, code) if what == "+"]
+
+
+def test_drawing_checks_the_probabilities_first():
+    """``multinomial_out`` in Distributions.cpp, by hand: 3 rows of 700."""
+    with h100() as device:
+        x = torch.empty(3, 700, device="cuda")
+        checked = [4, 1, 4, 1, 1, 12, 3, 1, 1]  # largest, finite, least, positive, both; sums, zero, any, none
+        assert taken(lambda: x.multinomial(1), device) == [24, *checked, 8400]
+        assert taken(lambda: x.multinomial(4), device) == [96, *checked, 8400, 48]
+        assert taken(lambda: x[0].multinomial(1), device) == [8, 4, 1, 4, 1, 1, 4, 1, 1, 2800]
+        assert taken(lambda: x[:, ::2].multinomial(1), device)[1:4] == [4, 4200, 1]  # `max` copies what is strided
+        assert device.estimated == {}
+        x.multinomial(4, replacement=True)
+        x.double().multinomial(1)
+        assert list(device.estimated) == ["aten::multinomial with replacement", "aten::multinomial of this type"]
+
+
+def test_a_permutation_is_sorted_by_as_many_bits_as_make_equal_keys_unlikely():
+    """31 bits for 20,000, which four bytes hold, and 36 for 120,000: four and five digits."""
+    with h100() as device:
+        made = [160_000, 8, 160_000, 80_000, 80_000, 80_128 + 160_000 + 4 * 2048 + 4 * 1024 + 256 + 255]
+        assert taken(lambda: torch.randperm(20_000, device="cuda"), device) == made
+        large = 2 * 960_000 + 5 * 2048 + 27 * 1024 + 256 + 255
+        assert taken(lambda: torch.randperm(120_000, device="cuda"), device) == [960_000, 8, *[960_000] * 3, large]
+        assert taken(lambda: torch.randperm(0, device="cuda"), device) == [8]
+        assert device.estimated == {}
+        torch.randperm(20_000, device="cuda", dtype=torch.int32)
+        assert list(device.estimated) == ["aten::randperm of this type"]
+
+
+def test_what_was_told_from_an_h100_is_estimated_on_another_card():
+    profile = card_named("l4")
+    settings = ReplaySettings(rules_for("2.11.0"), profile.name, profile.total, profile.free)
+    with VirtualDevice(profile, settings) as device:
+        torch.randperm(9, device="cuda")
+        torch.eye(3, device="cuda", dtype=torch.bool).nonzero()
+        torch.arange(9, device="cuda").unique()
+        assert list(device.estimated) == [
+            "aten::randperm of this type", "aten::nonzero of this type or size", "aten::_unique2 of this kind",
+        ]  # fmt: skip
+
+
+def test_picking_counts_first():
+    with h100() as device:
+        mask = torch.arange(60, device="cuda").view(6, 10) > 41  # 18 of them
+        data = torch.empty(6, 10, device="cuda")
+        assert taken(mask.nonzero, device) == [4, 1, 288, 1023]
+        assert taken(lambda: mask.t().nonzero(), device) == [60, 4, 1, 288, 1023]
+        assert taken(lambda: data[mask], device) == [4, 1, 288, 1023, 72]
+        assert taken(lambda: data.masked_select(mask), device) == [4, 1, 288, 1023, 72]
+        assert device.estimated == {}
+        assert taken(torch.arange(4096, device="cuda").nonzero, device) == [4, 1, 4095 * 8, 1023]
+        assert device.estimated == {}
+        torch.arange(4097, device="cuda").nonzero()
+        data[mask] = torch.empty(18, device="cuda")
+        data[0].masked_select(mask)
+        assert list(device.estimated) == [
+            "aten::nonzero of this type or size", "aten::index_put_ with a mask",
+            "aten::masked_select of several shapes",
+        ]  # fmt: skip
+
+
+def test_the_unique_keep_the_memory_of_all():
+    with h100() as device:
+        x = torch.arange(50, device="cuda") % 7
+        assert taken(x.unique, device) == [400, 1, 400, 8, 1023]
+        found = x.unique()
+        assert (found.shape, found.untyped_storage().nbytes()) == ((7,), 400)
+        assert found.tolist() == list(range(7))
+        assert taken(lambda: x.unique(return_inverse=True), device) == [400] * 3 + [1, 400, 400, 1023, 400, 8, 1023]
+        assert x.unique(return_inverse=True)[1].tolist() == x.tolist()
+        assert device.estimated == {}
+        x.unique(return_counts=True)
+        assert list(device.estimated) == ["aten::_unique2 of this kind"]
+
+
+def test_comparing_looks_at_what_may_differ():
+    with h100() as device:
+        x = torch.arange(100, device="cuda")
+        y = x + 1
+        assert taken(lambda: torch.equal(x, y), device) == [100, 1]
+        assert not torch.equal(x, y)
+        assert torch.equal(x, x)
+        assert taken(lambda: torch.equal(x, x), device) == []
+        assert taken(lambda: torch.equal(x, x[:9]), device) == []
+        assert taken(lambda: torch.equal(x.view(10, 10).t(), y.view(10, 10)), device) == [100, 1]
+        floats = torch.ones(100, device="cuda")
+        assert torch.allclose(floats, floats)
+        assert not torch.allclose(floats, floats * 2)
+        assert device.estimated == {}
+
+
+def test_bins_are_as_many_as_the_largest_says():
+    with h100() as device:
+        x = torch.arange(50, device="cuda") % 7
+        assert taken(x.bincount, device) == [8, 8, 56]
+        assert taken(lambda: x.bincount(minlength=300), device) == [8, 8, 2400]
+        assert device.estimated == {}
+        x.int().bincount()
+        assert list(device.estimated) == ["aten::bincount of this type or with weights"]
+
+
+def test_places_of_a_power_of_two_fit_its_bits():
+    """256 rows are told apart by eight bits, and so sorted by one digit, in place; 257 are not."""
+
+    def gradient(*shape: int) -> list[int]:
+        with h100() as device:
+            x = torch.empty(*shape, device="cuda", requires_grad=True)
+            index = [torch.zeros(5000, dtype=torch.int64, device="cuda")] * (2 if len(shape) == 2 else 1)
+            y = x[tuple(index)] if len(index) > 1 else x[index[0]]
+            given = torch.ones_like(y)
+            sizes = taken(lambda: y.backward(given), device)
+            assert device.estimated == {}
+            return sizes
+
+    pairs = 2 * 40_192
+    assert gradient(256)[-1] == 2048 + 2 * 1024 + 256 + 255
+    assert gradient(257)[-1] == 2 * 2048 + 2 * 1024 + pairs + 256 + 255
+    # two indices: rests and places of each, those of the second added to the first's; then three to sort
+    assert gradient(256, 256) == [4 * 65_536, *[40_000] * 7, 2 * 2048 + 2 * 1024 + pairs + 256 + 255]
+
+
+def test_an_index_of_many_is_checked_by_a_reduction_of_several_blocks():
+    """``max`` and ``min`` of 300,000 int64: as ``bincount`` of 256,000 took them."""
+    with h100() as device:
+        x = torch.zeros(10, device="cuda")
+        index, ones = torch.zeros(300_000, dtype=torch.int64, device="cuda"), torch.ones(300_000, device="cuda")
+        sizes = taken(lambda: x.index_put_((index,), ones, accumulate=True), device)
+        assert [size for size in sizes[:8] if size in (8, 4, 1)] == [8, 4, 1, 8, 4, 1]
+        assert device.estimated == {}
+        x.index_put_((index[:9].int(),), ones[:9], accumulate=True)
+        square = index[:9].view(3, 3).t()
+        x.index_put_((square,), ones[:9].view(3, 3), accumulate=True)
+        assert list(device.estimated) == [
+            "aten::index_put_ with accumulate by such indices", "aten::index_put_ with accumulate on strided tensors",
+        ]  # fmt: skip
+
+
+def test_gradients_of_wide_heads_keep_parts_of_keys_apart():
+    """By hand from ``launchKernel``: 200 parts of all heads, of 64 keys each; one of few keys of many heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def workspace(batch: int, heads: int, rows: int, head: int) -> int:
+        with h100() as device, sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            x = torch.empty(batch, heads, rows, head, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            y = functional.scaled_dot_product_attention(x, x, x)
+            given = torch.ones_like(y)
+            largest = max(taken(lambda: y.backward(given), device))
+            assert device.estimated == {}
+            return largest
+
+    def tiles(rows: int, head: int) -> int:
+        return -(-rows // 128) * -(-head // 64) * (128 * 64 + 4)
+
+    assert workspace(2, 4, 4096, 256) == 4 * 8 * (tiles(4096, 256) + 25 * 64 * 512)
+    assert workspace(8, 32, 128, 256) == 4 * 256 * (tiles(128, 256) + 64 * 512)
+    assert workspace(4, 16, 2048, 192) == 4 * 64 * (tiles(2048, 192) + 3 * 64 * 512)
+
+
+def test_bags_of_embeddings_take_their_sizes_first():
+    with h100() as device:
+        table = torch.empty(100, 16, device="cuda")
+        words = torch.zeros(7, 5, dtype=torch.int64, device="cuda")
+        assert taken(lambda: functional.embedding_bag(words, table, mode="sum"), device) == [56, 56, 280, 448]
+        assert device.estimated == {}
+        functional.embedding_bag(words, table, mode="max")
+        assert list(device.estimated) == ["aten::_embedding_bag_forward_only of this kind"]
+
+
+def test_binary_cross_entropy_weighs_in_place():
+    """By hand from Loss.cpp and FunctionsManual.cpp, 4,000 bytes a tensor.
+
+    Forward: log of the sigmoid, weights of the targets less one and times them, losses, their mean. Backward: a
+    sigmoid; with weights of the targets these, one more, and the sigmoid.
+    """
+    with h100() as device:
+        x, target, weight = (torch.empty(50, 20, device="cuda") for _ in range(3))
+        x.requires_grad_()
+        for given, forward, backward in (
+            ({}, [4000, 4000, 4], [4, 4000]),
+            ({"weight": weight}, [4000, 4000, 4], [4, 4000]),
+            ({"pos_weight": weight[0]}, [4000, 80, 4000, 4000, 4], [4, 4000, 4000, 4000]),
+            ({"reduction": "none"}, [4000, 4000], [4000]),
+        ):
+            loss = functional.binary_cross_entropy_with_logits(x, target, **given)
+            said = functools.partial(functional.binary_cross_entropy_with_logits, x.detach(), target, **given)
+            assert taken(said, device) == forward
+            x.grad = None
+            how = [torch.ones_like(loss)] if given.get("reduction") else []
+            assert taken(functools.partial(loss.backward, *how), device) == backward
+        assert device.estimated == {}
+        functional.binary_cross_entropy_with_logits(x, target.half())
+        assert list(device.estimated) == ["aten::binary_cross_entropy_with_logits of two types"]
+
+
+def test_scaled_products_take_the_workspace_of_products_with_a_bias():
+    """``scaled_gemm`` in CUDABlas.cpp asks for the same as ``gemm_and_bias`` beside it: 32 MiB and 1 MiB, once."""
+    with h100() as device:
+        a, scale = torch.empty(64, 32, device="cuda").to(torch.float8_e4m3fn), torch.empty((), device="cuda")
+        multiply = functools.partial(torch._scaled_mm, a, a.t(), out_dtype=torch.bfloat16)
+        assert taken(lambda: multiply(scale, scale), device) == [8192, 32 * 2**20, 2**20]
+        assert taken(lambda: multiply(scale, scale), device) == [8192]
+        assert device.estimated == {}
+        multiply(torch.empty(64, 1, device="cuda"), torch.empty(1, 64, device="cuda"))
+        assert list(device.estimated) == ["aten::_scaled_mm with scales of rows or blocks"]
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------
@@ -215,10 +461,49 @@ def test_what_the_fused_layer_does_not_take_is_torchs_own(why):
                 assert "TransformerEncoderLayer with masks and without gradients" in device.estimated
             elif why == "alone":
                 layer.self_attn(x, x, x)
-                assert list(device.estimated) == ["MultiheadAttention without gradients"]
+                assert len(device.estimated) == 1
+                assert "MultiheadAttention with masks, weights or such heads" in next(iter(device.estimated))
             else:
                 (layer.train() if why == "training" else layer)(x)
                 assert device.estimated == {}
+
+
+def attention(heads: int = 4, **options) -> nn.Module:
+    return nn.MultiheadAttention(64, heads, **{"batch_first": True, **options}).cuda().eval()
+
+
+def test_attention_alone_takes_the_steps_that_it_takes_in_a_layer():
+    """Those of the layer's first part, which was recorded: the joined projection, the heads, and their projection."""
+    with h100() as device, torch.no_grad():
+        layer, x = encoder(norm_first=True), torch.empty(2, 16, 64, device="cuda")
+        layer(x)
+        of_layer = taken(lambda: layer(x), device)
+        alone = taken(lambda: layer.self_attn(x, x, x, need_weights=False), device)
+        first = of_layer.index(2 * 16 * 192 * 4)
+        assert alone == of_layer[first : first + len(alone)]
+        assert alone[0] == 2 * 16 * 192 * 4
+        assert device.estimated == {}
+        out, weights = layer.self_attn(x, x, x, need_weights=False)
+        assert (out.shape, weights) == ((2, 16, 64), None)
+
+
+def test_attention_that_torch_does_not_fuse_is_not_estimated():
+    """``MultiheadAttention.forward`` in torch/nn/modules/activation.py has the conditions."""
+    with h100() as device, torch.no_grad():
+        x, y = (torch.empty(2, 16, 64, device="cuda") for _ in range(2))
+        attention()(x, y, y)
+        attention(batch_first=False)(x, x, x)
+        attention(heads=1)(x, x, x)
+        attention(bias=False)(x, x, x)
+        attention(add_bias_kv=True)(x, x, x)
+        attention()(x, x, x, attn_mask=torch.zeros(16, 16, device="cuda"))
+        assert device.estimated == {}
+        attention(heads=16)(x, x, x, need_weights=False)  # of four elements each
+        assert list(device.estimated) == ["MultiheadAttention with masks, weights or such heads and without gradients"]
+    with h100() as device, torch.no_grad():
+        layer = nn.TransformerEncoderLayer(64, 16, 128, batch_first=True).cuda().eval()
+        layer(torch.empty(2, 16, 64, device="cuda"))
+        assert "TransformerEncoderLayer of such heads and without gradients" in device.estimated
 
 
 # --- what others do with it ---------------------------------------------------------------------------------------

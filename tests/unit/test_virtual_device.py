@@ -535,7 +535,7 @@ def test_dropout_inside_attention_is_one_kernel(card):
         (lambda x: x.mode(-1), "aten::mode"),
         (lambda x: x.flatten().double().cumsum(0), "aten::cumsum of this type or size"),
         (lambda x: nn.Conv1d(32, 8, 3).to(x.device)(x), "aten::convolution of this shape"),
-        (lambda x: torch.randperm(9, device="cuda"), "aten::randperm"),
+        (lambda x: torch.randperm(9, device="cuda", dtype=torch.int32), "aten::randperm of this type"),
         (repr, "Tensor.__repr__"),
     ],
 )

@@ -5,7 +5,8 @@ references to the tensor it hands over, counted once on a gradient that nobody e
 has fewer; one of a formula of derivatives may have as many, and those formulas that add two results of their own are
 named here.
 
-Formulas that write by index into zeros of their own do so in place, unless a dispatch mode is active, too.
+Formulas that write by index into zeros of their own do so in place, unless a dispatch mode is active, too; so does that
+of binary cross entropy, step by step.
 
 Source: ``accumulate`` and ``can_accumulate_inplace`` in torch/csrc/autograd/input_buffer.cpp;
 ``areAnyTensorSubclassLike`` in torch/csrc/autograd/FunctionsManual.cpp.
@@ -14,6 +15,7 @@ Source: ``accumulate`` and ``can_accumulate_inplace`` in torch/csrc/autograd/inp
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +34,12 @@ IN_PLACE = {
     _aten.index_put.default: _aten.index_put_.default,
     _aten._index_put_impl.default: _aten._index_put_impl_.default,
 }
-"""What formulas of derivatives call, and what they call without a dispatch mode."""
+"""What formulas of derivatives call on zeros, and what they call without a dispatch mode."""
+_STEPS = {_aten.sub.Tensor: _aten.sub_.Tensor, _aten.mul.Tensor: _aten.mul_.Tensor}
+"""The same of the formula of binary cross entropy, on what it began with."""
+_STEPWISE = "BinaryCrossEntropyWithLogitsBackward"
+_BEGUN_WITH = ("aten::sigmoid", "aten::add", "aten::log_sigmoid_forward")
+_ZEROS = ("aten::new_zeros", "aten::zeros", "aten::zeros_like")
 
 
 _ADDING = (
@@ -40,12 +47,38 @@ _ADDING = (
     "VarMean", "StdMean", "Bilinear", "Cdist", "Pdist", "ThnnFused", "Prelu", "Renorm", "NormBackward", "Trace",
 )  # fmt: skip
 """How names of nodes begin whose formulas add tensors. Source: tools/autograd/derivatives.yaml, FunctionsManual.cpp."""
+_ADDS_NOTHING = "LinalgVectorNorm"
+"""How the name of one of them begins whose formula only multiplies, whatever the order of the norm."""
+
+
+def in_place(func: Any, first: Any, made_by: Callable[[torch.Tensor], str]) -> Any:
+    """What a formula of derivatives calls without a dispatch mode, where it calls an operator with one.
+
+    Args:
+        func: the operator that it calls.
+        first: its first argument.
+        made_by: the operator that made a tensor's memory.
+    """
+    if func in IN_PLACE:
+        begun, other = _ZEROS, IN_PLACE[func]
+    elif func in _STEPS and _node_name().startswith(_STEPWISE):
+        begun, other = _BEGUN_WITH, _STEPS[func]
+    else:
+        return func
+    return other if is_of_formula(first) and made_by(first) in begun else func
+
+
+def _node_name() -> str:
+    """Name of the node of the graph whose formula runs; empty where none does."""
+    node: Any = torch._C._current_autograd_node()
+    return "" if node is None else str(node.name())
 
 
 def adds_itself() -> str:
     """Name of the node whose formula runs, if that adds tensors; else empty."""
-    node: Any = torch._C._current_autograd_node()
-    name = "" if node is None else node.name()
+    name = _node_name()
+    if name.startswith(_ADDS_NOTHING):
+        return ""
     return name if name.startswith(_ADDING) or "BackwardBackward" in name else ""
 
 

@@ -258,9 +258,9 @@ class VirtualCard:
         if id_ is not None:
             self.memory.free(id_)
 
-    def take_gemm_workspace(self, *, adds_bias: bool = False) -> None:
+    def take_gemm_workspace(self, *, lt: bool = False) -> None:
         """Take what a matrix product takes besides its result and keeps: workspaces of cuBLAS."""
-        self._cublas.take(self.stream, adds_bias=adds_bias)
+        self._cublas.take(self.stream, lt=lt)
 
     @property
     def gemm_workspaces(self) -> Collection[object]:

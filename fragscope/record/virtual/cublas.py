@@ -2,8 +2,8 @@
 
 Every thread takes a handle when it first multiplies matrices, one that an ended thread gave back or else a new one, and
 keeps it until it ends. The thread of autograd, which runs all backward passes, has one of its own. A handle takes a
-workspace at its first product on a stream, and cuBLASLt, which adds a bias in the same kernel, one more. Workspaces
-are kept.
+workspace at its first product on a stream, and cuBLASLt, which adds a bias or scales in the same kernel, one more.
+Workspaces are kept.
 
 Source: aten/src/ATen/cuda/CublasHandlePool.cpp and detail/DeviceThreadHandles.h beside it; recorded on an H100 with
 torch 2.11 (tests/data/streams, and ``linear_forward_backward`` of tests/data/footprints).
@@ -64,15 +64,20 @@ class Cublas:
             self._autograd_unsure = bool(self._given_back)
             self._of_autograd = next(self._numbers)
 
-    def take(self, stream: int, *, adds_bias: bool) -> None:
-        """Take what a product on the current stream, by its handle, takes besides its result."""
+    def take(self, stream: int, *, lt: bool) -> None:
+        """Take what a product on the current stream, by its handle, takes besides its result.
+
+        Args:
+            stream: handle of the current one.
+            lt: the product goes to cuBLASLt.
+        """
         handle = self._handle()
         capability = self._capability()
         if ("cuBLAS", handle, stream) not in self.workspaces:
             if capability not in GEMM_RECORDED:
                 self._estimate("cuBLAS workspace")
             self.workspaces["cuBLAS", handle, stream] = self._allocate(gemm_workspace(capability)) or 0
-        if adds_bias and ("cuBLASLt", handle, stream) not in self.workspaces:
+        if lt and ("cuBLASLt", handle, stream) not in self.workspaces:
             self.workspaces["cuBLASLt", handle, stream] = self._allocate(LT_WORKSPACE) or 0
 
     def _handle(self) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fragscope.record.virtual.accumulation import ADD, ADD_IN_PLACE, IN_PLACE, adds_itself, is_in_place, is_of_formula
+from fragscope.record.virtual.accumulation import ADD, ADD_IN_PLACE, adds_itself, in_place, is_in_place
 from fragscope.record.virtual.card import VirtualCard
 from fragscope.record.virtual.footprints import (
-    adds_bias,
     copy_temporaries,
+    takes_lt,
 )
 from fragscope.record.virtual.inference import Inference
 from fragscope.record.virtual.layouts import KEEPS_LAYOUT, channels_last_as
@@ -26,7 +26,6 @@ from fragscope.record.virtual.traits import Trait, tensors_in
 _META = torch.device("meta")
 _CLONE = torch.ops.aten.clone.default
 _MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
-_ZEROS = ("aten::new_zeros", "aten::zeros", "aten::zeros_like")
 _NONZERO = torch.ops.aten.nonzero.default
 _LENGTHS_ON_HOST = ("aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward")
 """Operators that take a tensor of the host beside those on the card."""
@@ -63,8 +62,8 @@ class DispatchMode(TorchDispatchMode):
                 func = ADD_IN_PLACE
                 if formula := adds_itself():
                     device.estimate(f"sums in {formula}")
-        elif in_backward and func in IN_PLACE and is_of_formula(args[0]) and storages.made_by(args[0]) in _ZEROS:
-            func = IN_PLACE[func]
+        elif in_backward and args:
+            func = in_place(func, args[0], storages.made_by)
         on_card, on_host, real, entries = _sort(storages, args, kwargs)
         wanted = kwargs.get("device")
         made_on_card = isinstance(wanted, torch.device) and (
@@ -80,9 +79,7 @@ class DispatchMode(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             kwargs["generator"] = None  # nobody sees the numbers, and a generator of the card does not exist
         name = func._schema.name
-        trait = self._traits.get(func)
-        if trait is None:
-            trait = self._traits[func] = Trait(func)
+        trait = self._trait(func)
         if trait.is_composite:
             with self:  # in inference mode torch asks before it takes such an operator apart
                 out = func.decompose(*args, **kwargs)
@@ -127,7 +124,8 @@ class DispatchMode(TorchDispatchMode):
                 raise
             if not trait.writes_only:
                 raise device.unsupported(f"{name}: torch cannot tell the shape of its result without data") from None
-            device.estimate(name)
+            if not trait.is_known:
+                device.estimate(name)
             for tensor in trait.written(args, kwargs):
                 device.values.lose(tensor, name)
             return None
@@ -156,10 +154,17 @@ class DispatchMode(TorchDispatchMode):
             device.values.overwritten(written, name, next(e for e in entries if e.values is None))
         return out
 
+    def _trait(self, func: Any) -> Trait:
+        trait = self._traits.get(func)
+        if trait is None:
+            trait = self._traits[func] = Trait(func)
+        return trait
+
     def _with_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
         """An operator that returns a number, or whose result is as large as values make it."""
         device, name = self._device, func._schema.name
-        waits = kwargs.get("output_size") is None and any(e.place is Place.CARD for e in entries)
+        on_card = any(e.place is Place.CARD for e in entries)
+        waits = kwargs.get("output_size") is None and on_card
         if waits:
             device.wait_for_stream()
         result = device.values.compute(func, args, kwargs, entries)
@@ -174,10 +179,23 @@ class DispatchMode(TorchDispatchMode):
             raise device.unsupported(
                 f"{name} needs the contents of a tensor on the card, which the virtual device does not have", tensors
             )
-        made = [self._made(values) for values in tensors_in((result,))]
-        if name != "aten::_local_scalar_dense":
+        values = list(tensors_in((result,)))
+        shape = values[0].shape if values else torch.Size()
+        if name == "aten::_unique2":
+            values[0] = _with_room(values[0], args[0].numel())
+        made = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=_META) for v in values]
+        plan = self._trait(func).plan
+        if plan is not None and on_card:
+            device.follow_plan(name, plan(args, kwargs, made, device.card), made)
+        elif name != "aten::_local_scalar_dense":
             device.estimate(name)
-        if any(e.place is Place.CARD for e in entries):
+        for tensor, known in zip(made, values, strict=True):
+            device.register(tensor)
+            if known.device.type != "meta":
+                device.values.attach(tensor, known)
+        if name == "aten::_unique2":
+            made[0].resize_(shape)
+        if on_card:
             device.launched(name, tensors, made)
             if waits:  # the host reads a number, at least that of the result's elements
                 device.memory.finished(device.stream)
@@ -212,14 +230,6 @@ class DispatchMode(TorchDispatchMode):
         shape = torch.broadcast_shapes(data.shape, mask.shape)
         return torch.empty(int(known.expand(shape).count_nonzero()), dtype=data.dtype, device=_META)
 
-    def _made(self, values: torch.Tensor) -> torch.Tensor:
-        """A tensor on the card that holds values."""
-        out = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=_META)
-        self._device.register(out)
-        if values.device.type != "meta":
-            self._device.values.attach(out, values)
-        return out
-
     def _account(self, func: Any, trait: Trait, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Register outputs, and storages that an output argument made larger."""
         device = self._device
@@ -235,7 +245,7 @@ class DispatchMode(TorchDispatchMode):
             for tensor in outputs:
                 device.register(tensor)
         if trait.is_gemm and all(t.numel() for t in (*outputs, *tensors_in(args))):  # torch asks for nothing else
-            device.take_gemm_workspace(adds_bias=adds_bias(func, args, kwargs))
+            device.take_gemm_workspace(lt=takes_lt(func, args, kwargs))
         if trait.is_mutable:
             for tensor in tensors_in((*args, *kwargs.values())):
                 entry = device.storages.find(tensor)
@@ -338,6 +348,8 @@ class DispatchMode(TorchDispatchMode):
                         "indexing by a mask on the card makes a shape that depends on its contents", [index]
                     )
                 indices.extend(self._with_values(_NONZERO, (index,), {}, [entry]).unbind(1))
+                if writes:
+                    device.estimate("aten::index_put_ with a mask")
             else:
                 indices.extend(index.nonzero().unbind(1))  # a mask on the host is known
                 if writes:
@@ -359,6 +371,13 @@ class DispatchMode(TorchDispatchMode):
             written = [target] if func._schema.is_mutable else ()
             device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)
         return out
+
+
+def _with_room(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Values at the beginning of memory for so many, all of which a card keeps; nobody looks at the rest."""
+    out = values.new_zeros(count)
+    out[: len(values)] = values
+    return out
 
 
 def _as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:

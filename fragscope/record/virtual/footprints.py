@@ -37,7 +37,7 @@ OUTPUTS_ONLY = frozenset(
         # what forward derivatives ask, and zeros that have no memory
         "is_same_size", "_has_same_storage_numel", "_efficientzerotensor",
         # optimizers
-        "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_", "_amp_foreach_non_finite_check_and_unscale_",
+        "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_amp_foreach_non_finite_check_and_unscale_",
     )
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
@@ -60,7 +60,9 @@ SHAPE_OF_INPUT = frozenset(
 )  # fmt: skip
 """Operators that look at the shape of their input and do not read it."""
 
-GEMMS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"))
+GEMMS = frozenset(
+    f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "_scaled_mm")
+)
 """Outputs only, once the stream has its cuBLAS workspace, which the first of them allocates after its output."""
 
 GEMM_RECORDED = frozenset({(9, 0)})
@@ -96,11 +98,14 @@ def is_known(func: Any) -> bool:
     return name in OUTPUTS_ONLY or name in MODELLED or torch.Tag.pointwise in func.tags
 
 
-def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a matrix product goes to cuBLASLt, which adds the bias in the same kernel.
+def takes_lt(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a matrix product goes to cuBLASLt, which scales, or adds the bias, in the same kernel.
 
-    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp.
+    Source: ``useLtInterface`` in aten/src/ATen/native/cuda/Blas.cpp; ``scaled_gemm`` in CUDABlas.cpp of
+    aten/src/ATen/cuda.
     """
+    if func._schema.name == "aten::_scaled_mm":
+        return True
     if func._schema.name != "aten::addmm" or kwargs.get("beta", 1) != 1:
         return False
     bias, _, matrix = args[:3]

@@ -1,11 +1,13 @@
 """Layers that torch runs in a function of its own where nothing is trained, if no mode asks for every call.
 
-A ``TransformerEncoderLayer`` without masks takes the steps of that function here. With masks, and for a
-``MultiheadAttention`` alone, the layer's own steps are taken and the case is estimated.
+A ``TransformerEncoderLayer``, and a ``MultiheadAttention`` that is not asked for its weights, take the steps of that
+function here, without masks and where a kernel of attention is there for the heads. Otherwise the layer's own steps are
+taken and the case is estimated.
 
-Source: ``TransformerEncoderLayer.forward`` in torch/nn/modules/transformer.py; ``transformer_encoder_layer_forward``
-and ``native_multi_head_attention_cuda`` in aten/src/ATen/native/transformers. Recorded on an H100 with torch 2.11: the
-last part of ``encoder`` of tests/gpu/model_programs.py.
+Source: ``TransformerEncoderLayer.forward`` in torch/nn/modules/transformer.py, ``MultiheadAttention.forward`` in
+activation.py beside it; ``transformer_encoder_layer_forward`` and ``native_multi_head_attention_cuda`` in
+aten/src/ATen/native/transformers. Recorded on an H100 with torch 2.11: the last part of ``encoder`` of
+tests/gpu/model_programs.py.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from torch.nn import functional
 from fragscope.record.virtual.card import VirtualCard
 
 _Forward = Callable[..., Any]
+_WHOLE = 8
+"""Heads of a multiple of so many elements go to a kernel of attention."""
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def encoder_layer(device: VirtualCard, original: _Forward) -> _Forward:
@@ -31,24 +36,62 @@ def encoder_layer(device: VirtualCard, original: _Forward) -> _Forward:
     ) -> torch.Tensor:
         if not (src.is_cuda and _is_fused(layer, src)):
             return original(layer, src, src_mask, src_key_padding_mask, is_causal)  # type: ignore[no-any-return]
-        if src_mask is None and src_key_padding_mask is None:
+        if src_mask is not None or src_key_padding_mask is not None:
+            device.estimate("TransformerEncoderLayer with masks and without gradients")
+        elif _has_kernel(layer.self_attn, src):
             return _encoded(layer, src)
-        device.estimate("TransformerEncoderLayer with masks and without gradients")
+        else:
+            device.estimate("TransformerEncoderLayer of such heads and without gradients")
         return original(layer, src, src_mask, src_key_padding_mask, is_causal)  # type: ignore[no-any-return]
 
     return forward
 
 
 def attention(device: VirtualCard, original: _Forward) -> _Forward:
-    """``MultiheadAttention.forward``, whose function without gradients is not followed."""
+    """``MultiheadAttention.forward`` as on a card."""
 
     @functools.wraps(original)
-    def forward(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if query.is_cuda and not module.training and _takes_no_gradients(module, query):
-            device.estimate("MultiheadAttention without gradients")
-        return original(module, query, *args, **kwargs)
+    def forward(
+        heads: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_padding_mask: Any = None,
+        need_weights: bool = True, attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> Any:  # fmt: skip
+        masks = [m for m in (key_padding_mask, attn_mask) if m is not None]
+        if query.is_cuda and query is key and key is value and _is_fused_alone(heads, query, masks):
+            if not masks and not need_weights and _has_kernel(heads, query):
+                return _attended(heads, query), None
+            device.estimate("MultiheadAttention with masks, weights or such heads and without gradients")
+        return original(
+            heads, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
 
     return forward
+
+
+def _is_fused_alone(heads: Any, query: torch.Tensor, masks: list[torch.Tensor]) -> bool:
+    return (
+        not heads.training
+        and query.dim() == 3
+        and heads.batch_first
+        and heads._qkv_same_embed_dim
+        and heads.in_proj_bias is not None
+        and heads.in_proj_bias.dtype == heads.in_proj_weight.dtype == query.dtype
+        and heads.num_heads % 2 == 0
+        and heads.bias_k is None
+        and heads.bias_v is None
+        and not heads.add_zero_attn
+        and not any(m.is_floating_point() for m in masks)
+        and _takes_no_gradients(heads, query)
+    )
+
+
+def _has_kernel(heads: Any, query: torch.Tensor) -> bool:
+    """Whether the heads are not multiplied one matrix after the other."""
+    return (
+        heads.head_dim % _WHOLE == 0
+        and query.dtype in _TYPES
+        and not query.is_nested
+        and torch.backends.cuda.mem_efficient_sdp_enabled()
+    )
 
 
 def _takes_no_gradients(module: torch.nn.Module, source: torch.Tensor) -> bool:

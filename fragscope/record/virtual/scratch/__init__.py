@@ -13,9 +13,23 @@ from fragscope.record.virtual.scratch import (
     lists,
     normalised,
     reductions,
+    sampling,
+    selected,
     sorting,
 )
 
-_KINDS = (attention_kernels, converted, convolutions, images, indexed, lists, normalised, reductions, sorting)
+_KINDS = (
+    attention_kernels,
+    converted,
+    convolutions,
+    images,
+    indexed,
+    lists,
+    normalised,
+    reductions,
+    sampling,
+    selected,
+    sorting,
+)
 PLANS = {name: plan for kind in _KINDS for name, plan in kind.PLANS.items()}
 """By name of the operator."""

@@ -28,6 +28,9 @@ _LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))
 """Capabilities whose blocks may take what the largest tiles need."""
 _STATE = 16
 """Bytes of a lock and a counter beside each tile that several blocks add to."""
+_COLUMNS = 64  # of a tile of keys in the memory-efficient backward pass
+_MANY_BLOCKS = 256  # that need no more of few keys
+_MOST_PARTS = 200  # of keys, of all heads together
 _FULL = 0.8  # of a card's multiprocessors that need no splitting of keys
 _GOOD = 0.85  # of the best split's efficiency
 _MOST_SPLITS = 128
@@ -153,12 +156,23 @@ def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any], results: 
     high, wide, keeps = _tiles(query.dtype, widest)
     floats = -(-rows // high) * -(-head // wide) * (high * wide + _STATE // 4)
     if not keeps:
-        columns = -(-key.shape[2] // 64) * 64
+        columns = _COLUMNS * _parts_of_keys(batch * heads, key.shape[2])
         floats += columns * (-(-head // high) * high + -(-value.shape[3] // high) * high)
-        why = why or "of such heads"
     if card.capability not in _LARGE_SHARED_MEMORY:
         why = why or "on this card"
     return plan.take(4 * batch * heads * floats).give(-2, -1).guessed(why)
+
+
+def _parts_of_keys(blocks: int, columns: int) -> int:
+    """In how many parts the keys are worked off side by side, where each needs room for gradients of its own.
+
+    Source: ``launchKernel`` in attention_backward.cu.
+    """
+    demanded = torch.are_deterministic_algorithms_enabled()
+    is_deterministic = demanded and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_deterministic or (blocks >= _MANY_BLOCKS and columns <= 2 * _COLUMNS):
+        return 1
+    return max(1, min(-(-columns // _COLUMNS), _MOST_PARTS // blocks))
 
 
 def _tiles(dtype: torch.dtype, head: int) -> tuple[int, int, bool]:

@@ -4,7 +4,7 @@ Each takes what the operator takes; the operators it calls are seen one by one. 
 operator's result.
 
 Source: aten/src/ATen/native/SoftMax.cpp (``_safe_softmax``), ReduceOps.cpp (``logsumexp``), Loss.cpp (``mse_loss``,
-``smooth_l1_loss``, ``huber_loss``).
+``smooth_l1_loss``, ``huber_loss``), TensorCompare.cpp (``allclose``).
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ def _loss(source: torch.Tensor, target: torch.Tensor, reduction: int = 1, *rest:
     return _aten.mean(losses) if reduction == 1 else _aten.sum(losses)
 
 
+def _all_close(a: torch.Tensor, b: torch.Tensor, *how: Any, **named: Any) -> Any:
+    close = torch.isclose(a, b, *how, **named)
+    every = _aten.all(close)
+    answer = _aten.item(every)
+    del every, close
+    return answer
+
+
 def _broadcast(a: torch.Tensor, b: torch.Tensor) -> Any:
     return a if a.shape == b.shape else torch.broadcast_tensors(a, b)[0]
 
@@ -75,5 +83,6 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "aten::mse_loss": _kept_loss,
     "aten::smooth_l1_loss": _kept_loss,
     "aten::huber_loss": _loss,
+    "aten::allclose": _all_close,
 }
 """By name of the operator."""

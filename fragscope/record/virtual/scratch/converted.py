@@ -19,6 +19,8 @@ from fragscope.allocator import Card
 from fragscope.record.virtual.scratch.plan import Plan, outputs_then
 from fragscope.record.virtual.scratch.reductions import reduced_by
 
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
@@ -39,6 +41,13 @@ def _vector(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.T
 def _fits_blas(matrix: torch.Tensor) -> bool:
     (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
     return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
+
+
+def _scaled(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
+    """With a scale for each matrix; others have kernels of their own."""
+    plan = outputs_then(1)
+    is_plain = all(scale.numel() == 1 for scale in args[2:4]) and args[0].dtype in _EIGHT_BITS
+    return plan if is_plain else plan.guessed("with scales of rows or blocks")
 
 
 def _where(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -63,16 +72,21 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torc
 def _binary_cross_entropy(
     args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card
 ) -> Plan:
-    source, weights = args[0], [*args[2:4], kwargs.get("weight"), kwargs.get("pos_weight")]
+    source, target = args[:2]
+    weight, positive = (args[n] if len(args) > n else kwargs.get(k) for n, k in ((2, "weight"), (3, "pos_weight")))
     reduction = args[4] if len(args) > 4 else kwargs.get("reduction", 1)
-    size = _bytes(source)
-    why = "with gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in args[:2]) else ""
-    if any(w is not None for w in weights) or args[1].dtype != source.dtype:
-        return outputs_then(1).guessed("with weights or two types")
+    plan = Plan().take(_bytes(source))
+    if positive is not None:  # less one, by target
+        less, weighted = plan.hold(_bytes(positive)), plan.hold(_bytes(target))
+        plan.give(less, weighted)
+    why = ""
+    if any(t is not None and t.dtype != source.dtype for t in (target, weight, positive)):
+        why = "of two types"
     if reduction == 0:
-        return Plan().out(0).take(size).guessed(why)
+        return plan.out(0).guessed(why)
+    losses = plan.hold(_bytes(source))
     shared, unsure = reduced_by(source, None, card, result=source.itemsize, accumulator=4)
-    return Plan().take(size, size).out(0).pass_by(*shared).give(1, 0).guessed(why or unsure)
+    return plan.out(0).pass_by(*shared).give(losses, 0).guessed(why or unsure)
 
 
 def _histogram(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor], card: Card) -> Plan:
@@ -108,6 +122,7 @@ PLANS: dict[str, Callable[..., Plan]] = {
     "aten::addmv": _vector,
     "aten::dot": _vector,
     "aten::vdot": _vector,
+    "aten::_scaled_mm": _scaled,
     "aten::where": _where,
     "aten::abs": _of_complex,
     "aten::angle": _of_complex,

@@ -1,27 +1,53 @@
 """Temporary storage of CUB's device-wide algorithms, as torch calls them.
 
-The tiles are those of CUDA 13.0 on compute capability 9.0, told from the sizes that an H100 recorded; the rest is the
-arithmetic of ``dispatch_radix_sort.cuh``, ``single_pass_scan_operators.cuh`` and ``util_temporary_storage.cuh`` in
-CUB. Other cards and toolkits cut other tiles.
+The tiles are those of CUDA 13.0 on compute capability 9.0; other cards and toolkits cut other ones. Every size that an
+H100 recorded is that of these tiles.
+
+Source: CCCL 3.0, cub/device/dispatch/tuning for tiles; ``dispatch_radix_sort.cuh``, ``dispatch_reduce.cuh``,
+``dispatch_select_if.cuh``, ``dispatch_scan_by_key.cuh``, agent/single_pass_scan_operators.cuh and
+util_temporary_storage.cuh there for the arithmetic.
 """
 
 from __future__ import annotations
 
+from fragscope.allocator import Card
+
 _ALIGNMENT = 256
 _RADIX = 2048
 """Bytes of 256 counts, one a digit."""
-_TILES = {(2, 8): 5632, (4, 8): 5376, (8, 8): 4608, (8, 0): 5760}
+_TILES = {(2, 8): 512 * 11, (4, 8): 384 * 14, (8, 8): 384 * 12, (8, 0): 384 * 15}
 """Elements a block sorts, by bytes of key and value."""
-_SCAN_TILES = {2: (7282, 8192), 4: (1920, 1920), 8: (896, 896)}
-"""Elements a block adds up, by their bytes, at least and at most."""
-_STATE_OF = {2: 8, 4: 4, 8: 8}
-"""Bytes of a sum that tiles tell each other; what is no word of its own is widened."""
-_ONE_TILE = (1600, 2400)
-"""So many are sorted by one block, and so many by several; between them nobody looked."""
+_ONE_TILE = 256 * 9
+"""So many elements of eight bytes one block sorts alone."""
+_PORTION = 1 << 28
+"""So many elements, less a part of a tile, are sorted at a time."""
+_SCAN_TILES = {2: 128 * 30, 4: 128 * 15, 8: 128 * 7}
+"""Elements a block adds up with an operator of torch's own, by their bytes."""
+_SCANNED_AT_ONCE = 1 << 30
+"""Longer running sums are cut by torch."""
+_PLAIN_SUM_TILE = 128 * 24
+"""The same with CUB's own sum of int32."""
+_SELECT_TILE = 384 * 11
+"""Elements of eight bytes that a block selects from."""
+_UNIQUE_TILE = 448 * 11
+"""Pairs of eight bytes each from which a block drops repeated keys."""
+_BY_KEY_TILE = 288 * 14
+"""Elements of four bytes that a block adds up by keys of four bytes."""
+COUNT_TILE = 256 * 16
+"""Elements that a block counts; fewer take one block, which keeps no partial results."""
+_COUNT_BLOCKS = 5 * 8
+"""Partial counts a multiprocessor: five for each block that it holds, as recorded."""
+_LOOKED_BACK_AT = 32
+"""States before the first tile's, for a warp that looks back."""
 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _together(*sizes: int) -> int:
+    """Bytes of several pieces in one, each aligned, wherever that begins."""
+    return sum(map(_aligned, sizes)) + _ALIGNMENT - 1
 
 
 def radix_sort(count: int, key: int, value: int, passes: int | None = None) -> int | None:
@@ -34,33 +60,63 @@ def radix_sort(count: int, key: int, value: int, passes: int | None = None) -> i
         passes: digits of eight bits that are sorted by; all of a key's without it.
     """
     tile = _TILES.get((key, value))
-    if count <= _ONE_TILE[0]:
-        return 1
-    if tile is None or count < _ONE_TILE[1]:
+    if tile is None:
         return None
+    if count <= _ONE_TILE:
+        return 1
     digits = key if passes is None else passes
-    other = _aligned(count * key) + _aligned(count * value) if value or digits > 1 else 0
-    return other + _aligned(digits * _RADIX) + -(-count // tile) * _RADIX // 2 + 2 * _ALIGNMENT - 1
+    portion = (_PORTION - 1) // tile * tile
+    portions, tiles = -(-count // portion), -(-min(count, portion) // tile)
+    other = (count * key, count * value) if digits > 1 else ()
+    return _together(portions * digits * _RADIX, tiles * _RADIX // 2, *other, 4 * portions * digits)
 
 
 def segmented_sort(count: int, key: int, value: int) -> int:
     """Bytes of a sort of many segments at once: room for another copy of keys and values."""
-    return _aligned(count * key) + _aligned(count * value) + _ALIGNMENT - 1
+    return _together(count * key, count * value)
 
 
-def scan(count: int, item: int) -> int | None:
-    """Bytes of a running sum; None where it was not seen."""
-    bounds = _SCAN_TILES.get(item)
-    return None if bounds is None else tiled_states(count, _STATE_OF[item], *bounds)
+def scan(count: int, item: int, *, is_word: bool = True) -> int | None:
+    """Bytes of a running sum with an operator of torch's own; None where it was not seen.
+
+    Args:
+        count: of elements.
+        item: bytes of one.
+        is_word: a sum and the state of a tile are told in one word; not so of half precision.
+    """
+    tile = _SCAN_TILES.get(item)
+    if tile is None or is_word == (item == 2) or count > _SCANNED_AT_ONCE:
+        return None
+    states = -(-count // tile) + _LOOKED_BACK_AT
+    return _together(_together(2 * item * states) if is_word else _together(4 * states, item * states, item * states))
 
 
-def _states(tiles: int, item: int) -> int:
-    """What tiles tell each other: as much as two values each, and room for a warp that looks back."""
-    inner = _aligned((tiles + 32) * 2 * item) + _ALIGNMENT - 1
-    return _aligned(inner) + _ALIGNMENT - 1
+def plain_sum(count: int) -> int:
+    """Bytes of a running sum of int32 with CUB's own operator."""
+    return _together(_states(count, _PLAIN_SUM_TILE, 4))
 
 
-def tiled_states(count: int, item: int, least: int, most: int) -> int | None:
-    """As :func:`scan`, for a tile of which only the bounds are known; None where they differ in bytes."""
-    sizes = {_states(-(-count // tile), item) for tile in (least, most)}
-    return sizes.pop() if len(sizes) == 1 else None
+def select(count: int) -> int:
+    """Bytes of picking some of int64 by flags, or those that differ from the one before."""
+    return _together(_states(count, _SELECT_TILE, 4))
+
+
+def unique_by_key(count: int) -> int:
+    """Bytes of dropping pairs of int64 whose key is that of the one before."""
+    return _together(_states(count, _UNIQUE_TILE, 8))
+
+
+def sum_by_key(count: int) -> int:
+    """Bytes of running sums of uint32, one for each run of equal keys of uint32."""
+    tiles = -(-count // _BY_KEY_TILE)
+    return _together(16 * (tiles + _LOOKED_BACK_AT), 4 * (tiles + 1))
+
+
+def count_nonzero(count: int, card: Card) -> int:
+    """Bytes of counting what is not zero, in int32."""
+    return 1 if count <= COUNT_TILE else _together(4 * _COUNT_BLOCKS * card.multiprocessors)
+
+
+def _states(count: int, tile: int, item: int) -> int:
+    """Bytes of what tiles tell each other, a value and how far it reaches in one word."""
+    return _together(2 * item * (-(-count // tile) + _LOOKED_BACK_AT))

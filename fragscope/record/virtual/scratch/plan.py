@@ -34,6 +34,10 @@ class Plan:
         self._taken += len(sizes)
         return self
 
+    def hold(self, size: int) -> int:
+        """Scratch of so many bytes; returns its number."""
+        return self.take(size)._taken - 1
+
     def give(self, *numbers: int) -> Plan:
         """Scratch goes back, by its number; -1 is the last that was taken."""
         self.steps.extend(("give", n if n >= 0 else self._taken + n) for n in numbers)
@@ -43,6 +47,31 @@ class Plan:
         """Scratch that is taken, and given back before anything else happens, the last first."""
         self.take(*sizes)
         return self.give(*range(-1, -len(sizes) - 1, -1))
+
+    def call(self, inner: Plan, *results: int) -> int:
+        """Another operator runs, whose results are scratch of this one.
+
+        Args:
+            inner: what it does.
+            results: bytes of each of its results; 0 for one that is written into memory that is there.
+
+        Returns:
+            The number of its first result, as scratch.
+        """
+        made: dict[int, int] = {}
+        held: dict[int, int] = {}
+        count = 0
+        for step, n in inner.steps:
+            if step == "out":
+                made[n] = self.hold(results[n])
+            elif step == "take":
+                held[count] = self.hold(n)
+                count += 1
+            else:
+                self.give(held.pop(n))
+        self.give(*reversed(held.values()))
+        self.why = self.why or inner.why
+        return made[0]
 
     def guessed(self, why: str) -> Plan:
         """May be otherwise."""

@@ -1,7 +1,7 @@
 """Sorting, running sums, the largest of rows.
 
-Source: aten/src/ATen/native/cuda/Sort.cpp, SortStable.cu, TensorTopK.cu, TensorTopK.cpp, ScanKernels.cu; the sizes of
-CUB's storage from recordings of an H100 (``sweep_sort``, ``sweep_topk`` and ``sweep_cumsum`` of tests/data/footprints).
+Source: aten/src/ATen/native/cuda/Sort.cpp, SortStable.cu, TensorTopK.cu, TensorTopK.cpp, ScanKernels.cu; equal to
+recordings of an H100 (``sweep_sort``, ``sweep_topk`` and ``sweep_cumsum`` of tests/data/footprints).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WHOLE_CARD = 1_000_000  # elements that one sort keeps busy with
 _DIGITS = 256
 _BLOCK = 256
 _TOPK_BLOCKS = 6  # a multiprocessor: 65,536 registers, of which a thread takes 40
-_SCANNED_AT_ONCE = 2048
+_HALF = (torch.float16, torch.bfloat16)
 _SORTED = (torch.float32, torch.int64, torch.int32, torch.bfloat16, torch.float16)
 _NOT_SEEN = "of this type or size"
 
@@ -35,8 +35,6 @@ def _sort(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
     dim = given % source.dim()
     count = source.shape[dim]
     segments = source.numel() // count
-    if count == 1:
-        return plan.guessed("of single elements")
     if count <= _SMALL_SORT:
         return plan.take(8 * count)
     every, key = source.numel(), source.itemsize
@@ -84,11 +82,9 @@ def _topk(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Ten
         return plan.guessed(_NOT_SEEN)
     a_thread = min(64, max(4, -(-length * rows // (card.multiprocessors * _TOPK_BLOCKS * _BLOCK))))
     blocks = rows * -(-length // (a_thread * _BLOCK))
-    if blocks > _SCANNED_AT_ONCE:
-        plan.guessed("of so many rows")
     plan.take(rows * source.itemsize, 8 * rows, 2 * 4 * rows)
     plan.take(blocks * _DIGITS * 2, rows * _DIGITS * 4, blocks * 4, blocks * 4)
-    size = cub.tiled_states(blocks, 8, _SCANNED_AT_ONCE, _SCANNED_AT_ONCE) or 0
+    size = cub.sum_by_key(blocks)
     return plan.pass_by(size).pass_by(size)
 
 
@@ -113,7 +109,9 @@ def _running(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % source.dim()
     if source.numel() != source.shape[dim]:
         return plan
-    size = cub.scan(source.numel(), out.itemsize) if out.dtype in _SORTED else None
+    size = None
+    if out.dtype in _SORTED:
+        size = cub.scan(source.numel(), out.itemsize, is_word=out.dtype not in _HALF)
     if size is None or card.capability != RECORDED:
         return plan.guessed(_NOT_SEEN)
     return plan.take(size)
