@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.parameter import UninitializedBuffer, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -218,7 +218,7 @@ class FunctionMode(TorchFunctionMode):
         return tensor.to(_META if to_card else _CPU, **kwargs)
 
     def _to(self, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 moved = self._to(func, tensor.detach(), *args, **kwargs)
                 return moved.as_subclass(type(tensor)) if isinstance(tensor, UninitializedBuffer) else moved

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 is_transformed: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is what ``torch.func`` hands to a function in place of another, whose storage is the only one."""
@@ -107,7 +107,7 @@ class Storages:
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if tensor.layout is not torch.strided:
             return None  # it has no storage
-        if not isinstance(tensor, UninitializedTensorMixin):
+        if not is_lazy(tensor):
             return self._entries.get(tensor.untyped_storage()._cdata)
         with torch._C.DisableTorchFunctionSubclass():  # of a lazy module, which refuses all questions
             return self._entries.get(tensor.untyped_storage()._cdata)
