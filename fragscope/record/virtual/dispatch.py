@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fragscope.record.virtual.accumulation import ADD, ADD_IN_PLACE, adds_itself, in_place, is_in_place
@@ -24,6 +26,7 @@ from fragscope.record.virtual.storages import Entry, Place, Storages
 from fragscope.record.virtual.traits import Trait, tensors_in
 
 _META = torch.device("meta")
+_CUDA = torch.device("cuda", 0)
 _CLONE = torch.ops.aten.clone.default
 _MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
 _NONZERO = torch.ops.aten.nonzero.default
@@ -48,11 +51,31 @@ class DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if types:
+            return self._of_subclass(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunction():
             if func is not ADD or torch._C._current_graph_task_id() == -1:
                 return self._run(func, args, dict(kwargs or {}))
             with self._device.summing_gradients():
                 return self._run(func, args, dict(kwargs or {}))
+
+    def _of_subclass(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What classes of tensors make of an operator that have operators of their own, and tensors inside.
+
+        Torch has switched the function mode off, and their code asks where these are.
+        """
+        mode = self._device.function_mode
+        if kwargs.get("device") == _META and not self._device.explicit_meta:
+            kwargs = {**kwargs, "device": _CUDA}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self)
+            if mode is not None and mode not in _get_current_function_mode_stack():
+                stack.enter_context(mode)
+            for kind in types:
+                out = kind.__torch_dispatch__(func, types, args, kwargs)
+                if out is not NotImplemented:
+                    return out
+        return NotImplemented
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages

@@ -148,7 +148,8 @@ class FunctionMode(TorchFunctionMode):
         return _CUDA if place is Place.CARD else _CPU if place is Place.HOST else real
 
     def _is_cuda(self, func: Any, tensor: torch.Tensor, *rest: Any) -> bool:
-        return self._place(tensor) is Place.CARD
+        # Tensors with others inside, which have no memory themselves, are where their class says.
+        return bool(func(tensor, *rest)) or self._place(tensor) is Place.CARD
 
     def _is_cpu(self, func: Any, tensor: torch.Tensor, *rest: Any) -> bool:
         return bool(func(tensor, *rest)) or self._place(tensor) is Place.HOST
@@ -157,7 +158,7 @@ class FunctionMode(TorchFunctionMode):
         return bool(func(tensor, *rest)) and self._place(tensor) is None
 
     def _device_index(self, func: Any, tensor: torch.Tensor) -> int:
-        return 0 if self._place(tensor) is Place.CARD else -1
+        return 0 if self._place(tensor) is Place.CARD else int(func(tensor))
 
     def _data_ptr(self, func: Any, tensor: torch.Tensor) -> int:
         entry = None if is_transformed(tensor) else self._device.storages.find(tensor)
