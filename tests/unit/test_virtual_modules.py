@@ -24,6 +24,14 @@ def lazy(device: str) -> list[torch.Tensor]:
     return [out, *model.parameters(), *model.buffers()]
 
 
+def lazy_by_name(device: str) -> list[torch.Tensor]:
+    """``.cuda()`` and ``.cpu()`` instead of ``.to``."""
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d())
+    model = model.cuda().cpu().cuda() if device == "cuda" else model.cpu()
+    out = model(torch.ones(2, 9, device=device))
+    return [out, *model.parameters(), *model.buffers()]
+
+
 def packed(device: str) -> list[torch.Tensor]:
     layer = nn.GRU(8, 4, batch_first=True).to(device)
     x = torch.ones(3, 5, 8, device=device, requires_grad=True)
@@ -65,6 +73,7 @@ def averaged(device: str) -> list[torch.Tensor]:
 
 PROGRAMS: dict[str, Callable[[str], list[torch.Tensor]]] = {
     "lazy modules": lazy,
+    "lazy modules that are moved by name": lazy_by_name,
     "packed sequences": packed,
     "an encoder with a padding mask": masked_encoder,
     "ASGD": lambda device: optimized(torch.optim.ASGD, device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import weakref
 from collections.abc import Callable
 from types import FunctionType
@@ -30,6 +31,20 @@ _KEPT_GRAD, _OWNER = "_fragscope_grad", "_fragscope_owner"  # attributes of tens
 _Handler = Callable[..., Any]
 # Functions that build a host tensor from Python data first, and then copy it to the device.
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+
+
+def _of_lazy_modules(move: _Handler) -> _Handler:
+    """A method that moves tensors, for parameters and buffers without a shape too, which refuse most questions."""
+
+    @functools.wraps(move)
+    def moved(self: FunctionMode, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        if not is_lazy(tensor):
+            return move(self, func, tensor, *args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = move(self, func, tensor.detach(), *args, **kwargs)
+            return out.as_subclass(type(tensor)) if isinstance(tensor, UninitializedBuffer) else out
+
+    return moved
 
 
 class FunctionMode(TorchFunctionMode):
@@ -181,6 +196,7 @@ class FunctionMode(TorchFunctionMode):
 
     # --- moving ---------------------------------------------------------------------------------------------------
 
+    @_of_lazy_modules
     def _cuda(
         self,
         func: Any,
@@ -199,6 +215,7 @@ class FunctionMode(TorchFunctionMode):
         self._refuse_meta(tensor)
         return self._move(tensor, to_card=True, non_blocking=non_blocking, memory_format=memory_format)
 
+    @_of_lazy_modules
     def _cpu(
         self, func: Any, tensor: torch.Tensor, memory_format: torch.memory_format = torch.preserve_format
     ) -> torch.Tensor:
@@ -218,11 +235,8 @@ class FunctionMode(TorchFunctionMode):
             kwargs["copy"] = True
         return tensor.to(_META if to_card else _CPU, **kwargs)
 
+    @_of_lazy_modules
     def _to(self, func: Any, tensor: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if is_lazy(tensor):
-            with torch._C.DisableTorchFunctionSubclass():
-                moved = self._to(func, tensor.detach(), *args, **kwargs)
-                return moved.as_subclass(type(tensor)) if isinstance(tensor, UninitializedBuffer) else moved
         if (args and isinstance(args[0], torch.Tensor)) or "tensor" in kwargs:
             other = args[0] if args else kwargs.pop("tensor")
             place = self._place(other)
