@@ -402,7 +402,50 @@ def _single_rows() -> None:
         sweep("rows_efficient", efficient, (batch, heads, 10 * rows, head), HALF, back=True)
 
 
+def _between() -> None:
+    """What follows from the source, and no card has recorded yet."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    loss = nn.functional.binary_cross_entropy_with_logits
+    sweep("between_bce_weight", lambda x: loss(x, x.detach(), weight=x.detach()), (50, 2000), back=True)
+    sweep("between_bce_pos_weight", lambda x: loss(x, x.detach(), pos_weight=x.detach()[0]), (50, 2000), back=True)
+    sweep("between_bce_none", lambda x: loss(x, x.detach(), reduction="none"), (50, 2000), back=True)
+    sweep("between_masked_select", lambda x: x.masked_select(x > 0), (50, 2000))
+    sweep("between_nonzero", lambda x: x.nonzero(), (4096,), torch.int64)
+    sweep("between_unique_inverse", lambda x: x.unique(return_inverse=True), (100_000,), torch.int64)
+    sweep("between_bincount", lambda x: x.bincount(minlength=300), (100_000,), torch.int64)
+    sweep("between_topk", lambda x: x.topk(8), (65_000, 400))
+    sweep("between_cumsum", lambda x: x.cumsum(0), (1_000_000,), HALF)
+    sweep("between_multinomial", lambda x: x.multinomial(3), (64, 50_257))
+    sweep("between_embedding_bag", lambda x: nn.functional.embedding_bag(
+        torch.zeros(40, 50, dtype=torch.int64, device="cuda"), x, mode="sum"), (1000, 64))  # fmt: skip
+    for count in (2304, 2305, 20_000, 120_000):
+        sweep(f"between_randperm_{count}", lambda x, n=count: torch.randperm(n, device="cuda"), (1,))
+    for shape in ((256,), (256, 256), (257, 3)):
+
+        def look_up(x: torch.Tensor) -> torch.Tensor:
+            index = torch.zeros(5000, dtype=torch.int64, device="cuda")
+            return x[index, index] if x.dim() > 1 else x[index]
+
+        sweep("between_index_back", look_up, shape, back=True)
+    for shape in ((2, 4, 4096, 256), (8, 32, 128, 256), (4, 16, 2048, 192)):
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                return nn.functional.scaled_dot_product_attention(x, x, x)
+
+        sweep("between_efficient", attend, shape, HALF, back=True)
+    for name, options in {"alone": {"batch_first": True}, "rows_first": {}}.items():
+
+        def heads(x: torch.Tensor, o: dict[str, bool] = options) -> object:
+            with torch.no_grad():
+                return nn.MultiheadAttention(64, 4, **o).cuda().eval()(x, x, x, need_weights=False)[0]  # type: ignore[arg-type]
+
+        sweep(f"between_attention_{name}", heads, (2, 16, 64))
+
+
 for _add in (
+    _between,
     _reductions,
     _ordered,
     _norms,
