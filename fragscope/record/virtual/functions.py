@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.parameter import UninitializedBuffer, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
