@@ -96,3 +96,19 @@ def test_what_autocast_casts_goes_together() -> None:
         x = ones("cuda", 4, 4)
         assert functional.linear(x.half(), x, x[0].bfloat16()).dtype == torch.bfloat16
         assert functional.layer_norm(x.half(), (4,), x[0], x[0]).dtype == FLOAT
+
+
+def test_results_that_are_given_are_no_operands() -> None:
+    with h100():
+        matrix, vector = ones("cuda", 4, 4), ones("cuda", 4)
+        for run, operands, out in (
+            (torch.mm, (matrix, matrix), matrix.clone()),
+            (torch.addmm, (vector, matrix, matrix), matrix.clone()),
+            (torch.bmm, (matrix[None], matrix[None]), matrix[None].clone()),
+            (torch.mv, (matrix, vector), vector.clone()),
+            (torch.dot, (vector, vector), vector[0].clone()),
+            (torch.vdot, (vector, vector), vector[0].clone()),
+            (torch.index_copy, (vector, 0, at("cuda"), vector[:2]), vector.clone()),
+            (torch.index_add, (vector, 0, at("cuda"), vector[:2]), vector.clone()),
+        ):
+            assert run(*operands, out=out) is out

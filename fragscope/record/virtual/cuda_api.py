@@ -111,6 +111,9 @@ def patched_cuda(device: VirtualCard) -> Iterator[None]:
         replace(torch.version, "cuda", "13.0")
         replace(torch.backends.cuda, "is_built", api.is_available)
         replace(torch, "compile", api.compile(torch.compile))
+        replace(
+            torch.export, "export", api.refuse("torch.export.export", "tracing needs tensors that are what they say")
+        )
         dynamo: Any = importlib.import_module("torch._dynamo.eval_frame")
         replace(dynamo, "_callback_from_stance", api.compiled_before(dynamo._callback_from_stance))
         if torch.distributed.is_available():

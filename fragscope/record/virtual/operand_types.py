@@ -81,14 +81,14 @@ def _bmm(first: torch.Tensor, second: torch.Tensor, *rest: Any, **named: Any) ->
     _has_kernel(first, "baddbmm_cuda")
 
 
-def _mv(matrix: torch.Tensor, vector: torch.Tensor) -> None:
+def _mv(matrix: torch.Tensor, vector: torch.Tensor, **named: Any) -> None:
     if matrix.dtype != vector.dtype:
         given = ", ".join((_scalar(vector), _scalar(matrix)))
         raise RuntimeError(f"addmv input tensors must have the same dtype, but got {given}, and {_scalar(vector)}")
     _has_kernel(matrix, "addmv_impl_cuda")
 
 
-def _dot(first: torch.Tensor, second: torch.Tensor) -> None:
+def _dot(first: torch.Tensor, second: torch.Tensor, **named: Any) -> None:
     if first.dtype != second.dtype:
         raise RuntimeError(
             f"dot : expected both vectors to have same dtype, but found {_scalar(first)} and {_scalar(second)}"
@@ -101,26 +101,26 @@ def _has_kernel(tensor: torch.Tensor, name: str) -> None:
         raise RuntimeError(f"\"{name}\" not implemented for '{_scalar(tensor)}'")
 
 
-def _convolution(source: torch.Tensor, weight: torch.Tensor, *rest: Any) -> None:
+def _convolution(source: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> None:
     if source.dtype != weight.dtype:
         raise RuntimeError(
             f"Input type ({_tensor_type(source)}) and weight type ({_tensor_type(weight)}) should be the same"
         )
 
 
-def _layer_norm(source: torch.Tensor, shape: Any, *parameters: Any) -> None:
+def _layer_norm(source: torch.Tensor, shape: Any, *parameters: Any, **named: Any) -> None:
     """The host's kernel takes parameters in float32 beside a narrower input; the card's does not."""
     for parameter in parameters:
         if isinstance(parameter, torch.Tensor) and parameter.dtype != source.dtype:
             raise RuntimeError(f"expected scalar type {_scalar(source)} but found {_scalar(parameter)}")
 
 
-def _nll_loss(source: torch.Tensor, target: torch.Tensor, *rest: Any) -> None:
+def _nll_loss(source: torch.Tensor, target: torch.Tensor, *rest: Any, **named: Any) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_scalar(target)}")
 
 
-def _index_copy(target: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> None:
+def _index_copy(target: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, **named: Any) -> None:
     if target.dtype != source.dtype:
         raise RuntimeError(
             "index_copy_(): self and source expected to have the same dtype, but got (self) "
