@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -219,39 +218,6 @@ class VirtualCard:
                     self._release(id_)
         finally:
             for id_ in reversed(scratch):
-                self._release(id_)
-
-    @contextlib.contextmanager
-    def index_temporaries(self, indices: Sequence[torch.Tensor | None], on_host: Sequence[bool]) -> Iterator[None]:
-        """What indexing takes before its result.
-
-        Host indices come to the card, int32 becomes int64, and several indices that are strided differently once they
-        are broadcast become contiguous. The last index is given back first.
-
-        Source: ``make_info`` and ``AdvancedIndex`` in aten/src/ATen/native/TensorAdvancedIndexing.cpp; recorded for the
-        ``index_*`` cases of tests/gpu/footprint_cases.py.
-        """
-        given = [(i, there) for i, there in zip(indices, on_host, strict=True) if i is not None]
-        shape = torch.broadcast_shapes(*(i.shape for i, _ in given))
-        copies: list[int | None] = [self.allocate(i.numel() * i.itemsize) if there else None for i, there in given]
-        try:
-            for position, (index, _) in enumerate(given):
-                if index.dtype == torch.int32:
-                    elements = index.numel() if index.shape == shape else math.prod(shape)
-                    old, copies[position] = copies[position], self.allocate(elements * 8)
-                    self._release(old)
-            expanded = [i.expand(shape) for i, _ in given]
-            if len({e.stride() for e in expanded}) > 1:
-                olds: list[int | None] = []
-                for position, index in enumerate(expanded):
-                    if not index.is_contiguous():
-                        olds.append(copies[position])
-                        copies[position] = self.allocate(math.prod(shape) * 8)
-                for id_ in olds:
-                    self._release(id_)
-            yield
-        finally:
-            for id_ in reversed(copies):
                 self._release(id_)
 
     def _release(self, id_: int | None) -> None:

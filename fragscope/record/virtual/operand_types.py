@@ -9,10 +9,13 @@ torch/csrc/Exceptions.cpp.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fragscope.record.virtual.arguments import tensors_in
 
 _NAMES = {
     torch.bool: ("Bool", "bool"),
@@ -164,3 +167,19 @@ CHECKS: dict[str, Callable[..., None]] = {
     "aten::index_add_": _index_add,
 }
 """By operator, what is asked of its arguments; raises RuntimeError."""
+
+
+def as_on_card(error: RuntimeError, args: tuple[Any, ...]) -> RuntimeError:
+    """Torch's Python shape rules word the commonest mistake in another way than its kernels do."""
+    if not str(error).startswith("Attempting to broadcast"):
+        return error
+    shapes = [t.shape for t in tensors_in(args)]
+    for a, b in itertools.pairwise(shapes):
+        rank = max(len(a), len(b))
+        for dim in range(rank - 1, -1, -1):
+            m, n = (s[dim - rank + len(s)] if dim - rank + len(s) >= 0 else 1 for s in (a, b))
+            if m not in (n, 1) and n != 1:
+                return RuntimeError(
+                    f"The size of tensor a ({m}) must match the size of tensor b ({n}) at non-singleton dimension {dim}"
+                )
+    return error

@@ -1,13 +1,13 @@
-"""What the schema of an operator says of it, and the tensors among its arguments."""
+"""What the schema of an operator says of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from fragscope.record.virtual.arguments import tensors_in
 from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
 from fragscope.record.virtual.operand_types import CHECKS
 from fragscope.record.virtual.overlaps import UNCHECKED
@@ -31,18 +31,6 @@ Source: aten/src/ATen/native/cuda/Normalization.cu and cudnn/BatchNorm.cpp.
 """
 _TRAINING = {"aten::native_batch_norm": 5, "aten::cudnn_batch_norm": 5}
 """Position of the argument without which those are only read."""
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an argument or a result: itself, or those of lists at any depth, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            if isinstance(item, torch.Tensor):
-                yield item
-            elif isinstance(item, list | tuple):
-                yield from tensors_in(item)
 
 
 class Trait:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fragscope.errors import UsageError
+from fragscope.record.virtual.arguments import tensors_in
 from fragscope.record.virtual.storages import Entry, Origin, Place, Storages
-from fragscope.record.virtual.traits import tensors_in
 from fragscope.record.virtual.value_rules import FILLED, Rule, evaluated, may_compute, representable, rule_of, settled
 from fragscope.units import KIB, MIB, format_bytes
 
