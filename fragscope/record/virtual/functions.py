@@ -97,6 +97,8 @@ class FunctionMode(TorchFunctionMode):
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
             for module in (torch, torch._C._VariableFunctions):
                 self._handlers[getattr(module, name)] = self._estimated(name)
+        for name in ("quantize_per_tensor", "quantize_per_tensor_dynamic", "quantize_per_channel"):
+            self._handlers[getattr(torch, name)] = self._quantized
         for made in _FROM_DATA:
             self._handlers[made] = self._from_data(made)
 
@@ -439,6 +441,12 @@ class FunctionMode(TorchFunctionMode):
         if any(isinstance(t, torch.Tensor) and self._place(t) is Place.CARD for t in (*args, *kwargs.values())):
             return self._attends(func, *args, **kwargs)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _quantized(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Torch's rule for the result's type says that of the input, four times as large."""
+        if self._place(tensor) is Place.CARD:
+            raise self._device.unsupported("tensors of quantized types are not supported on the virtual device")
+        return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _left_aligned(self, func: Any, tensor: torch.Tensor, mask: torch.Tensor) -> bool:
         """Whether an encoder may leave out padding in nested tensors, which depends on the mask: it is taken not to."""
