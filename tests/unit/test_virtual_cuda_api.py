@@ -255,8 +255,8 @@ def test_every_public_name_of_torch_cuda_is_answered_or_refused(card):
     known = {*REFUSED, *(n for owner in (_Cuda, Memory, Pools, Streams) for n in owner.NAMES)}
     made_of_others = {
         "CudaError", "DeferredCudaCallError", "amp", "cudaStatus", "default_generators", "device", "device_of",
-        "get_gencode_flags", "graph", "graphs", "has_half", "has_magma", "jiterator", "make_graphed_callables",
-        "max_memory_cached", "memory", "memory_cached", "nccl", "nvtx", "profiler", "random",
+        "get_gencode_flags", "graph", "graph_annotations", "graphs", "has_half", "has_magma", "jiterator",
+        "make_graphed_callables", "max_memory_cached", "memory", "memory_cached", "nccl", "nvtx", "profiler", "random",
         "reset_max_memory_allocated", "reset_max_memory_cached", "sparse", "streams", "tunable",
     }  # fmt: skip
     storages = {n for n in torch.cuda.__all__ if n.endswith(("Storage", "Tensor"))}

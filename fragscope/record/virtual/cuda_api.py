@@ -40,6 +40,8 @@ REFUSED = {
     "caching_allocator_disabled": "without the caching allocator there is nothing to model",
     "_snapshot": "the case's own trace holds every request, with its stack",
     "_dump_snapshot": "the case's own trace holds every request, with its stack",
+    "export_dot": "what a graph captured is not kept",
+    "export_graph_data": "what a graph captured is not kept",
     "host_memory_stats": "pinned memory of the host is not modelled",
     "host_memory_stats_as_nested_dict": "pinned memory of the host is not modelled",
     "reset_accumulated_host_memory_stats": "pinned memory of the host is not modelled",
@@ -56,7 +58,7 @@ REFUSED = {
     "GreenContext": "parts of a card are not modelled",
 }
 """Functions of ``torch.cuda`` that are refused, and why."""
-REFUSED_MODULES = ("tunable", "jiterator", "nccl", "gds", "green_contexts")
+REFUSED_MODULES = ("tunable", "jiterator", "nccl", "gds", "green_contexts", "graph_annotations")
 """Modules of ``torch.cuda`` whose functions are all refused."""
 _JITERATOR = ("_create_jit_fn", "_create_multi_output_jit_fn")  # public in all but name
 

@@ -120,9 +120,12 @@ class VirtualDevice(VirtualCard):
 @contextlib.contextmanager
 def _kept_default_device() -> Iterator[None]:
     """A default device that the program sets would outlive the card, and ask for a real one."""
-    before = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    context = torch._GLOBAL_DEVICE_CONTEXT
+    before = getattr(context, "device_context", None)
     try:
         yield
     finally:
-        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not before:
+        if getattr(context, "device_context", None) is not before:
             torch.set_default_device(None if before is None else before.device)
+        if before is None and hasattr(context, "device_context"):
+            del context.device_context  # torch 2.9 asks a device of it
