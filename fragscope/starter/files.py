@@ -49,13 +49,21 @@ class Plan:
     left_to_do: tuple[str, ...]
 
 
-def plan_files(repository: Repository, loader: Loader | None, *, github: bool, action: str | None = None) -> Plan:
+def plan_files(
+    repository: Repository,
+    loader: Loader | None,
+    *,
+    github: bool,
+    action: str | None = None,
+    adds_table: bool = False,
+) -> Plan:
     """The files for a repository.
 
     Args:
         repository: what it is made of.
         loader: what the scenario runs; None for a stand-in that is to be replaced.
         github: write a workflow.
+        adds_table: the table that is missing is written, too; a comparison of commits needs it.
         action: ``OWNER/REPOSITORY@REF`` of fragscope's action, for the workflow; None for this release's with an owner
             to fill in, since nothing here knows who publishes it.
 
@@ -83,10 +91,13 @@ def plan_files(repository: Repository, loader: Loader | None, *, github: bool, a
         else "a stand-in to put your loader in",
         budgets: "what it may take",
     }
+    places = (_relative(root, path) for path in config.scenarios)
+    configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
     left_to_do: list[str] = []
     if github:
         workflow = ".github/workflows/fragscope.yml"
-        files[workflow] = _workflow(repository, folder, budgets, action)
+        compares = configured or (adds_table and not repository.has_table)
+        files[workflow] = _workflow(repository, action, _COMPARED if compares else _held(folder, budgets))
         roles[workflow] = "both on every pull request"
         if action is None:
             left_to_do.append(f"replace OWNER in {workflow} by whoever publishes the fragscope that you use")
@@ -99,8 +110,6 @@ def plan_files(repository: Repository, loader: Loader | None, *, github: bool, a
         if repository.has_table
         else f"[tool.fragscope]\nscenarios = [{_quoted(folder)}]\nbudgets = {_quoted(budgets)}\n"
     )
-    places = (_relative(root, path) for path in config.scenarios)
-    configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
     if repository.has_table and not configured:
         left_to_do.append(
             f"add {_quoted(scenario)} to scenarios of [tool.fragscope] in pyproject.toml: nothing there holds it"
@@ -277,7 +286,27 @@ peak_reserved = "{_LIMIT}"  # what a card of 80 GB has free; put in what your mo
 """
 
 
-def _workflow(repository: Repository, folder: str, budgets: str, action: str | None) -> str:
+_COMPARED = """\
+          # What the change costs, line by line, and whether that is within the budgets: scenarios and budgets are those
+          # of [tool.fragscope]. HEAD is the pull request merged into its base, and HEAD^1 that base.
+          against: HEAD^1
+          # warn-only: true
+"""
+
+
+def _held(folder: str, budgets: str) -> str:
+    """What the action is given where no configuration says what both commits of a comparison are to run."""
+    return f"""\
+          scenarios: {_quoted(folder)}
+          budgets: {_quoted(budgets)}
+          # Instead of these two, once [tool.fragscope] of pyproject.toml has them: what the change costs, line by line.
+          # HEAD is the pull request merged into its base, and HEAD^1 that base.
+          # against: HEAD^1
+          # warn-only: true
+"""
+
+
+def _workflow(repository: Repository, action: str | None, given: str) -> str:
     used = action or f"OWNER/fragscope@v{version('fragscope')} # replace OWNER by whoever publishes the release"
     installed = repository.pyproject is not None or (repository.root / "setup.py").is_file()
     install = ""  # the action installs torch and fragscope itself
@@ -306,10 +335,4 @@ jobs:
           python-version: "3.12"
 {install}      - uses: {used}
         with:
-          scenarios: {_quoted(folder)}
-          budgets: {_quoted(budgets)}
-          # Instead of scenarios, once pyproject.toml has [tool.fragscope]: what the change costs, line by line.
-          # HEAD is the pull request merged into its base, and HEAD^1 that base.
-          # against: HEAD^1
-          # warn-only: true
-"""
+{given}"""

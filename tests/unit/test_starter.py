@@ -154,7 +154,6 @@ def test_where_things_go(tmp_path: Path) -> None:
     configured = plan_files(look_at(made(tmp_path / "c", ".git/HEAD", **{"pyproject.toml": table})), None, github=True)
     assert list(configured.files)[:2] == ["perf/mem/scenario_loader.py", "ci/mem.toml"]
     assert configured.table == ""
-    assert 'scenarios: "perf/mem"' in configured.files[".github/workflows/fragscope.yml"]
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a\\u001bb"])
@@ -185,6 +184,27 @@ def test_the_workflow_is_yaml_and_holds_the_gate(tmp_path: Path) -> None:
     assert used == f"OWNER/fragscope@v{release}", "nobody says who publishes it"
     (said,) = bare.left_to_do
     assert said.startswith("replace OWNER in .github/workflows/fragscope.yml ")
+
+
+@pytest.mark.parametrize(
+    ("table", "adds_table", "given"),
+    [
+        ("", False, {"scenarios": "scenarios", "budgets": "budgets.toml"}),
+        ("", True, {"against": "HEAD^1"}),
+        ('scenarios = ["mem"]\nbudgets = "ci/mem.toml"', False, {"against": "HEAD^1"}),
+        # A comparison would not run the new scenario, which nothing configured holds.
+        ('scenarios = ["a.py"]\nbudgets = "b.toml"', False, {"scenarios": "scenarios", "budgets": "b.toml"}),
+    ],
+)
+def test_the_workflow_compares_commits_where_the_table_says_what_to_run(
+    table: str, adds_table: bool, given: dict[str, str], tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    texts = {"pyproject.toml": f"[tool.fragscope]\n{table}\n"} if table else {}
+    repository = look_at(made(tmp_path, ".git/HEAD", **texts))
+    plan = plan_files(repository, None, github=True, action="us/fork@v2", adds_table=adds_table)
+    workflow = yaml.safe_load(plan.files[".github/workflows/fragscope.yml"])
+    assert workflow["jobs"]["fragscope"]["steps"][-1]["with"] == given
 
 
 def test_a_workflow_that_github_would_not_find_is_refused(tmp_path: Path) -> None:
