@@ -12,8 +12,19 @@ from fragscope.errors import UsageError, printable
 from fragscope.starter.loader import Loader, Parameter
 from fragscope.starter.repository import Repository
 
-SIZE = 16
-"""What sizes are in a scenario whose model nobody named: small enough for any loader."""
+DIMENSION = 1024
+"""What a tensor's sizes are where nobody named a model. Kernels of vLLM, SGLang and FlashInfer want multiples of their
+blocks and tiles (64, 128), and packed weights and scales hold up to 8 values or 4 blocks in one: 1024 is a multiple of all."""
+COUNT = 16
+"""What is counted off in loops, such as layers and experts: small enough for a scenario that ends in a moment."""
+BLOCK = 128
+"""What sizes of blocks and groups are: the usual one of quantized weights."""
+_COUNTS = re.compile(
+    r"^n_|(^|_)(num|layers?|experts?|heads?|blocks|groups|ranks?|world|tp|ep|dp|pp|topk|top|count|batch|e|l|steps?|times"
+    r"|copies|chunks?|splits?|shards?|stages?|bits?)(_|$)",
+    re.IGNORECASE,
+)
+_BLOCKS = re.compile(r"(^|_)(block|group|tile)(_|$)", re.IGNORECASE)
 _LIMIT = "79 GiB"  # what a card of 80 GB has free, allocator/cards.py
 _TAKEN = {
     "device",
@@ -94,6 +105,10 @@ def plan_files(
     places = (_relative(root, path) for path in config.scenarios)
     configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
     left_to_do: list[str] = []
+    if loader is not None and loader.parameters:
+        left_to_do.append(
+            f"put a real model's shapes in PRESETS of {scenario}: those there are made up, and a loader may fail on them"
+        )
     if github:
         workflow = ".github/workflows/fragscope.yml"
         compares = configured or (adds_table and not repository.has_table)
@@ -101,6 +116,8 @@ def plan_files(
         roles[workflow] = "both on every pull request"
         if action is None:
             left_to_do.append(f"replace OWNER in {workflow} by whoever publishes the fragscope that you use")
+    elif repository.github:
+        left_to_do.append("no workflow: --no-github")
     elif repository.git:
         left_to_do.append("no workflow: nothing says that this lies on GitHub (--github writes one)")
     else:
@@ -210,16 +227,24 @@ def _presets(loader: Loader) -> str:
     values: dict[str, int] = {}
     for p in loader.parameters:
         if p.kind == "size":
-            values[_value_name(p)] = SIZE
+            values[_value_name(p)] = _made_up(p.name)
         elif p.kind in ("tensor", "tensors", "module"):
-            values |= {"rows": SIZE, "columns": SIZE}
+            values |= {"rows": DIMENSION, "columns": DIMENSION}
     if not values:
-        values = {"rows": SIZE, "columns": SIZE}
+        values = {"rows": DIMENSION, "columns": DIMENSION}
     pairs = ", ".join(f'"{name}": {value}' for name, value in values.items())
     return (
         "# Made up: put the shapes of one real model here. Full size costs nothing, tensors have no data.\n"
+        "# A loader that fails on a shape or a size wants others than these, or than the scenario makes of them.\n"
         f'PRESETS = {{"example": {{{pairs}}}}}'
     )
+
+
+def _made_up(name: str) -> int:
+    """A size for a parameter of this name that few loaders refuse."""
+    if _COUNTS.search(name):
+        return COUNT
+    return BLOCK if _BLOCKS.search(name) else DIMENSION
 
 
 def _value_name(p: Parameter) -> str:

@@ -141,6 +141,24 @@ def test_the_pull_request_that_brings_these_files_passes_the_workflow_as_it_is(t
     assert "::error file=acme.py,line=6," in gated.stdout
 
 
+BLOCKS = """
+import torch
+
+
+def to_blocks(w13: torch.Tensor, w2: torch.Tensor, block_k: int = 128):
+    \"\"\"As FlashInfer's convert_to_block_layout, and scales of blocks packed by four.\"\"\"
+    scales = [torch.empty(w.shape[1] // 128, device=w.device).view(-1, 4) for w in (w13, w2)]
+    return [w.view(w.shape[0], -1, block_k).permute(1, 0, 2).contiguous() for w in (w13, w2)], scales
+"""
+
+
+def test_a_loader_with_blocks_runs_with_sizes_that_are_made_up(tmp_path: Path) -> None:
+    (tmp_path / "acme.py").write_text(BLOCKS)
+    assert fragscope(tmp_path, "init", "--loader", "acme:to_blocks").returncode == 0
+    ran = fragscope(tmp_path, "run", "scenarios", "--device", "virtual", "--no-report")
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_what_a_function_needs_and_nobody_can_make_is_said_where_it_fails(tmp_path: Path) -> None:
     (tmp_path / "acme.py").write_text("def load(config: dict):\n    return config['hidden']\n")
     assert fragscope(tmp_path, "init", "--loader", "acme:load").returncode == 0
