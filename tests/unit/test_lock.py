@@ -123,11 +123,6 @@ def test_what_is_not_the_same_every_time_is_left_out(changes, word):
     assert word in left_out["b"]
 
 
-def test_two_cases_of_one_name_cannot_be_locked():
-    with pytest.raises(UsageError, match="two cases named same"):
-        lock_of(results_of([case("same"), case("same", transient=1)]), "x.lock")
-
-
 def test_a_lock_larger_than_any_that_can_be_read_is_not_written():
     figures = parse_lock(text_of(case())).cases[ID].figures
     many = {f"{i:0300}": LockedCase(f"{i:0300}", figures) for i in range(9000)}
