@@ -211,6 +211,15 @@ def load_lock(path: Path, shown_as: str | None = None) -> Lock:
     return _lock(read_toml(path, str(path) if shown_as is None else shown_as, "locks", FILE_LIMIT))
 
 
+def other_version(path: Path) -> int | None:
+    """The version of a lock that is of another one than can be read; None for a file that says none."""
+    try:
+        version = read_toml(path, str(path), "locks", FILE_LIMIT).content.get("version")
+    except InputFileError:
+        return None
+    return version if type(version) is int and version != VERSION else None
+
+
 def parse_lock(text: str, file: str = "fragscope.lock") -> Lock:
     """The lock in a TOML text.
 
@@ -227,7 +236,8 @@ def _lock(toml: TomlFile) -> Lock:
         if "version" not in content:
             raise InputFileError(toml.file, "line 1: states no version; it is not a lock that fragscope wrote")
         raise toml.error(
-            ("version",), f"version is {quoted(version)}; this fragscope reads {VERSION}: write the lock anew with it"
+            ("version",), f"version is {quoted(version)}; this fragscope reads {VERSION}: "
+            "'fragscope lock --update' writes the lock anew"
         )
     for key in content:
         if key not in ("version", "fragscope", "torch", "case"):
