@@ -44,8 +44,8 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
     match = _PATTERN.fullmatch(text)
     if match is None or match[3] not in _FACTORS or (match[2] and match[3] in ("", "B")):
         raise UsageError(
-            f"{where}: {printable(repr(text), _SHOWN)} is not a byte count; use an integer (bytes) or a number with one of "
-            f"{', '.join(u for u in _FACTORS if u)}"
+            f"{where}: {printable(repr(text), _SHOWN)} is not a byte count; use an integer (bytes) or a number with "
+            f"one of {', '.join(u for u in _FACTORS if u)}"
         )
     whole, fraction, unit = match[1], match[2] or "", match[3]
     scaled = int(whole + fraction) * _FACTORS[unit]

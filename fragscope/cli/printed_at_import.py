@@ -1,7 +1,7 @@
 """What scenario files print while they are imported, shown so that it can do no harm.
 
-In a job of GitHub's, a line that begins with ``::`` is a command to the runner: ``::stop-commands::`` of a scenario file would
-hide every annotation of the gate after it. So such lines never reach the terminal or the log as they are.
+In a job of GitHub's, a line that begins with ``::`` is a command to the runner: ``::stop-commands::`` of a scenario
+file would hide every annotation of the gate after it. So such lines never reach the terminal or the log as they are.
 """
 
 from __future__ import annotations

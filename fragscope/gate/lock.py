@@ -236,8 +236,9 @@ def _lock(toml: TomlFile) -> Lock:
         if "version" not in content:
             raise InputFileError(toml.file, "line 1: states no version; it is not a lock that fragscope wrote")
         raise toml.error(
-            ("version",), f"version is {quoted(version)}; this fragscope reads {VERSION}: "
-            "'fragscope lock --update' writes the lock anew"
+            ("version",),
+            f"version is {quoted(version)}; this fragscope reads {VERSION}: "
+            "'fragscope lock --update' writes the lock anew",
         )
     for key in content:
         if key not in ("version", "fragscope", "torch", "case"):

@@ -169,26 +169,25 @@ def _waiver_changes(before: Budgets, after: Budgets) -> Iterator[PolicyChange]:
     # Equal ones first, then those for the same values of the same cases, then those for the same cases.
     for known_by in (_whole, lambda w: (_cases(w), w.metrics), _cases):
         for new in tuple(now):
-            old = next((old for old in was if known_by(old) == known_by(new)), None)
-            if old is not None:
-                was.remove(old)
+            at = next((i for i, old in enumerate(was) if known_by(old) == known_by(new)), None)
+            if at is not None:
                 now.remove(new)
-                pairs.append((old, new))
+                pairs.append((was.pop(at), new))
     pairs += [(None, new) for new in now] + [(old, None) for old in was]
-    for old, new in pairs:
-        stated = new or old
+    for before_it, it in pairs:
+        stated = it or before_it
         assert stated is not None
-        if old is None:
+        if before_it is None:
             detail = f"new: waives {_waived(stated)}: {printable(stated.reason, 200)}"
-        elif new is None:
+        elif it is None:
             detail = f"gone: waived {_waived(stated)}"
-        elif _whole(old) == _whole(new):
+        elif _whole(before_it) == _whole(it):
             continue
         else:
-            detail = f"changed, owner {printable(new.owner, 120)}: {'; '.join(_otherwise(old, new))}"
+            detail = f"changed, owner {printable(it.owner, 120)}: {'; '.join(_otherwise(before_it, it))}"
         narrowed = "".join(f" ({k} {printable(v, 80) or 'default'})" for k, v in _narrowing(stated.cases).items())
         yield PolicyChange(
-            file=before.file if new is None else after.file,
+            file=before.file if it is None else after.file,
             line=stated.line,
             what=f"waiver {printable(stated.cases.pattern, 200)}{narrowed}",
             kind="changed",

@@ -14,7 +14,7 @@ from fragscope.results import Results
 from fragscope.units import mib
 
 _WIDE = 112  # from here on every column has its own place
-_GOES_ON = "│ "
+_MARK = "│ "
 UNKNOWN = "-"
 HEADINGS = (
     "variant", "role", "outcome", "base", "transient", "against original", "peak allocated", "peak reserved",
@@ -58,11 +58,18 @@ class _Report:
 def _folded(text: str, console: Console, options: ConsoleOptions, style: str = "") -> Iterator[Text]:
     """A line as wide as there is room, in several where it is longer.
 
-    Where the text is a stranger's, it may fold before any of its words, and a line that begins with ``::``, after blanks or
-    not, is a command to GitHub's runner. Such a line gets a mark.
+    Where the text is a stranger's, it may fold before any of its words, and a line that begins with ``::``, after
+    blanks or not, is a command to GitHub's runner. Such a line gets a mark.
     """
-    for line in Text(text, style).wrap(console, max(options.max_width - len(_GOES_ON), 1)):
-        yield Text.assemble(_GOES_ON, line) if line.plain.lstrip().startswith("::") else line
+    lines = Text(text, style).wrap(console, options.max_width)
+    if any(map(_commands, lines)):
+        lines = Text(text, style).wrap(console, max(options.max_width - len(_MARK), 1))
+    for line in lines:
+        yield Text.assemble(_MARK, line) if _commands(line) else line
+
+
+def _commands(line: Text) -> bool:
+    return line.plain.lstrip().startswith("::")
 
 
 def _name(text: str) -> str:

@@ -21,8 +21,8 @@ Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
-# What a file may say: reports divide and draw figures, which ends beyond what a float can hold, and a size below nothing
-# would pass every limit.
+# What a file may say: reports divide and draw figures, which ends beyond what a float can hold, and a size below
+# nothing would pass every limit.
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """Bytes that something takes or has."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -14,7 +14,8 @@ from fragscope.starter.repository import Repository
 
 DIMENSION = 1024
 """What a tensor's sizes are where nobody named a model. Kernels of vLLM, SGLang and FlashInfer want multiples of their
-blocks and tiles (64, 128), and packed weights and scales hold up to 8 values or 4 blocks in one: 1024 is a multiple of all."""
+blocks and tiles (64, 128), and packed weights and scales hold up to 8 values or 4 blocks in one: 1024 is a multiple of
+all."""
 COUNT = 16
 """What is counted off in loops, such as layers and experts: small enough for a scenario that ends in a moment."""
 BLOCK = 128
@@ -107,7 +108,8 @@ def plan_files(
     left_to_do: list[str] = []
     if loader is not None and loader.parameters:
         left_to_do.append(
-            f"put a real model's shapes in PRESETS of {scenario}: those there are made up, and a loader may fail on them"
+            f"put a real model's shapes in PRESETS of {scenario}: those there are made up, and a loader may fail on "
+            "them"
         )
     if github:
         workflow = ".github/workflows/fragscope.yml"

@@ -75,8 +75,8 @@ def find_loader(repository: Repository, named: str) -> Loader:
         raise UsageError(f"--loader {shown}: {_why_not(tree, name, relative, tuple(named_here))}")
     if _yields(function):
         raise UsageError(
-            f"--loader {shown}: {name} in {printable(relative)}, line {function.lineno}, is a generator, and a call alone "
-            "runs nothing of it; name a function that consumes it"
+            f"--loader {shown}: {name} in {printable(relative)}, line {function.lineno}, is a generator, and a call "
+            "alone runs nothing of it; name a function that consumes it"
         )
     return Loader(module, name, relative, function.lineno, tuple(_parameters(function)))
 

