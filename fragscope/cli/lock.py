@@ -109,7 +109,6 @@ def _there(path: Path, shown: str, *, update: bool) -> Lock | None:
         InputFileError: it is no lock, and says what to do; or one of another version, and nobody said --update.
     """
     from fragscope.gate.lock import load_lock, other_version
-    from fragscope.toml import quoted
 
     try:
         return load_lock(path, shown)
@@ -119,7 +118,7 @@ def _there(path: Path, shown: str, *, update: bool) -> Lock | None:
             raise InputFileError(shown, f"{e.reason}; delete it, and 'fragscope lock' writes it anew") from None
         if not update:
             raise
-        said = f"is of version {quoted(version)}, and is written anew with nothing but these results"
+        said = f"is of version {printable(str(version), 40)}, and is written anew with nothing but these results"
         click.echo(f"fragscope: {printable(shown)} {said}", err=True)
         return None
 
