@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fragscope.errors import UsageError
+from fragscope.errors import UsageError, printable
 
 KIB = 1024
 MIB = 1024**2
@@ -18,6 +18,7 @@ _FACTORS = {
     "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
     "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
+_SHOWN = 60  # characters of what is refused
 _PATTERN = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*")
 
 
@@ -38,13 +39,13 @@ def parse_bytes(text: str | int, where: str = "size") -> int:
         raise UsageError(f"{where}: {text!r} is not a byte count; write an integer or a size such as '2 GiB'")
     if isinstance(text, int):
         if text < 0:
-            raise UsageError(f"{where}: {text} is negative; a byte count is 0 or more")
+            raise UsageError(f"{where}: {printable(str(text), _SHOWN)} is negative; a byte count is 0 or more")
         return text
     match = _PATTERN.fullmatch(text)
     if match is None or match[3] not in _FACTORS or (match[2] and match[3] in ("", "B")):
         raise UsageError(
-            f"{where}: {text!r} is not a byte count; use an integer (bytes) or a number with one of "
-            f"{', '.join(u for u in _FACTORS if u)}"
+            f"{where}: {printable(repr(text), _SHOWN)} is not a byte count; use an integer (bytes) or a number with "
+            f"one of {', '.join(u for u in _FACTORS if u)}"
         )
     whole, fraction, unit = match[1], match[2] or "", match[3]
     scaled = int(whole + fraction) * _FACTORS[unit]

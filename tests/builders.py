@@ -173,11 +173,14 @@ def case_of(result: Replay, **fields: Any) -> Case:
 def bare_case(**fields: Any) -> Case:
     """A case without a trace, for tables; everything may be replaced."""
     values: dict[str, Any] = {
-        "id": "s/p/v", "digest": "0" * 16, "scenario": "load_experts", "preset": "dsv3-tp8", "variant": "list-stack",
+        "digest": "0" * 16, "scenario": "load_experts", "preset": "dsv3-tp8", "variant": "list-stack",
         "role": "original", "torch": "2.11", "torch_installed": "2.13.0", "card": DEFAULT_CARD, "device": "virtual",
         "outcome": "ok", "exact": True,
     }  # fmt: skip
-    return Case(**(values | fields))
+    values |= fields
+    named = "/".join(str(values[key]) for key in ("scenario", "preset", "variant"))
+    under = ",".join(str(values.get(key, "")) for key in ("conf", "torch", "card", "device"))
+    return Case(**{"id": f"{named}@{under}", **values})
 
 
 def results_of(cases: list[Case], **run: Any) -> Results:

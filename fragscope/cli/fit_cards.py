@@ -31,15 +31,35 @@ if TYPE_CHECKING:
 
 _LONGEST = 2000  # characters of a line
 _EXPANDABLE = "expandable_segments:True"
+_HEAD = 64  # bytes of a file that tell what it is
+_BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"
 
 
 def is_results(path: str) -> bool:
-    """Whether a path names the results of a run, and not a trace or a folder of recordings."""
+    """Whether a path names the results of a run, and not a trace or a folder of recordings.
+
+    Results may have any name: they are JSON, which no trace is.
+
+    Raises:
+        InputFileError: it cannot be read, or is a folder with none of these.
+    """
+    from fragscope.trace.containers import first_bytes
+    from fragscope.trace.rank_set import members
+    from fragscope.trace.recording import is_recording
+
     given = Path(path)
     try:
-        return given.name.endswith("results.json") or (given / "results.json").is_file()
-    except OSError:
-        return False
+        if not given.is_dir():
+            return first_bytes(given, _HEAD).lstrip(_BEFORE_JSON).startswith(b"{")
+        if (given / "results.json").is_file():
+            return True
+        if is_recording(given) or members(given):
+            return False
+    except OSError as e:  # such as a name too long for any file
+        raise InputFileError(path, (e.strerror or type(e).__name__).lower()) from None
+    raise InputFileError(
+        path, "is a folder with neither results.json ('fragscope run' writes it) nor recordings ('fragscope record')"
+    )
 
 
 def answer_on_cards(

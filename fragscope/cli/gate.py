@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fragscope.errors import UsageError
+from fragscope.errors import FragscopeError, UsageError
 
 if TYPE_CHECKING:
     from fragscope.config import Config
     from fragscope.gate import Budgets, Lock, Verdict
+
+
+def _annotated(gate: Callable[..., int]) -> Callable[..., int]:
+    """Where annotations are asked for, an error without a verdict is one too; stderr is only in a job's log."""
+
+    @functools.wraps(gate)
+    def annotated(**given: Any) -> int:
+        try:
+            return gate(**given)
+        except FragscopeError as e:
+            if given["layout"] == "github":
+                from fragscope.gate.annotations import error_command
+
+                click.echo(error_command(str(e)))
+            raise
+
+    return annotated
 
 
 @click.command("gate")
@@ -58,6 +77,7 @@ if TYPE_CHECKING:
 @click.option("--comment", type=click.Path(path_type=Path), metavar="FILE",
               help="Also write the body of a pull request's comment to FILE.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML to FILE.")
+@_annotated
 def command(
     results: Path | None,
     budgets: Path | None,

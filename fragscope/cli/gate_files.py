@@ -45,14 +45,20 @@ def results_folder(option: Path | None, config: Config) -> Path:
     """
     folder = option or config.out or Path(".fragscope")
     if not folder.exists():
-        raise InputFileError(relative(folder), "is not there; write results with 'fragscope run' first")
+        how = "is a link to what is not there" if folder.is_symlink() else "is not there"
+        raise InputFileError(relative(folder), f"{how}; write results with 'fragscope run' first")
+    if folder.is_dir() and not (folder / "results.json").exists():
+        raise InputFileError(relative(folder), "holds no results.json; write results with 'fragscope run' first")
     return folder
 
 
 def relative(path: Path) -> str:
-    """The path as short as it can be said from here; absolute ones differ from machine to machine."""
+    """The path as short as it can be said from here; absolute ones differ from machine to machine.
+
+    A link is named by its own name, which is the one that people know.
+    """
     try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
+        return str((path.parent.resolve() / path.name).relative_to(Path.cwd().resolve()))
     except ValueError:
         return str(path)
 
@@ -69,4 +75,4 @@ def _existing(option: Path | None, flag: str, configured: Path | None, key: str,
                 f"write it, correct the key, or pass {flag} FILE"
             )
         return configured
-    return usual if usual.exists() else None
+    return usual if usual.exists() or usual.is_symlink() else None  # a link that leads nowhere is a fault, not no file

@@ -45,7 +45,7 @@ def command(
     repository = look_at(path or Path())
     loader = None if named is None else find_loader(repository, named)
     wanted = repository.github if github is None else github
-    plan = plan_files(repository, loader, github=wanted, action=action)
+    plan = plan_files(repository, loader, github=wanted, action=action, adds_table=write_config)
     if write_config and not plan.table:
         raise UsageError("--write-config: pyproject.toml has [tool.fragscope] already; leave the option out")
     click.echo(f"found: {printable(repository.found, 300)}")

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragscope.errors import EXIT_OVER_BUDGET, EXIT_PASS, FragscopeError, NotMeasuredError, UsageError, printable
+from fragscope.errors import (
+    EXIT_OVER_BUDGET,
+    EXIT_PASS,
+    FragscopeError,
+    InputFileError,
+    NotMeasuredError,
+    UsageError,
+    printable,
+)
 
 if TYPE_CHECKING:
+    from fragscope.gate.lock import Lock
     from fragscope.gate.lock_update import Relock
     from fragscope.results import Results
 
@@ -45,7 +54,7 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
     """  # noqa: D301  # \b is click's mark for lines that stay as they are
     from fragscope.cli.gate_files import lock_file, relative, results_folder
     from fragscope.config import load_config
-    from fragscope.gate.lock import load_lock, lock_of, lock_text
+    from fragscope.gate.lock import lock_of, lock_text
     from fragscope.gate.lock_check import made_otherwise
     from fragscope.gate.lock_update import relock
     from fragscope.results import load_results
@@ -66,7 +75,7 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
     _say_more(len(left_out), "cases that are not locked")
     if not new.cases:
         raise NotMeasuredError("the results hold nothing that can be locked; nothing is written")
-    old = load_lock(path, shown) if path.exists() else None
+    old = _there(path, shown, update=update) if path.exists() else None
     change = relock(old, new, prune=prune)
     if old is not None:
         _show(change, shown)
@@ -91,6 +100,27 @@ def command(results: Path | None, file: Path | None, update: bool, check: bool, 
         raise FragscopeError(f"cannot write {printable(shown)}: {e.strerror or type(e).__name__}") from e
     click.echo(f"fragscope: locked {_cases(len(change.lock.cases))} in {printable(shown)}", err=True)
     return EXIT_PASS
+
+
+def _there(path: Path, shown: str, *, update: bool) -> Lock | None:
+    """The lock that is there; None for one of another version, which --update replaces whole.
+
+    Raises:
+        InputFileError: it is no lock, and says what to do; or one of another version, and nobody said --update.
+    """
+    from fragscope.gate.lock import load_lock, other_version
+
+    try:
+        return load_lock(path, shown)
+    except InputFileError as e:
+        version = other_version(path)
+        if version is None:
+            raise InputFileError(shown, f"{e.reason}; delete it, and 'fragscope lock' writes it anew") from None
+        if not update:
+            raise
+        said = f"is of version {printable(str(version), 40)}, and is written anew with nothing but these results"
+        click.echo(f"fragscope: {printable(shown)} {said}", err=True)
+        return None
 
 
 def _check(results: Results) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fragscope.cli.printed_at_import import shown_on_stderr
 from fragscope.cli.running import RichProgress, stopped_by_signals
-from fragscope.cli.scenarios import selections_of, stdout_kept_clean
+from fragscope.cli.scenarios import selections_of
 from fragscope.errors import (
     EXIT_INTERNAL,
     EXIT_NOT_MEASURED,
@@ -98,7 +99,7 @@ def command(
         raise UsageError("--timeout: nan is not a time")
     config = configured()
     root = config.root or Path.cwd()
-    with stdout_kept_clean():
+    with shown_on_stderr():
         kind = _device(device)
         selections = selections_of(config, what, preset, variant)
 

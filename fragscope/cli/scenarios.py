@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,22 +59,3 @@ def _split(what: tuple[str, ...]) -> tuple[list[Path], list[str]]:
         else:
             names.append(item)
     return paths, names
-
-
-@contextlib.contextmanager
-def stdout_kept_clean() -> Iterator[None]:
-    """What scenario files print while they are imported goes to stderr: stdout holds data only."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    except OSError:  # one of the two is closed
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

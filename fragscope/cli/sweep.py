@@ -123,16 +123,14 @@ def _sentence(curve: Curve, results: SweepResults) -> str:
         return f"{under}: no answer: {curve.refuted}; please report it"
     if curve.problem:
         return f"{under}: no answer: {curve.problem}{' (declared)' if curve.declared else ''}"
+    untried = "" if curve.untried_above is None else f"; nothing above {curve.untried_above:,} was tried"
     if curve.largest is None:
-        return f"{under}: not even {name} = {results.low:,} fits: {curve.limited_by}"
+        return f"{under}: not even {name} = {results.low:,} fits: {curve.limited_by}{untried}"
     if not results.complete:
         return f"{under}: not finished; {name} = {curve.largest:,} fits"
     if not curve.limited_by:
         return f"{under}: every size tried fits, up to {name} = {curve.largest:,}"
-    caveat = ""
-    if curve.fails_below:
-        caveat = f"; of the smaller ones tried, {', '.join(f'{s:,}' for s in curve.fails_below)} do not fit"
-    return f"{under}: {name} = {curve.largest:,} is the largest that fits{caveat}; {curve.limited_by}"
+    return f"{under}: {name} = {curve.largest:,} is the largest that fits; {curve.limited_by}{untried}"
 
 
 def _rows(curve: Curve, results: SweepResults) -> Sequence[tuple[str, ...]]:

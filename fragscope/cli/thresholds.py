@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,15 +95,19 @@ def command(
 def _settings(card: str | None, free: str | None, conf: str, release: str | None) -> ReplaySettings:
     from fragscope.allocator import DEFAULT_CARD, NEWEST, ReplaySettings, card_named, parse_conf, rules_for
     from fragscope.cli.configured import configured
-    from fragscope.units import parse_memory
+    from fragscope.units import format_bytes, parse_memory
 
     config = configured()
     profile = card_named(card or config.card or DEFAULT_CARD)
     rules = rules_for(release or config.torch or NEWEST.release)
     parse_conf(conf, rules.rules)  # complains before anything is computed
     settings = ReplaySettings.on(profile, rules, conf, None if free is None else parse_memory(free, "--free"))
+    if settings.capacity <= settings.total:
+        return settings
     # More than the card has stands for a larger card.
-    return settings if settings.capacity <= settings.total else settings.with_total(settings.capacity)
+    has, taken = format_bytes(settings.total), format_bytes(settings.capacity)
+    print(f"fragscope: {profile.name} has {has}; it is taken to have {taken}, as --free says", file=sys.stderr)
+    return settings.with_total(settings.capacity)
 
 
 def as_json(found: list[Thresholds], settings: ReplaySettings) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fragscope.cli.scenarios import selections_of, stdout_kept_clean
+from fragscope.cli.printed_at_import import shown_on_stderr
+from fragscope.cli.scenarios import selections_of
 from fragscope.errors import EXIT_NOT_MEASURED, EXIT_OVER_BUDGET, EXIT_PASS, NotMeasuredError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def command(what: tuple[str, ...], digest: str | None, package: str | None, styl
     from fragscope.config import load_config
     from fragscope.suite.replayed import replayed
 
-    with stdout_kept_clean():
+    with shown_on_stderr():
         selections = selections_of(load_config(), what, (), ())
     found = replayed({s.scenario.name: s.scenario for s in selections}.values())
     if style == "json":

@@ -50,6 +50,11 @@ def as_github(verdict: Verdict, folder: str = "") -> str:
     return "\n".join([*lines, as_text(verdict)])
 
 
+def error_command(message: str) -> str:
+    """The command for an error that leaves no verdict; one line, without its end."""
+    return f"::error title=fragscope gate::{_data(printable(message, 2000))}"
+
+
 def _only_warned(finding: Finding) -> Finding:
     return replace(finding, level="warning") if finding.level == "error" else finding
 

@@ -104,17 +104,12 @@ def lock_of(results: Results, file: str) -> tuple[Lock, dict[str, str]]:
     """What results lock, and by id why other cases are left out.
 
     Args:
-        results: complete, and every outcome declared; the caller sees to that.
+        results: complete, every outcome declared, and no id twice; the caller sees to that.
         file: the lock, as it is shown to people.
-
-    Raises:
-        UsageError: two cases have one id, so that neither can be locked.
     """
     cases: dict[str, LockedCase] = {}
     left_out: dict[str, str] = {}
     for case in results.cases:
-        if case.id in cases or case.id in left_out:
-            raise UsageError(f"the results have two cases named {printable(case.id)}; neither can be locked")
         reason = why_not_locked(case)
         if reason:
             left_out[case.id] = reason
@@ -216,6 +211,15 @@ def load_lock(path: Path, shown_as: str | None = None) -> Lock:
     return _lock(read_toml(path, str(path) if shown_as is None else shown_as, "locks", FILE_LIMIT))
 
 
+def other_version(path: Path) -> int | None:
+    """The version of a lock that is of another one than can be read; None for a file that says none."""
+    try:
+        version = read_toml(path, str(path), "locks", FILE_LIMIT).content.get("version")
+    except InputFileError:
+        return None
+    return version if type(version) is int and version != VERSION else None
+
+
 def parse_lock(text: str, file: str = "fragscope.lock") -> Lock:
     """The lock in a TOML text.
 
@@ -232,7 +236,9 @@ def _lock(toml: TomlFile) -> Lock:
         if "version" not in content:
             raise InputFileError(toml.file, "line 1: states no version; it is not a lock that fragscope wrote")
         raise toml.error(
-            ("version",), f"version is {quoted(version)}; this fragscope reads {VERSION}: write the lock anew with it"
+            ("version",),
+            f"version is {quoted(version)}; this fragscope reads {VERSION}: "
+            "'fragscope lock --update' writes the lock anew",
         )
     for key in content:
         if key not in ("version", "fragscope", "torch", "case"):

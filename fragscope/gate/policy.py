@@ -6,18 +6,18 @@ costs memory and raises the budget by as much would pass in silence otherwise.
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from fragscope.errors import InputFileError, printable
 from fragscope.gate.budgets import METRICS, Budget, Limit
 from fragscope.gate.budgets_file import Budgets, parse_budgets
-from fragscope.gate.lock import FILE_LIMIT
+from fragscope.gate.lock import FILE_LIMIT, LockOptions
 from fragscope.gate.verdict import PolicyChange
+from fragscope.gate.waivers import Waiver
 from fragscope.units import format_bytes
 
 _Key = tuple[str, tuple[tuple[str, str], ...], str]
@@ -52,7 +52,7 @@ def read_policy(file: Path | None, shown: str) -> PolicyFile:
 
 
 def budget_changes(before: PolicyFile, after: PolicyFile) -> list[PolicyChange]:
-    """Every limit that is raised, lowered, new or removed, those that let more pass first.
+    """Every limit and waiver that is otherwise than it was, those that let more pass first.
 
     Raises:
         InputFileError: the current file cannot be used.
@@ -66,10 +66,7 @@ def budget_changes(before: PolicyFile, after: PolicyFile) -> list[PolicyChange]:
         detail = f"cannot be compared: before, {e.reason}"
         return [PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail)]
     found = list(_limit_changes(was, now))
-    other = _other_tables(before.text, after.text)
-    if other:
-        detail = f"{', '.join(other)} changed"
-        found.append(PolicyChange(file=after.shown, line=0, what=after.shown, kind="changed", detail=detail))
+    found += [*_waiver_changes(was, now), *_lock_option_changes(was, now)]
     return sorted(found, key=_order)
 
 
@@ -165,12 +162,78 @@ def _detail(old: Limit | None, new: Limit | None) -> str:
     return f"{_kind(old, new)} by {by}, from {format_bytes(old.bytes)} to {format_bytes(new.bytes)}"
 
 
-def _other_tables(before: str, after: str) -> list[str]:
-    """Tables of a budgets file that are not budgets and differ; both texts are TOML."""
-    was, now = tomllib.loads(before), tomllib.loads(after)
-    return sorted(
-        printable(key, 80) for key in was.keys() | now.keys() if key != "budget" and was.get(key) != now.get(key)
-    )
+def _waiver_changes(before: Budgets, after: Budgets) -> Iterator[PolicyChange]:
+    """Waivers that are new, gone or otherwise; one that only moved in its file is none of these."""
+    was, now = list(before.waivers), list(after.waivers)
+    pairs: list[tuple[Waiver | None, Waiver | None]] = []
+    # Equal ones first, then those for the same values of the same cases, then those for the same cases.
+    for known_by in (_whole, lambda w: (_cases(w), w.metrics), _cases):
+        for new in tuple(now):
+            at = next((i for i, old in enumerate(was) if known_by(old) == known_by(new)), None)
+            if at is not None:
+                now.remove(new)
+                pairs.append((was.pop(at), new))
+    pairs += [(None, new) for new in now] + [(old, None) for old in was]
+    for before_it, it in pairs:
+        stated = it or before_it
+        assert stated is not None
+        if before_it is None:
+            detail = f"new: waives {_waived(stated)}: {printable(stated.reason, 200)}"
+        elif it is None:
+            detail = f"gone: waived {_waived(stated)}"
+        elif _whole(before_it) == _whole(it):
+            continue
+        else:
+            detail = f"changed, owner {printable(it.owner, 120)}: {'; '.join(_otherwise(before_it, it))}"
+        narrowed = "".join(f" ({k} {printable(v, 80) or 'default'})" for k, v in _narrowing(stated.cases).items())
+        yield PolicyChange(
+            file=before.file if it is None else after.file,
+            line=stated.line,
+            what=f"waiver {printable(stated.cases.pattern, 200)}{narrowed}",
+            kind="changed",
+            detail=detail,
+        )
+
+
+def _cases(waiver: Waiver) -> tuple[object, ...]:
+    return waiver.cases.pattern, _narrowing(waiver.cases)
+
+
+def _whole(waiver: Waiver) -> tuple[object, ...]:
+    return *_cases(waiver), waiver.metrics, waiver.owner, waiver.reason, waiver.expires, waiver.limit
+
+
+def _waived(waiver: Waiver) -> str:
+    most = "" if waiver.limit is None else f" up to {format_bytes(waiver.limit)}"
+    return f"{', '.join(waiver.metrics)}{most}, until {waiver.expires}, owner {printable(waiver.owner, 120)}"
+
+
+def _otherwise(old: Waiver, new: Waiver) -> Iterator[str]:
+    """What of a waiver is not as it was."""
+    sides = [
+        {
+            "metrics": ", ".join(waiver.metrics),
+            "owner": printable(waiver.owner, 120),
+            "expires": waiver.expires.isoformat(),
+            "limit": "none" if waiver.limit is None else format_bytes(waiver.limit),
+            "reason": printable(waiver.reason, 200),
+        }
+        for waiver in (old, new)
+    ]
+    for key, was in sides[0].items():
+        now = sides[1][key]
+        if was != now:
+            yield f"{key} was {was}, now {now}"
+
+
+def _lock_option_changes(before: Budgets, after: Budgets) -> Iterator[PolicyChange]:
+    """What the lock lets pass that it did not, or no longer."""
+    for option in fields(LockOptions):
+        was, now = (getattr(side.lock, option.name) for side in (before, after))
+        if was != now:
+            words = ["allow" if allowed else "fail" for allowed in (was, now)]
+            detail = f"{option.name} was {words[0]}, now {words[1]}"
+            yield PolicyChange(file=after.file, line=0, what="[lock]", kind="changed", detail=detail)
 
 
 def _order(change: PolicyChange) -> tuple[int, int, str, int]:

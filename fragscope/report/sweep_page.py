@@ -87,8 +87,8 @@ def _line(number: int, curve: Curve, *, complete: bool) -> Line:
     peak = "-" if curve.largest is None else mib(at[curve.largest].peak_reserved)
     rest = curve.limited_by or "every size tried fits" if complete else "not finished"
     why = curve.refuted or curve.problem or rest
-    if curve.fails_below:
-        why += f"; smaller ones that do not fit: {', '.join(f'{s:,}' for s in curve.fails_below)}"
+    if complete and curve.untried_above is not None and why == curve.limited_by:
+        why += f"; nothing above {curve.untried_above:,} was tried"
     return Line(
         letter=chr(ord("A") + number % 26),
         color=line_name(number),

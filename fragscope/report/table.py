@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
@@ -12,6 +14,7 @@ from fragscope.results import Results
 from fragscope.units import mib
 
 _WIDE = 112  # from here on every column has its own place
+_MARK = "│ "
 UNKNOWN = "-"
 HEADINGS = (
     "variant", "role", "outcome", "base", "transient", "against original", "peak allocated", "peak reserved",
@@ -39,22 +42,44 @@ class _Report:
             yield _table(group, wide)
             for row in group.rows:
                 if row.message and not (row.case.as_expected and row.case.outcome == "ok"):
-                    yield Text(f"{row.variant}: {row.message}")
+                    yield from _folded(f"{_name(row.variant)}: {row.message}", console, options)
                 for note in row.notes:
-                    yield Text(f"{row.variant}: {note}")
+                    yield from _folded(f"{_name(row.variant)}: {note}", console, options)
             yield Text()
         if self.summary.groups:
             notes = "MiB; against original: difference of transient"
             yield Text(f"{notes}; {ESTIMATED_MEANS}" if self.summary.estimated else notes, style="dim")
         for line in self.summary.headlines:
-            yield Text(line)
+            yield from _folded(line, console, options)
         for line in self.summary.warnings:
-            yield Text(f"! {line}", style="yellow")
+            yield from _folded(f"! {line}", console, options, "yellow")
+
+
+def _folded(text: str, console: Console, options: ConsoleOptions, style: str = "") -> Iterator[Text]:
+    """A line as wide as there is room, in several where it is longer.
+
+    Where the text is a stranger's, it may fold before any of its words, and a line that begins with ``::``, after
+    blanks or not, is a command to GitHub's runner. Such a line gets a mark.
+    """
+    lines = Text(text, style).wrap(console, options.max_width)
+    if any(map(_commands, lines)):
+        lines = Text(text, style).wrap(console, max(options.max_width - len(_MARK), 1))
+    for line in lines:
+        yield Text.assemble(_MARK, line) if _commands(line) else line
+
+
+def _commands(line: Text) -> bool:
+    return line.plain.lstrip().startswith("::")
+
+
+def _name(text: str) -> str:
+    """A name at the beginning of a line, of results that may be a stranger's; those of scenarios have no colon."""
+    return text.replace("::", r":\x3a")
 
 
 def _heading(group: Group) -> RenderableType:
-    title = Text(group.scenario, style="bold")
-    title.append(f"  {group.preset}", style="none")
+    title = Text(_name(group.scenario), style="bold")
+    title.append(f"  {_name(group.preset)}", style="none")
     if group.settings:
         title.append(f"  {', '.join(group.settings)}", style="dim")
     return title
@@ -81,10 +106,10 @@ def _table(group: Group, wide: bool) -> Table:
         base, transient, *rest = figures(row)
         numbers = (Text(base), Text(transient), _difference(row), *map(Text, rest))
         if wide:
-            table.add_row(Text(row.variant), Text(row.case.role), _outcome(row), *numbers)
+            table.add_row(Text(_name(row.variant)), Text(row.case.role), _outcome(row), *numbers)
         else:
             # Numbers keep their width at 80 columns; words share a cell, which may fold.
-            words = Text.assemble(f"{row.variant}\n", (row.case.role, "dim"), ", ", _outcome(row))
+            words = Text.assemble(f"{_name(row.variant)}\n", (row.case.role, "dim"), ", ", _outcome(row))
             table.add_row(words, *numbers)
     return table
 

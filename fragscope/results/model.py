@@ -21,45 +21,55 @@ Role = Literal["original", "fixed", "newest", "proposed", "installed"]
 Effect = Literal["none", "bounded", "unknown"]
 DeviceKind = Literal["virtual", "cuda"]
 
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""What a file may say in bytes, or of a count: reports divide and draw it, which ends beyond what a float can hold."""
+# What a file may say: reports divide and draw figures, which ends beyond what a float can hold, and a size below
+# nothing would pass every limit.
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""Bytes that something takes or has."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""How many there are, or which of many it is."""
+Difference = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Bytes by which one size is above another; negative where it is below."""
+Handle = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a driver names something by, as a signed number of 64 bits."""
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""How long something took; 1e9 are 32 years."""
 
 
 class Peak(msgspec.Struct, frozen=True):
     """Byte counters; see the design's word list for each."""
 
-    requested: Int64 = 0
-    allocated: Int64 = 0
-    active: Int64 = 0
-    reserved: Int64 = 0
-    stranded: Int64 = 0
-    inactive_split: Int64 = 0
-    pool_idle: Int64 = 0
-    raw: Int64 = 0
-    hbm: Int64 = 0
+    requested: Size = 0
+    allocated: Size = 0
+    active: Size = 0
+    reserved: Size = 0
+    stranded: Size = 0
+    inactive_split: Size = 0
+    pool_idle: Size = 0
+    raw: Size = 0
+    hbm: Size = 0
 
 
 class AfterEmptyCache(msgspec.Struct, frozen=True):
     """What ``empty_cache()`` would leave at the end of the phase; bytes."""
 
-    reserved: Int64 = 0
+    reserved: Size = 0
 
 
 class Calls(msgspec.Struct, frozen=True):
     """Driver calls during the phase."""
 
-    alloc: Int64 = 0
-    free: Int64 = 0
-    sync: Int64 = 0
+    alloc: Count = 0
+    free: Count = 0
+    sync: Count = 0
 
 
 class OomRecord(msgspec.Struct, frozen=True):
     """A request that failed: event number in the trace, bytes, stream."""
 
-    event: Int64
-    requested: Int64
-    rounded: Int64
-    stream: Int64
+    event: Count
+    requested: Size
+    rounded: Size
+    stream: Handle
 
 
 class AssumptionRecord(msgspec.Struct, frozen=True):
@@ -67,7 +77,7 @@ class AssumptionRecord(msgspec.Struct, frozen=True):
 
     code: str
     effect: Effect
-    events: Int64
+    events: Count
     detail: str = ""
 
 
@@ -80,8 +90,8 @@ class VerifyRecord(msgspec.Struct, frozen=True):
         first: the first difference.
     """
 
-    compared: Int64
-    mismatches: Int64
+    compared: Count
+    mismatches: Count
     first: str | None = None
 
 
@@ -95,8 +105,8 @@ class PrecheckRecord(msgspec.Struct, frozen=True):
         note: why it was run although it was not known to fit, or was known not to; ``""`` where it was known to fit.
     """
 
-    needs: Int64 | None
-    free: Int64
+    needs: Size | None
+    free: Size
     exact: bool
     note: str = ""
 
@@ -108,12 +118,12 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         exact: every operator's memory is known, and nothing assumed can change the figures.
     """
 
-    base: Int64
-    transient: Int64
-    retained: Int64
+    base: Size
+    transient: Size
+    retained: Difference
     peak: Peak
     end: Peak
-    allocs: Int64
+    allocs: Count
     exact: bool
 
 
@@ -139,14 +149,14 @@ class LossRecord(msgspec.Struct, frozen=True):
 
     code: str
     detail: str
-    events: Int64 = 0
+    events: Count = 0
 
 
 class EstimatedOp(msgspec.Struct, frozen=True):
     """An operator whose hidden temporaries are not known."""
 
     op: str
-    calls: Int64
+    calls: Count
     where: str = ""
 
 
@@ -175,6 +185,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         base_requested: requested bytes when the phase began.
         transient: peak allocated beyond base and end.
         retained: end minus base.
+        non_torch_peak: highest sample of what is in use less what PyTorch had reserved then, which can be put off by a
+            segment, and below 0 where there is nothing else.
         precheck: what was known of its need before it ran on a card; None on the virtual device, and for a case that
             is declared to run out of memory.
         predicted: what the virtual device said of it beforehand; None on the virtual device, and where it said nothing.
@@ -197,29 +209,29 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     torch_installed: str
     card: str
     device: DeviceKind
-    capacity: Int64 = 0
+    capacity: Size = 0
     outcome: Outcome
     expected_outcome: Outcome = "ok"
-    missing: Int64 | None = None
+    missing: Size | None = None
     replays: str | None = None
     installed: InstalledCode | None = None
     exact: bool = False
     estimated_ops: list[EstimatedOp] = []
     any_card: bool = False
-    base: Int64 = 0
-    end_live: Int64 = 0
-    base_requested: Int64 = 0
-    transient: Int64 = 0
-    retained: Int64 = 0
+    base: Size = 0
+    end_live: Size = 0
+    base_requested: Size = 0
+    transient: Size = 0
+    retained: Difference = 0
     peak: Peak = Peak()
     end: Peak = Peak()
     after_empty_cache: AfterEmptyCache = AfterEmptyCache()
-    non_torch_peak: Int64 | None = None
-    segments_peak: Int64 = 0
-    allocs: Int64 = 0
+    non_torch_peak: Difference | None = None
+    segments_peak: Count = 0
+    allocs: Count = 0
     driver_calls: Calls = Calls()
     ooms: list[OomRecord] = []
-    retries: Int64 = 0
+    retries: Count = 0
     numeric: dict[str, Any] | None = None
     verify: VerifyRecord | None = None
     precheck: PrecheckRecord | None = None
@@ -227,7 +239,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     lost: list[LossRecord] = []
     assumptions: list[AssumptionRecord] = []
     findings: list[dict[str, Any]] = []
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     trace: str | None = None
     message: str = ""
     sources: dict[str, str] = {}
@@ -294,9 +306,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     started: str
-    seconds: float
+    seconds: Seconds
     complete: bool
-    planned: Int64
+    planned: Count
     versions: dict[str, str] = {}
     command: list[str] = []
     cards: dict[str, dict[str, Any]] = {}
@@ -306,7 +318,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     """The content of results.json."""
 
-    schema_version: Int64 = SCHEMA_VERSION
+    schema_version: Count = SCHEMA_VERSION
     run: Run
     cases: list[Case]
 
@@ -315,7 +327,8 @@ def load_results(path: Path) -> Results:
     """Read results.json, or the file of that name in a folder. The content may come from strangers.
 
     Raises:
-        InputFileError: missing, not JSON, of another schema, or with a value of the wrong type (names the key).
+        InputFileError: missing, not JSON, of another schema, or with a value that is of the wrong type or that nothing
+            can measure (names the key), or two cases have one id.
     """
     file = path / "results.json" if path.is_dir() else path
     first_bytes(file)
@@ -329,13 +342,19 @@ def load_results(path: Path) -> Results:
     if version != SCHEMA_VERSION:
         raise InputFileError(file, f"has schema version {version}; this fragscope reads {SCHEMA_VERSION}")
     try:
-        return msgspec.json.decode(raw, type=Results)
+        results = msgspec.json.decode(raw, type=Results)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise InputFileError(file, f"is not a usable results file ({printable(str(e), 160)})") from None
+    first: dict[str, int] = {}
+    for at, case in enumerate(results.cases):
+        if first.setdefault(case.id, at) != at:
+            said = f"`$.cases[{at}].id` is that of `$.cases[{first[case.id]}]`, {printable(case.id, 160)}"
+            raise InputFileError(file, f"is not a usable results file ({said}, and an id names one case)")
+    return results
 
 
 class _Versioned(msgspec.Struct):
-    schema_version: Int64
+    schema_version: Count
 
 
 def save_results(results: Results, path: Path) -> None:

@@ -47,7 +47,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
         problem: why there is no answer; ``""`` where there is.
         declared: the scenario declares that outcome, which has nothing to do with size.
         refuted: where a recording showed that the allocator model is wrong, ``""`` where none did.
-        fails_below: sizes below ``largest`` that do not fit.
+        untried_above: no size above this one was tried, since it or a smaller one does not fit; None where the largest
+            that was asked for was tried.
         points: by size.
     """
 
@@ -61,7 +62,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     problem: str
     declared: bool = False
     refuted: str = ""
-    fails_below: list[int]
+    untried_above: int | None = None
     points: list[Point]
 
 

@@ -12,8 +12,20 @@ from fragscope.errors import UsageError, printable
 from fragscope.starter.loader import Loader, Parameter
 from fragscope.starter.repository import Repository
 
-SIZE = 16
-"""What sizes are in a scenario whose model nobody named: small enough for any loader."""
+DIMENSION = 1024
+"""What a tensor's sizes are where nobody named a model. Kernels of vLLM, SGLang and FlashInfer want multiples of their
+blocks and tiles (64, 128), and packed weights and scales hold up to 8 values or 4 blocks in one: 1024 is a multiple of
+all."""
+COUNT = 16
+"""What is counted off in loops, such as layers and experts: small enough for a scenario that ends in a moment."""
+BLOCK = 128
+"""What sizes of blocks and groups are: the usual one of quantized weights."""
+_COUNTS = re.compile(
+    r"^n_|(^|_)(num|layers?|experts?|heads?|blocks|groups|ranks?|world|tp|ep|dp|pp|topk|top|count|batch|e|l|steps?|times"
+    r"|copies|chunks?|splits?|shards?|stages?|bits?)(_|$)",
+    re.IGNORECASE,
+)
+_BLOCKS = re.compile(r"(^|_)(block|group|tile)(_|$)", re.IGNORECASE)
 _LIMIT = "79 GiB"  # what a card of 80 GB has free, allocator/cards.py
 _TAKEN = {
     "device",
@@ -49,13 +61,21 @@ class Plan:
     left_to_do: tuple[str, ...]
 
 
-def plan_files(repository: Repository, loader: Loader | None, *, github: bool, action: str | None = None) -> Plan:
+def plan_files(
+    repository: Repository,
+    loader: Loader | None,
+    *,
+    github: bool,
+    action: str | None = None,
+    adds_table: bool = False,
+) -> Plan:
     """The files for a repository.
 
     Args:
         repository: what it is made of.
         loader: what the scenario runs; None for a stand-in that is to be replaced.
         github: write a workflow.
+        adds_table: the table that is missing is written, too; a comparison of commits needs it.
         action: ``OWNER/REPOSITORY@REF`` of fragscope's action, for the workflow; None for this release's with an owner
             to fill in, since nothing here knows who publishes it.
 
@@ -83,13 +103,23 @@ def plan_files(repository: Repository, loader: Loader | None, *, github: bool, a
         else "a stand-in to put your loader in",
         budgets: "what it may take",
     }
+    places = (_relative(root, path) for path in config.scenarios)
+    configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
     left_to_do: list[str] = []
+    if loader is not None and loader.parameters:
+        left_to_do.append(
+            f"put a real model's shapes in PRESETS of {scenario}: those there are made up, and a loader may fail on "
+            "them"
+        )
     if github:
         workflow = ".github/workflows/fragscope.yml"
-        files[workflow] = _workflow(repository, folder, budgets, action)
+        compares = configured or (adds_table and not repository.has_table)
+        files[workflow] = _workflow(repository, action, _COMPARED if compares else _held(folder, budgets))
         roles[workflow] = "both on every pull request"
         if action is None:
             left_to_do.append(f"replace OWNER in {workflow} by whoever publishes the fragscope that you use")
+    elif repository.github:
+        left_to_do.append("no workflow: --no-github")
     elif repository.git:
         left_to_do.append("no workflow: nothing says that this lies on GitHub (--github writes one)")
     else:
@@ -99,8 +129,6 @@ def plan_files(repository: Repository, loader: Loader | None, *, github: bool, a
         if repository.has_table
         else f"[tool.fragscope]\nscenarios = [{_quoted(folder)}]\nbudgets = {_quoted(budgets)}\n"
     )
-    places = (_relative(root, path) for path in config.scenarios)
-    configured = any(place is not None and PurePosixPath(scenario).is_relative_to(place) for place in places)
     if repository.has_table and not configured:
         left_to_do.append(
             f"add {_quoted(scenario)} to scenarios of [tool.fragscope] in pyproject.toml: nothing there holds it"
@@ -201,16 +229,24 @@ def _presets(loader: Loader) -> str:
     values: dict[str, int] = {}
     for p in loader.parameters:
         if p.kind == "size":
-            values[_value_name(p)] = SIZE
+            values[_value_name(p)] = _made_up(p.name)
         elif p.kind in ("tensor", "tensors", "module"):
-            values |= {"rows": SIZE, "columns": SIZE}
+            values |= {"rows": DIMENSION, "columns": DIMENSION}
     if not values:
-        values = {"rows": SIZE, "columns": SIZE}
+        values = {"rows": DIMENSION, "columns": DIMENSION}
     pairs = ", ".join(f'"{name}": {value}' for name, value in values.items())
     return (
         "# Made up: put the shapes of one real model here. Full size costs nothing, tensors have no data.\n"
+        "# A loader that fails on a shape or a size wants others than these, or than the scenario makes of them.\n"
         f'PRESETS = {{"example": {{{pairs}}}}}'
     )
+
+
+def _made_up(name: str) -> int:
+    """A size for a parameter of this name that few loaders refuse."""
+    if _COUNTS.search(name):
+        return COUNT
+    return BLOCK if _BLOCKS.search(name) else DIMENSION
 
 
 def _value_name(p: Parameter) -> str:
@@ -277,7 +313,27 @@ peak_reserved = "{_LIMIT}"  # what a card of 80 GB has free; put in what your mo
 """
 
 
-def _workflow(repository: Repository, folder: str, budgets: str, action: str | None) -> str:
+_COMPARED = """\
+          # What the change costs, line by line, and whether that is within the budgets: scenarios and budgets are those
+          # of [tool.fragscope]. HEAD is the pull request merged into its base, and HEAD^1 that base.
+          against: HEAD^1
+          # warn-only: true
+"""
+
+
+def _held(folder: str, budgets: str) -> str:
+    """What the action is given where no configuration says what both commits of a comparison are to run."""
+    return f"""\
+          scenarios: {_quoted(folder)}
+          budgets: {_quoted(budgets)}
+          # Instead of these two, once [tool.fragscope] of pyproject.toml has them: what the change costs, line by line.
+          # HEAD is the pull request merged into its base, and HEAD^1 that base.
+          # against: HEAD^1
+          # warn-only: true
+"""
+
+
+def _workflow(repository: Repository, action: str | None, given: str) -> str:
     used = action or f"OWNER/fragscope@v{version('fragscope')} # replace OWNER by whoever publishes the release"
     installed = repository.pyproject is not None or (repository.root / "setup.py").is_file()
     install = ""  # the action installs torch and fragscope itself
@@ -306,10 +362,4 @@ jobs:
           python-version: "3.12"
 {install}      - uses: {used}
         with:
-          scenarios: {_quoted(folder)}
-          budgets: {_quoted(budgets)}
-          # Instead of scenarios, once pyproject.toml has [tool.fragscope]: what the change costs, line by line.
-          # HEAD is the pull request merged into its base, and HEAD^1 that base.
-          # against: HEAD^1
-          # warn-only: true
-"""
+{given}"""

@@ -55,11 +55,11 @@ def find_loader(repository: Repository, named: str) -> Loader:
     """The function ``module:function`` of a repository.
 
     Raises:
-        UsageError: there is no such module or function; says what comes near.
+        UsageError: there is no such module or function, or a call of it loads nothing; says what comes near.
     """
     module, colon, name = named.partition(":")
     shown = printable(named, 120)
-    if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
         raise UsageError(f"--loader {shown}: write MODULE:FUNCTION, such as mypackage.loader:process_weights")
     file = _module_file(repository, module)
     if file is None:
@@ -73,6 +73,11 @@ def find_loader(repository: Repository, named: str) -> Loader:
     function = named_here.get(name)
     if function is None:
         raise UsageError(f"--loader {shown}: {_why_not(tree, name, relative, tuple(named_here))}")
+    if _yields(function):
+        raise UsageError(
+            f"--loader {shown}: {name} in {printable(relative)}, line {function.lineno}, is a generator, and a call "
+            "alone runs nothing of it; name a function that consumes it"
+        )
     return Loader(module, name, relative, function.lineno, tuple(_parameters(function)))
 
 
@@ -99,8 +104,23 @@ def _parsed(file: Path, shown: str) -> ast.Module:
         raise UsageError(f"--loader: {printable(shown)} is not Python that can be read") from None
 
 
+def _yields(function: ast.FunctionDef) -> bool:
+    """Whether a function is a generator: it yields itself, and not only a function in it does."""
+    within: list[ast.AST] = list(function.body)
+    while within:
+        node = within.pop()
+        if isinstance(node, ast.Yield | ast.YieldFrom):
+            return True
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            within += ast.iter_child_nodes(node)
+    return False
+
+
 def _why_not(tree: ast.Module, name: str, file: str, functions: tuple[str, ...]) -> str:
+    owner, method, _ = name.partition(".")
     for node in tree.body:
+        if isinstance(node, ast.ClassDef) and method and node.name == owner:
+            return f"{owner} in {printable(file)}, line {node.lineno}, is a class; name a function that calls {name}"
         if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef) and node.name == name:
             what = "a class" if isinstance(node, ast.ClassDef) else "asynchronous"
             return f"{name} in {printable(file)}, line {node.lineno}, is {what}; name a function that calls it"

@@ -192,7 +192,6 @@ def _remove_stray_files(out: Path, results: Results) -> None:
     for file in (out / "logs").glob("*.log"):
         if file.stem not in keys or file.stat().st_size == 0:
             file.unlink(missing_ok=True)
-    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def numeric_key(scenario: str) -> str:
@@ -240,8 +239,11 @@ class _PlanRun:
         files = dict.fromkeys(p.selection.scenario.file for p in todo if p.device == "virtual" or first)
         numeric = [self._numeric_job(p) for p in _one_per_scenario(todo)]
         recordings = self._first_jobs(todo)
-        with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
-            server.run([*numeric, *recordings], self._ended, self._started)
+        try:
+            with WorkerServer(files, self._options.jobs, self._options.timeout).running() as server:
+                server.run([*numeric, *recordings], self._ended, self._started)
+        finally:
+            shutil.rmtree(self._options.out / "work", ignore_errors=True)
 
     def _started(self, job: Job) -> None:
         task = self._tasks[job.key]

@@ -33,7 +33,7 @@ class Range:
 
     @property
     def grid(self) -> list[int]:
-        """Sizes to begin with: both ends, and the doublings of the lower one between them."""
+        """Both ends, and the doublings of the lower one between them: tried in this order until one does not fit."""
         out = [self.low]
         last = self.at(self.steps(self.high))
         while (following := max(self.at(self.steps(out[-1] * 2)), out[-1] + self.step)) < last:
@@ -81,7 +81,6 @@ class _Cell:
     reasons: dict[int, str] = field(default_factory=dict)
     undeclared: bool = False
     refuted: str = ""
-    asked: set[int] = field(default_factory=set)
 
     @property
     def problem(self) -> str:
@@ -116,13 +115,9 @@ class Sweep:
         self._where: dict[str, tuple[_Cell, int]] = {}
 
     def first(self) -> list[PlannedCase]:
-        """The cases at the sizes to begin with."""
-        out = []
-        for size in self._sizes.grid:
-            for planned in self._at(size):
-                cell = self._cells.setdefault(_key(planned), _Cell(planned))
-                out.append(self._ask(cell, size, planned))
-        return out
+        """The cases at the size to begin with."""
+        size = self._sizes.low
+        return [self._ask(self._cells.setdefault(_key(p), _Cell(p)), size, p) for p in self._at(size)]
 
     def after(self, case: Case) -> Iterable[PlannedCase]:
         """What to run now that a case is finished."""
@@ -142,20 +137,20 @@ class Sweep:
             too_large=too_large,
             over=self._over(case) if case.outcome in CAME_TO_ITS_END else "",
         )
-        if len(cell.points) < len(cell.asked) or cell.problem:
-            return ()
         largest, above = cell.bracket
-        if largest is None or above is None:
+        if cell.problem or largest is None:
             return ()
-        between = (self._sizes.steps(largest) + self._sizes.steps(above)) // 2
-        size = self._sizes.at(between)
+        # What does not fit may also take as long as it is large: nothing above the first such size is tried.
+        if above is None:
+            size = next((s for s in self._sizes.grid if s > largest), largest)
+        else:
+            size = self._sizes.at((self._sizes.steps(largest) + self._sizes.steps(above)) // 2)
         if size <= largest:
             return ()
         planned = next(p for p in self._at(size) if _key(p) == _key(cell.first))
         return (self._ask(cell, size, planned),)
 
     def _ask(self, cell: _Cell, size: int, planned: PlannedCase) -> PlannedCase:
-        cell.asked.add(size)
         self._where[planned.digest] = (cell, size)
         return planned
 
@@ -168,14 +163,14 @@ class Sweep:
             step=self._sizes.step,
             command=list(command),
             complete=complete,
-            curves=[_curve(cell) for cell in self._cells.values()],
+            curves=[_curve(cell, self._sizes) for cell in self._cells.values()],
         )
 
 
-def _curve(cell: _Cell) -> Curve:
+def _curve(cell: _Cell, sizes: Range) -> Curve:
     settings = cell.first.settings
     largest, above = cell.bracket
-    limited_by = ""
+    limited_by, last = "", max(cell.points, default=sizes.low)
     if above is not None:
         point = cell.points[above]
         # What torch says of an out-of-memory error goes on to advice.
@@ -192,7 +187,7 @@ def _curve(cell: _Cell) -> Curve:
         problem=cell.problem,
         declared=bool(cell.problem) and not cell.undeclared,
         refuted=cell.refuted,
-        fails_below=[s for s, p in sorted(cell.points.items()) if largest is not None and s < largest and not p.fits],
+        untried_above=last if above is not None and last < sizes.grid[-1] else None,
         points=[point for _, point in sorted(cell.points.items())],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 import tomllib
@@ -14,6 +15,8 @@ from fragscope.toml.lines import KeyLines, TooNestedError, find_lines
 from fragscope.units import MIB, format_bytes
 
 _FILE_LIMIT = MIB
+_ABSURD = re.compile(r"(?<![0-9_])[0-9][0-9_]{4299,}")  # more digits than Python converts by itself
+_DATE = re.compile(r"(?P<key>[\w-]{1,80})\s*=\s*(?P<date>[0-9]{4}-[0-9]{1,2}-[0-9]{1,2})(?![0-9-])", re.ASCII)
 _SYNTAX_LINE = re.compile(r" ?\(at (?:line (\d+), column \d+|end of document)\)")
 
 
@@ -84,15 +87,30 @@ def parse_toml(text: str, shown: str, what: str) -> TomlFile:
 def _syntax_error(message: str, text: str, lines: KeyLines) -> str:
     found = _SYNTAX_LINE.search(message)
     if found is None:
-        return f"is not TOML: {message}"
+        number = _ABSURD.search(text)
+        if number is None:
+            return f"is not TOML: {message}"
+        return f"line {text.count(chr(10), 0, number.start()) + 1}: holds a number of {len(number[0]):,} digits"
     # What is missing at the end of the file belongs to the declaration that was never closed.
     line = int(found[1]) if found[1] else lines.stopped or text.count("\n") + 1
     reason = _SYNTAX_LINE.sub("", message)
+    date = _DATE.search(text.split("\n")[line - 1])
+    if date is not None and not _is_date(date["date"]):
+        key, said = printable(date["key"], 80), date["date"]
+        reason = f"{key}: {said} is no day of any calendar; write year-month-day, such as 2027-03-31"
     if re.match("<{7} |={7}$|>{7} ", text.split("\n")[line - 1]):
         reason = f"holds a merge conflict ({reason})"
     if line in lines.twice:
         reason = f"stands twice, first in line {lines.twice[line]} ({reason})"
     return f"line {line}: {reason}"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def nearest(name: str, known: tuple[str, ...]) -> str:
@@ -104,6 +122,6 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 def quoted(value: object) -> str:
     """A value from a file as one harmless word."""
     try:
-        return printable(repr(value), 120)
+        return printable(value.isoformat() if isinstance(value, datetime.date | datetime.time) else repr(value), 120)
     except ValueError:  # an integer with more digits than Python converts
         return "an absurdly long number"

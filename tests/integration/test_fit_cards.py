@@ -148,7 +148,32 @@ def test_a_wrong_call_exits_with_2(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("results.json").write_text("{}")
     assert named in error(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("mine.json", '{"run": 1}', "mine.json: is not a results file"),
+        ("mine", '\ufeff\n {"schema_version": 9}', "mine: is not a results file"),
+        ("results.json", "nothing", "results.json: is not a PyTorch memory snapshot"),
+        ("results.json", "", "results.json: is empty"),
+        ("missing.json", None, "missing.json: no such file or directory"),
+        ("bare/kept", "", "bare: is a folder with neither results.json ('fragscope run' writes it) nor recordings"),
+        ("x" * 300, None, "file name too long"),
+    ],
+)
+@pytest.mark.parametrize("cards", [["--card", "l4"], []])
+def test_what_a_file_is_its_content_says(
+    name: str, content: str | None, said: str, cards: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    assert said in error(capsys, "bare" if name == "bare/kept" else name, *cards, code=5)
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -245,7 +270,8 @@ def test_cases_of_a_run_are_held_against_cards(
     assert "other_card" in codes(found["s/p/product", "a10"])
     assert "other_card" not in codes(found["s/p/plain", "a10"])
     assert found["s/p/product", "h200"]["exact"]
-    assert run(["fit", ".fragscope/results.json"]) == 4, "without --card, all that are known"
+    Path(".fragscope/results.json").rename(".fragscope/monday")
+    assert run(["fit", ".fragscope/monday"]) == 4, "without --card, all that are known"
     heading = next(line for line in capsys.readouterr().out.splitlines() if line.endswith("case (conf)"))
     assert heading.split()[:2] == ["tiny", "small"]
     assert set(heading.split()) >= set(CARDS)

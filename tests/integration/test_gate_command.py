@@ -69,6 +69,64 @@ def test_over_budget(repository, capsys):
     assert err == ""
 
 
+def test_results_that_are_not_there_are_named_as_given_with_what_to_do(repository, capsys):
+    (repository / "l.json").symlink_to("nothere")
+    (repository / "empty").mkdir()
+    for given, said in (
+        ("l.json", "l.json: is a link to what is not there"),
+        ("missing.json", "missing.json: is not there"),
+        ("empty", "empty: holds no results.json"),
+    ):
+        assert run(["gate", given]) == 5
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"fragscope: {said}; write results with 'fragscope run' first\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("9" * 5000, "line 2: holds a number of 5,000 digits"),
+        (f'"{"9" * 5000}"', "line 2: transient: '" + "9" * 59 + "… (5002 characters) is not a byte count; use an"),
+        ("-" + "9" * 4000, "line 2: transient: -" + "9" * 59 + "… (4001 characters) is negative"),
+        ("9" * 4000, "line 2: transient: the limit is beyond any memory"),
+    ],
+)
+def test_a_limit_of_thousands_of_digits_is_one_short_line(repository, capsys, limit, said):
+    _budgets(repository, f"transient = {limit}")
+    assert run(["gate"]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"fragscope: budgets.toml: {said}")
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["gone%0Aa.json"], 5, "gone%250Aa.json: is not there"),
+        (["--only", "x"], 2, "--only goes with --against REF"),
+        (["--budgets", "none.toml"], 2, "--budgets none.toml: there is no such file"),
+    ],
+)
+def test_an_error_without_a_verdict_is_an_annotation_too(repository, capsys, arguments, code, said):
+    assert run(["gate", *arguments]) == code
+    plain, err = capsys.readouterr()
+    assert plain == ""
+    assert run(["gate", "--format", "github", *arguments]) == code
+    out, same = capsys.readouterr()
+    assert same == err
+    assert out.startswith(f"::error title=fragscope gate::{said}")
+    assert out.count("\n") == 1
+
+
+def test_an_annotation_of_an_error_ends_no_line(repository, capsys):
+    assert run(["gate", "--format", "github", "x\n::stop-commands::y"]) == 5
+    out, _ = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert out.startswith("::error title=fragscope gate::x\\n::stop-commands::y: is not there")
+
+
 def test_a_pass(repository, capsys):
     _budgets(repository, 'peak_reserved = "9 GiB"')
     assert run(["gate"]) == 0

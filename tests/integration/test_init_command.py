@@ -107,6 +107,58 @@ def test_what_is_written_runs_and_passes_as_it_is(kind: str, tmp_path: Path) -> 
     assert again.stderr.count("\n") == 1
 
 
+def test_the_pull_request_that_brings_these_files_passes_the_workflow_as_it_is(tmp_path: Path) -> None:
+    """Its base has none of them. The action gives ``against`` to the gate (action.yml)."""
+    yaml = pytest.importorskip("yaml")
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=A", "-c", "user.email=a@acme.example"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "acme.py").write_text(LOADER)
+    git("init", "-q", "-b", "main")
+    git("remote", "add", "origin", "https://github.com/acme/acme")
+    git("add", ".")
+    git("commit", "-q", "-m", "The loader")
+    git("checkout", "-q", "-b", "gate")
+    done = fragscope(tmp_path, "init", "--loader", "acme:process_weights", "--write-config")
+    assert (done.returncode, done.stderr) == (0, "")
+    git("add", ".")
+    git("commit", "-q", "-m", "Its gate")
+    git("checkout", "-q", "main")
+    git("merge", "-q", "--no-ff", "-m", "as actions/checkout has it", "gate")
+    workflow = yaml.safe_load((tmp_path / ".github/workflows/fragscope.yml").read_text())
+    given = workflow["jobs"]["fragscope"]["steps"][-1]["with"]
+    assert given == {"against": "HEAD^1"}
+    gated = fragscope(tmp_path, "gate", "--format", "github", f"--against={given['against']}")
+    assert gated.returncode == 0, gated.stdout + gated.stderr
+    assert "1 case of " in gated.stdout
+    assert "1 value of 1 case held against 1 budget" in gated.stdout
+    (tmp_path / "acme.py").write_text(LOADER.replace("w.clone()", "torch.cat([w, w])"))
+    git("commit", "-q", "-a", "-m", "The next, which costs more")
+    gated = fragscope(tmp_path, "gate", "--format", "github", f"--against={given['against']}")
+    assert gated.returncode == 3, gated.stdout + gated.stderr
+    assert "::error file=acme.py,line=6," in gated.stdout
+
+
+BLOCKS = """
+import torch
+
+
+def to_blocks(w13: torch.Tensor, w2: torch.Tensor, block_k: int = 128):
+    \"\"\"As FlashInfer's convert_to_block_layout, and scales of blocks packed by four.\"\"\"
+    scales = [torch.empty(w.shape[1] // 128, device=w.device).view(-1, 4) for w in (w13, w2)]
+    return [w.view(w.shape[0], -1, block_k).permute(1, 0, 2).contiguous() for w in (w13, w2)], scales
+"""
+
+
+def test_a_loader_with_blocks_runs_with_sizes_that_are_made_up(tmp_path: Path) -> None:
+    (tmp_path / "acme.py").write_text(BLOCKS)
+    assert fragscope(tmp_path, "init", "--loader", "acme:to_blocks").returncode == 0
+    ran = fragscope(tmp_path, "run", "scenarios", "--device", "virtual", "--no-report")
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_what_a_function_needs_and_nobody_can_make_is_said_where_it_fails(tmp_path: Path) -> None:
     (tmp_path / "acme.py").write_text("def load(config: dict):\n    return config['hidden']\n")
     assert fragscope(tmp_path, "init", "--loader", "acme:load").returncode == 0

@@ -169,6 +169,44 @@ def test_a_file_that_is_no_lock_is_one_line_and_is_never_replaced(repository, ca
     assert (repository / "fragscope.lock").read_bytes() == content
 
 
+@pytest.mark.parametrize("content", [b"", b"version = 1\n<<<<<<< HEAD\n", b"version = true\n"])
+@pytest.mark.parametrize("options", [[], ["--update"]])
+def test_a_broken_lock_says_what_to_do_and_then_that_helps(repository, capsys, content, options):
+    (repository / "fragscope.lock").write_bytes(content)
+    assert run(["lock", *options]) == 5
+    assert said(capsys)[1][0].endswith("; delete it, and 'fragscope lock' writes it anew")
+    (repository / "fragscope.lock").unlink()
+    assert run(["lock", *options]) == 0
+
+
+def test_a_lock_of_another_version_is_written_anew_by_the_command_that_the_message_names(repository, capsys):
+    assert run(["lock"]) == 0
+    own = (repository / "fragscope.lock").read_text()
+    other = own.replace("version = 1", "version = 2\nshape = 'another'", 1)
+    (repository / "fragscope.lock").write_text(other)
+    capsys.readouterr()
+    for command in (["gate"], ["lock"], ["lock", "--check"]):
+        assert run(command) == 5
+        out, (line,) = said(capsys)
+        assert out == []
+        assert line.startswith("fragscope: fragscope.lock: line 4: version is 2; this fragscope reads 1: ")
+        assert line.endswith("'fragscope lock --update' writes the lock anew")
+        assert (repository / "fragscope.lock").read_text() == other
+    assert run(["lock", "--update"]) == 0
+    assert said(capsys)[1] == [
+        "fragscope: fragscope.lock is of version 2, and is written anew with nothing but these results",
+        "fragscope: locked 2 cases in fragscope.lock",
+    ]
+    assert (repository / "fragscope.lock").read_text() == own
+    assert run(["gate"]) == 0
+
+
+def test_a_link_to_a_lock_that_is_not_there_is_no_missing_lock(repository, capsys):
+    (repository / "fragscope.lock").symlink_to("elsewhere")
+    assert run(["gate"]) == 5
+    assert said(capsys) == ([], ["fragscope: fragscope.lock: no such file or directory"])
+
+
 def test_savings_and_new_cases_that_the_repository_allows(repository):
     run(["lock"])
     measure(repository, case(transient=0), case("stack"), case("new"))

@@ -167,6 +167,49 @@ def test_stdout_is_results_json_and_nothing_else(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+HOSTILE = """
+    import os, subprocess, sys
+    print("::stop-commands::zz")
+    print("one \\x1b[31m two ##[error]three", file=sys.stderr)
+    os.write(1, b"::error::low\\r\\n")
+    os.write(2, b"::error::\\xff lower\\n\\n")
+    subprocess.run(["echo", "::error::started"], check=True)
+    subprocess.Popen(["sleep", "10"])  # holds the output open
+    os.write(2, b"::warning::without an end")
+
+    @fragscope.scenario("hostile", presets={"p": {}})
+    def _(case):
+        with case.measure():
+            pass
+"""
+
+
+@pytest.mark.parametrize("command", [["run", ".", "--device", "virtual", "--list"], ["upstream", "."]])
+def test_what_files_print_while_imported_is_shown_and_is_no_command(command: list[str], tmp_path: Path) -> None:
+    """A runner of GitHub reads lines that begin with two colons, and ``##[`` anywhere (docs of ActionCommand.cs)."""
+    write_scenarios(tmp_path, "hostile", HOSTILE)
+    done = subprocess.run(
+        [sys.executable, "-m", "fragscope", *command],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    shown = [line for line in done.stderr.splitlines() if "printed at import" in line]
+    assert shown == [
+        f"fragscope: printed at import: {text}"
+        for text in (
+            "::stop-commands::zz",
+            r"one \x1b[31m two ##\x5b" "error]three",
+            "::error::low",
+            r"::error::\xff lower",
+            "",
+            "::error::started",
+            "::warning::without an end",
+        )
+    ]
+    for line in (done.stdout + done.stderr).splitlines():
+        assert not line.lstrip().startswith("::")
+        assert "##[" not in line
+
+
 UNDECLARED = """
     @fragscope.scenario("fails", presets={"p": {}})
     def _(case):

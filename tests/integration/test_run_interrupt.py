@@ -112,6 +112,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_completes_it(running: Running)
     ]
     content = results_in(folder)
     assert (content["run"]["complete"], content["run"]["planned"]) == (False, 2)
+    assert not (folder / "out" / "work").exists(), "what workers and the run say to each other"
     first = cases_in(folder)
     assert list(first) == ["first/original"]
 

@@ -168,3 +168,16 @@ def test_the_documented_tables_are_those_of_the_command(documented):
     printed, _ = documented
     made = printed.strip()
     assert made in (Path(__file__).parents[2] / "docs" / "thresholds.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        ("200 GiB", "fragscope: h100-80gb has 79.18 GiB; it is taken to have 200.00 GiB, as --free says\n"),
+        ("70 GiB", ""),
+    ],
+)
+def test_more_than_the_card_has_is_said(free: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cudaMemGetInfo says an H100 has in all: 81,079 MiB (fragscope/allocator/cards.py)."""
+    assert run(["thresholds", "--model", "glm-5", "--card", "h100-80gb", "--free", free]) == 0
+    assert capsys.readouterr().err == said

@@ -144,3 +144,57 @@ def test_settings_that_name_other_limits_are_said(
     options = Wanted("main", budgets=Path("budgets.toml"), lock=Path("fragscope.lock"))
     found = policy_changes(repository, tree, stated_config(tree, tree), current, options)
     assert {c.file for c in found} <= {"pyproject.toml"}
+
+
+WAIVER = """
+[[waiver]]
+case = "a/b/c"
+metrics = ["transient"]
+owner = "@jane"
+reason = "fixed upstream in 0.21"
+expires = 2027-03-31
+"""
+
+
+def details(before: str, after: str) -> list[tuple[str, str, int, str]]:
+    found = budget_changes(PolicyFile(FILE, before), PolicyFile(FILE, after))
+    return [(c.kind, c.what, c.line, c.detail) for c in found]
+
+
+def test_a_new_waiver_says_what_it_waives_until_when_and_who_answers_for_it():
+    limit = LIMIT.format(5)
+    other = WAIVER.replace("a/b/c", "x/*/*") + 'limit = "4 MiB"\ncard = "l4"\n'
+    assert details(limit + WAIVER, limit + WAIVER + other) == [
+        ("changed", "waiver x/*/* (card l4)", 11,
+         "new: waives transient up to 4.00 MiB, until 2027-03-31, owner @jane: fixed upstream in 0.21"),
+    ]  # fmt: skip
+    assert details(limit + other + WAIVER, limit + WAIVER) == [
+        ("changed", "waiver x/*/* (card l4)", 4, "gone: waived transient up to 4.00 MiB, until 2027-03-31, owner @jane")
+    ]
+
+
+def test_a_waiver_that_is_otherwise_says_how_and_one_that_moved_is_the_same():
+    second = WAIVER.replace("transient", "retained").replace("@jane", "@joe")
+    longer = WAIVER.replace("2027-03-31", "2028-03-31").replace("fixed", "perhaps fixed")
+    assert details(WAIVER + second, second + longer) == [
+        ("changed", "waiver a/b/c", 9, "changed, owner @jane: expires was 2027-03-31, now 2028-03-31; "
+         "reason was fixed upstream in 0.21, now perhaps fixed upstream in 0.21"),
+    ]  # fmt: skip
+    wider = WAIVER.replace('["transient"]', '["transient", "retained"]') + "limit = 5\n"
+    assert details(WAIVER, wider)[0][3] == (
+        "changed, owner @jane: metrics was transient, now transient, retained; limit was none, now 5 B"
+    )
+    assert details(WAIVER + second, f"# moved\n{second}{WAIVER}") == []
+
+
+def test_what_a_waiver_says_of_itself_is_harmless():
+    hostile = WAIVER.replace("@jane", r"@x\n::error::y").replace("a/b/c", r"a/b/\u001b[2J")
+    ((_, what, _, detail),) = details(LIMIT.format(5), LIMIT.format(5) + hostile)
+    assert what.isprintable()
+    assert detail.isprintable()
+
+
+def test_what_the_lock_lets_pass_is_said():
+    assert details(LIMIT.format(5), LIMIT.format(5) + '[lock]\nimprovements = "allow"\n') == [
+        ("changed", "[lock]", 0, "improvements was fail, now allow")
+    ]

@@ -230,3 +230,17 @@ def test_missing_results_are_a_bad_input_and_a_bad_target_a_bad_call(
     (tmp_path / "file").touch()
     assert run(["report", str(tmp_path), "--out", str(tmp_path / "file" / "x.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [20, 80, 81, 200])
+@pytest.mark.parametrize("shift", range(8))
+def test_no_line_is_a_command_wherever_it_folds(width: int, shift: int) -> None:
+    """GitHub's runner reads any line that begins with two colons, blanks before them aside (ActionCommand.cs)."""
+    message = "a" * (50 + shift) + " ::stop-commands::zz" + " b" * 40 + " ::error::y"
+    named = bare_case(scenario="::s", preset="::p", variant=f"{'v' * shift}::x::zz", outcome="crash", message="x")
+    results = results_of([bare_case(outcome="crash", message=message), named])
+    text = shown(results, width)
+    for line in text.splitlines():
+        assert not line.strip().startswith("::"), line
+    # All of it is there: the marks and the line ends are what was added.
+    assert message.replace(" ", "") in re.sub(r"\n│ |\s", "", text)

@@ -83,6 +83,50 @@ def test_a_figure_beyond_64_bits_is_refused_by_its_key(where: tuple[str | int, .
     assert f"at `{name_of(where)}`" in str(refusal.value)
 
 
+SIGNED = {"retained", "non_torch_peak", "stream"}
+"""A difference, a sample that what is reserved was taken from, and a driver's handle."""
+
+
+@pytest.mark.parametrize("where", list(figures(full())), ids=name_of)
+def test_only_differences_are_below_nothing(where: tuple[str | int, ...], tmp_path: Path):
+    file = written(tmp_path, where, -1)
+    if where[-1] in SIGNED:
+        assert load_results(file)
+        return
+    with pytest.raises(InputFileError) as refusal:
+        load_results(file)
+    assert str(refusal.value).startswith(f"{file}: ")
+    assert f"{name_of(where)}`" in str(refusal.value) or where == ("schema_version",)
+
+
+@pytest.mark.parametrize("where", [("run", "seconds"), ("cases", 0, "seconds")], ids=name_of)
+@pytest.mark.parametrize("figure", [-1, 10**10])
+def test_a_time_is_one_that_passed(where: tuple[str | int, ...], figure: int, tmp_path: Path):
+    with pytest.raises(InputFileError, match="seconds"):
+        load_results(written(tmp_path, where, figure))
+
+
+@pytest.mark.parametrize("command", [["gate", "--budgets", "b.toml"], ["lock"], ["report"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("fault", ["below nothing", "twice"])
+def test_every_command_refuses_it_and_writes_nothing(
+    command: list[str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, ("cases", 0, "peak", "reserved"), -5)
+    if fault == "twice":
+        value = full()
+        value["cases"].append(value["cases"][0] | {"transient": 7})
+        file.write_text(json.dumps(value))
+    Path("b.toml").write_text('[budget."*/*/*"]\npeak_reserved = "1 GiB"\n')
+    assert run([*command, "results.json"]) == 5
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("fragscope: results.json: ")
+    assert ("`$.cases[0].peak.reserved`" if fault == "below nothing" else "`$.cases[1].id` is that of") in err
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "b.toml"}
+
+
 def test_the_largest_figures_are_read(tmp_path: Path):
     case = load_results(written(tmp_path, ("cases", 0, "transient"), MOST)).cases[0]
     assert case.transient == MOST

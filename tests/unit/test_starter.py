@@ -68,6 +68,13 @@ def load(layers: int, w: torch.Tensor, ws: list[torch.Tensor], m: "torch.nn.Modu
          /, scale: float, flag: bool, name: str, maybe: torch.Tensor | None, done: int = 3, *, by: "int", dtype): ...
 class Model: ...
 async def later(): ...
+def stream(n: int):
+    for i in range(n):
+        yield i
+def gather_all():
+    def inner():
+        yield 1
+    return list(inner()) + [lambda: (yield)]
 """
 
 
@@ -97,7 +104,7 @@ def test_a_function_is_found_with_what_it_needs(tmp_path: Path) -> None:
     assert (
         'load(case.layers, w, ws, m, x, "cuda", free, 1.0, False, "", maybe, by=case.by, dtype=torch.bfloat16)' in text
     )
-    assert 'PRESETS = {"example": {"layers": 16, "rows": 16, "columns": 16, "by": 16}}' in text
+    assert 'PRESETS = {"example": {"layers": 16, "rows": 1024, "columns": 1024, "by": 1024}}' in text
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,9 @@ def test_a_function_is_found_with_what_it_needs(tmp_path: Path) -> None:
         ("acme.nope:load", "there is neither acme/nope.py nor acme/nope/__init__.py; packages here are acme"),
         ("acme.loader:laod", "acme/loader.py defines no function laod; did you mean load?"),
         ("acme.loader:Model", "Model in acme/loader.py, line 8, is a class"),
+        ("acme.loader:Model.load", "acme/loader.py, line 8, is a class; name a function that calls Model.load"),
+        ("acme.loader:Nope.load", "acme/loader.py defines no function Nope.load"),
+        ("acme.loader:stream", "acme/loader.py, line 10, is a generator, and a call alone runs nothing of it; name a"),
         ("acme.loader:later", "later in acme/loader.py, line 9, is asynchronous"),
         ("acme.loader:zeros", "acme/loader.py, line 3, imports zeros from torch; name it there"),
         ("acme.broken:f", "acme/broken.py: line 1: is not Python"),
@@ -121,6 +131,10 @@ def test_what_is_no_function_is_refused_in_one_line(named: str, said: str, tmp_p
         find_loader(look_at(made(tmp_path, **files)), named)
     assert said in str(found.value)
     assert str(found.value).isprintable()
+
+
+def test_a_function_with_a_generator_in_it_is_none(tmp_path: Path) -> None:
+    assert find_loader(look_at(made(tmp_path, **{"acme.py": SOURCE})), "acme:gather_all").function == "gather_all"
 
 
 @pytest.mark.parametrize("name", ["torch", "case", "loaded", "fragscope", "Path", "device"])
@@ -136,7 +150,25 @@ def test_names_that_the_scenario_uses_itself_do_not_clash(name: str, tmp_path: P
     assert stored == {"loaded", *(n for n in stored if n.strip("_") == name)}, "one for the tensor, one for the result"
     assert len(stored) == 2 - (name == "device")
     assert function.name not in imported
-    assert '"values_": 16' in next(iter(text.values()))
+    assert '"values_": 1024' in next(iter(text.values()))
+
+
+def test_made_up_sizes_are_what_kernels_take(tmp_path: Path) -> None:
+    """Dimensions are multiples of all blocks, and what loops count off stays small."""
+    names = ("hidden_size", "intermediate_size", "N", "vocab", "num_experts", "n_layers", "top_k", "tp_size", "E",
+             "block_k", "group_size", "num_blocks", "n_shared")  # fmt: skip
+    source = f"def load({', '.join(f'{name}: int' for name in names)}): ..."
+    repository = look_at(made(tmp_path, **{"acme.py": source}))
+    plan = plan_files(repository, find_loader(repository, "acme:load"), github=False)
+    text = plan.files["scenarios/scenario_load.py"]
+    (line,) = (line for line in text.splitlines() if line.startswith("PRESETS = "))
+    example = ast.literal_eval(line.removeprefix("PRESETS = "))["example"]
+    sizes = {name: example[name] for name in names[:4]}
+    assert all(size % (4 * 128) == 0 for size in sizes.values()), "a packed scale stands for 4 blocks of 128"
+    assert {example[name] for name in (*names[4:9], "n_shared")} == {16}
+    assert (example["block_k"], example["group_size"], example["num_blocks"]) == (128, 128, 16)
+    (said,) = (line for line in plan.left_to_do if "PRESETS" in line)
+    assert said.startswith("put a real model's shapes in PRESETS of scenarios/scenario_load.py: ")
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -154,7 +186,6 @@ def test_where_things_go(tmp_path: Path) -> None:
     configured = plan_files(look_at(made(tmp_path / "c", ".git/HEAD", **{"pyproject.toml": table})), None, github=True)
     assert list(configured.files)[:2] == ["perf/mem/scenario_loader.py", "ci/mem.toml"]
     assert configured.table == ""
-    assert 'scenarios: "perf/mem"' in configured.files[".github/workflows/fragscope.yml"]
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a\\u001bb"])
@@ -185,6 +216,34 @@ def test_the_workflow_is_yaml_and_holds_the_gate(tmp_path: Path) -> None:
     assert used == f"OWNER/fragscope@v{release}", "nobody says who publishes it"
     (said,) = bare.left_to_do
     assert said.startswith("replace OWNER in .github/workflows/fragscope.yml ")
+
+
+@pytest.mark.parametrize(
+    ("table", "adds_table", "given"),
+    [
+        ("", False, {"scenarios": "scenarios", "budgets": "budgets.toml"}),
+        ("", True, {"against": "HEAD^1"}),
+        ('scenarios = ["mem"]\nbudgets = "ci/mem.toml"', False, {"against": "HEAD^1"}),
+        # A comparison would not run the new scenario, which nothing configured holds.
+        ('scenarios = ["a.py"]\nbudgets = "b.toml"', False, {"scenarios": "scenarios", "budgets": "b.toml"}),
+    ],
+)
+def test_the_workflow_compares_commits_where_the_table_says_what_to_run(
+    table: str, adds_table: bool, given: dict[str, str], tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    texts = {"pyproject.toml": f"[tool.fragscope]\n{table}\n"} if table else {}
+    repository = look_at(made(tmp_path, ".git/HEAD", **texts))
+    plan = plan_files(repository, None, github=True, action="us/fork@v2", adds_table=adds_table)
+    workflow = yaml.safe_load(plan.files[".github/workflows/fragscope.yml"])
+    assert workflow["jobs"]["fragscope"]["steps"][-1]["with"] == given
+
+
+def test_why_there_is_no_workflow_is_true(tmp_path: Path) -> None:
+    elsewhere = plan_files(look_at(made(tmp_path / "a", ".git/HEAD")), None, github=False)
+    assert elsewhere.left_to_do == ("no workflow: nothing says that this lies on GitHub (--github writes one)",)
+    there = plan_files(look_at(made(tmp_path / "b", ".git/HEAD", ".github/x")), None, github=False)
+    assert there.left_to_do == ("no workflow: --no-github",)
 
 
 def test_a_workflow_that_github_would_not_find_is_refused(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_all_and_none_may_fit(tmp_path: Path) -> None:
     curves, tried = swept(scenario(tmp_path), Range("tokens", 10, 100), lambda planned, _: ends(planned, "ok"))
     assert (curves[0].largest, curves[0].limited_by, tried) == (100, "", [10, 20, 40, 80, 100])
     curves, tried = swept(scenario(tmp_path), Range("tokens", 10, 100), lambda planned, _: ends(planned, "oom"))
-    assert (curves[0].largest, curves[0].limited_by[:12], len(tried)) == (None, "at 10: oom: ", 5)
+    assert (curves[0].largest, curves[0].limited_by[:12], len(tried)) == (None, "at 10: oom: ", 1)
 
 
 def test_a_budget_limits_too(tmp_path: Path) -> None:
@@ -130,11 +130,19 @@ def test_a_budget_limits_too(tmp_path: Path) -> None:
     assert (curves[0].largest, curves[0].limited_by) == (300, "at 301: too much")
 
 
-def test_sizes_that_fail_below_one_that_fits_are_said(tmp_path: Path) -> None:
+def test_nothing_above_the_first_size_that_fails_is_tried_and_that_is_said(tmp_path: Path) -> None:
+    """Also where a larger one would fit: what a size that is too large takes grows with it, time above all."""
     fails = {20, 100}
     answer = lambda planned, size: ends(planned, "oom" if size in fails else "ok")  # noqa: E731
-    curves, _ = swept(scenario(tmp_path), Range("tokens", 10, 100), answer)
-    assert (curves[0].largest, curves[0].fails_below) == (99, [20])
+    curves, tried = swept(scenario(tmp_path), Range("tokens", 10, 100), answer)
+    assert (curves[0].largest, curves[0].untried_above) == (19, 20)
+    assert tried == [10, 20, 15, 17, 18, 19]
+    answer = lambda planned, size: ends(planned, "ok" if size <= 5 else "oom")  # noqa: E731
+    curves, tried = swept(scenario(tmp_path), Range("tokens", 1, 10**9), answer)
+    assert (curves[0].largest, curves[0].untried_above, tried) == (5, 8, [1, 2, 4, 8, 6, 5])
+    for last, untried in ((8, None), (9, 8)):
+        curves, _ = swept(scenario(tmp_path), Range("tokens", 1, last), answer)
+        assert curves[0].untried_above == untried
 
 
 def test_what_has_nothing_to_do_with_size_leaves_no_answer(tmp_path: Path) -> None:

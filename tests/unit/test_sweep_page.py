@@ -35,7 +35,7 @@ def point(size: int, reserved: int, outcome: str = "ok") -> Point:
 
 def curve(variant: str, largest: int | None, points: list[Point], **fields: object) -> Curve:
     values = {"conf": "", "torch": "2.13", "card": "h100-80gb", "capacity": 600 * MIB, "limited_by": "", "problem": ""}
-    return Curve(name=f"grow/one/{variant}", largest=largest, fails_below=[], points=points, **{**values, **fields})  # type: ignore[arg-type]
+    return Curve(name=f"grow/one/{variant}", largest=largest, points=points, **{**values, **fields})  # type: ignore[arg-type]
 
 
 def page(tmp_path: Path, curves: list[Curve], **fields: object) -> str:

@@ -167,6 +167,10 @@ def without(key: str) -> str:
     [
         (without("owner"), ["line 1", "the waiver has no owner"]),
         (without("reason"), ["line 1", "the waiver has no reason"]),
+        (WAIVER.replace("2026-05-04", "2026-13-45"), ["line ", "expires: 2026-13-45 is no day", "year-month-day"]),
+        (WAIVER.replace("2026-05-04", "2026-02-30"), ["line ", "expires: 2026-02-30 is no day"]),
+        (WAIVER.replace("2026-05-04", "2026-5-4"), ["line ", "expires: 2026-5-4 is no day"]),
+        (WAIVER.replace("2026-05-04", "2026-05-04T10:00:00Z"), ["expires: 2026-05-04T10:00:00+00:00 is not a date"]),
         (without("expires"), ["line 1", "the waiver has no expires", "2027-03-31"]),
         (without("case"), ["line 1", "the waiver has no case", "scenario/preset/variant"]),
         (without("metrics"), ["line 1", "the waiver has no metrics", "transient"]),
