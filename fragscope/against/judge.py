@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from fragscope.against.attribute import Attribution, Tree
+from fragscope.against.attribute import Attribution
 from fragscope.against.held import Recorded
+from fragscope.against.places import Tree
 from fragscope.against.run import Side
 from fragscope.errors import printable
 from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock

@@ -23,6 +23,7 @@ _WHY = {
     "fewer": "it is asked for less often",
     "longer": "the same memory is kept longer",
     "shorter": "the same memory is freed earlier",
+    "cut": "the same memory in blocks with other remainders",
 }
 
 
@@ -156,7 +157,8 @@ def _stack(stack: StackChange, shown: _Shown) -> str:
     where = (
         _line(place, shown) if stack.file else shown(stack.frames[0] if stack.frames else "no call stack was recorded")
     )
-    held = f"held {format_bytes(stack.before)}, now {format_bytes(stack.after)}"
+    before, after, _ = in_words(stack.before, stack.after)
+    held = f"held {before}, now {after}"
     if stack.kind in ("new", "gone"):
         held = {"new": "new", "gone": "gone"}[stack.kind]
     why = f": {_WHY[stack.why]}" if stack.why else ""

@@ -233,7 +233,8 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
         frames: ``file:line function`` outwards from the allocation, shortened to what tells stacks apart.
         blocks_before, blocks_after: in how many blocks.
         why: what makes the difference, as far as the requests tell: ``larger`` or ``smaller`` ones, ``more`` or
-            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``""`` where several do.
+            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``cut`` where the same is held in
+            blocks with other remainders; ``""`` where several do.
     """
 
     kind: Literal["new", "grown", "shrunk", "gone"]
@@ -246,7 +247,7 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     frames: list[str] = []
     blocks_before: int = 0
     blocks_after: int = 0
-    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"] = ""
+    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter", "cut"] = ""
 
 
 class CodePlace(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fragscope.against.attribute import Attribution, Tree
+from fragscope.against.attribute import Attribution
 from fragscope.against.held import Recorded
 from fragscope.against.lines import Alignment, Sources
+from fragscope.against.places import Tree
 from fragscope.allocator import ReplaySettings, replay, rules_for
 from fragscope.gate.verdict import StackChange
 from fragscope.trace import Frame, RequestKind, RequestLog, StackTable, Trace, write_trace
@@ -48,16 +50,16 @@ class Program:
         (found,) = [n for n, line in enumerate(self.lines, 1) if text in line]
         return found
 
-    def recorded(self) -> Recorded:
+    def recorded(self, capacity: int = SETTINGS.capacity) -> Recorded:
         self.log.append(RequestKind.PHASE_END, phase=1)
         trace = Trace(self.log.finish(), stacks=self.stacks, phases=("", "measure"), torch="2.13.0")
-        write_trace(replay(trace, SETTINGS).trace, self.folder / "case.fscope")
+        write_trace(replay(trace, replace(SETTINGS, capacity=capacity)).trace, self.folder / "case.fscope")
         return Recorded.of(self.folder / "case.fscope")
 
 
-def attribution(before: Program, after: Program) -> Attribution:
+def attribution(before: Program, after: Program, capacity: int = SETTINGS.capacity) -> Attribution:
     trees = [Tree(p.folder, p.folder) for p in (before, after)]
-    return Attribution(*trees, before.recorded(), after.recorded())
+    return Attribution(*trees, before.recorded(), after.recorded(capacity))
 
 
 def told(changes: list[StackChange]) -> list[tuple[str, str, int, int, str]]:
@@ -210,6 +212,136 @@ def test_an_extracted_function_and_a_renamed_file_are_no_difference(tmp_path: Pa
     before.ask("held = torch", mib=4)
     after.ask("return torch", "held = inner", mib=4)
     assert attribution(before, after).of_value("retained") == []
+
+
+# --- the same point -----------------------------------------------------------------------------------------------
+
+TURNS = """\
+def load():
+    weight = make(10)
+    for _ in range(4):
+        part = make(2)
+        out = turned(part)
+    last = make(1)
+"""
+TWICE = TURNS.replace("turned(part)", "turned(turned(part))")
+
+
+def turn(program: Program, requests: int, mib: int = 3) -> None:
+    """A part, then what one line asks for, each freed when the next is there; the last one stays."""
+    part = program.ask("part = make", mib=2)
+    made = [program.ask("out = turned", mib=mib) for _ in range(requests)]
+    program.free(part, *made[:-1])
+
+
+def test_a_line_that_asks_more_often_in_each_turn_is_guilty_and_not_what_grows_over_the_turns(tmp_path: Path):
+    """Four turns of one request became four of three.
+
+    By hand: the peak is in the last turn, with the weight, three results that stay, the part and three requests of the
+    line: 10 + 9 + 2 + 9. Before there was one request at that point: 10 + 9 + 2 + 3.
+    """
+    before, after = Program(tmp_path / "before", TURNS), Program(tmp_path / "after", TWICE)
+    for program, requests in ((before, 1), (after, 3)):
+        program.ask("weight = make", mib=10)
+        for _ in range(4):
+            turn(program, requests)
+        program.ask("last = make")
+    found = attribution(before, after)
+    assert told(found.of_value("peak_requested")) == [("grown", "out = turned(turned(part))", 12, 18, "more")]
+
+
+@pytest.mark.parametrize("requests", [(1, 3), (3, 5), (5, 2)])
+def test_where_every_line_of_a_loop_asks_otherwise_the_turn_is_told_by_its_share(
+    tmp_path: Path, requests: tuple[int, int]
+):
+    """No line of the loop asks as often as before. What was made before the loop is freed in the last turn but one.
+
+    The peak is in the first two turns, where the weight lives, by the result of the first that stays: turn 2 of 4.
+    """
+    before, after = Program(tmp_path / "before", TURNS), Program(tmp_path / "after", TWICE)
+    for program, often, mib in ((before, requests[0], 3), (after, requests[1], 8)):
+        weight = program.ask("weight = make", mib=100)
+        for number in range(4):
+            if number == 2:
+                program.free(weight)
+            made = [program.ask("out = turned", mib=mib) for _ in range(often)]
+            program.free(*made[:-1])
+        program.ask("last = make")
+    (change,) = [c for c in attribution(before, after).of_value("peak_requested") if c.code.startswith("out")]
+    # One result stays from turn 1, and all requests of turn 2 are there when its last one is.
+    assert (change.before, change.after) == (3 * (1 + requests[0]) * MIB, 8 * (1 + requests[1]) * MIB)
+    assert change.why not in ("longer", "shorter")
+
+
+def test_a_new_line_is_compared_with_the_moment_between_its_neighbours_at_which_most_was_held(tmp_path: Path):
+    """Parts of all turns at once, after the loop in which each was made: what the loop left is no difference."""
+    stacked = TURNS.replace("    last = make(1)", "    every = stacked(weight)\n    last = make(1)")
+    before, after = Program(tmp_path / "before", TURNS), Program(tmp_path / "after", stacked)
+    for program in (before, after):
+        program.ask("weight = make", mib=10)
+        for _ in range(4):
+            if program is before:
+                turn(program, 1)
+            else:
+                program.ask("part = make", mib=2)
+    after.free(after.ask("every = stacked", mib=20))
+    for program in (before, after):
+        program.ask("last = make")
+    assert told(attribution(before, after).of_value("peak_requested")) == [
+        ("new", "every = stacked(weight)", 0, 20, ""),
+        ("grown", "part = make(2)", 2, 8, "longer"),
+        ("gone", "out = turned(part)", 12, 0, ""),
+    ]
+
+
+def test_a_failure_is_compared_with_the_turn_it_fails_in(tmp_path: Path):
+    """The program ends in the third of four turns: what later turns hold is no difference."""
+    before, after = Program(tmp_path / "before", TURNS), Program(tmp_path / "after", TWICE)
+    before.ask("weight = make", mib=100)
+    for _ in range(4):
+        turn(before, 1, mib=30)
+    before.ask("last = make")
+    after.ask("weight = make", mib=100)
+    for _ in range(2):
+        turn(after, 2, mib=30)
+    after.ask("part = make", mib=2)
+    after.ask("out = turned", mib=30)
+    after.ask("out = turned", mib=30)  # 100 + 2 x 30 + 20, a segment for parts, + 30 + 30
+    found = attribution(before, after, capacity=230 * MIB)
+    failing = found.failing()
+    assert failing is not None
+    assert failing.code == "out = turned(turned(part))"
+    assert told(found.of_failure()) == []
+
+
+def test_memory_is_said_to_be_kept_longer_only_where_the_same_was_asked_for(tmp_path: Path):
+    """As many requests in all, but more of them before the peak: it is another point, and not the same memory."""
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    before.ask("first = make", mib=4)
+    before.ask("second = make", mib=8)
+    before.ask("first = make", mib=4)
+    after.ask("first = make", mib=4)
+    after.ask("first = make", mib=4)
+    after.ask("second = make", mib=8)
+    before.free(1, 2)
+    after.free(1, 3)
+    before.ask("third = make", mib=1)
+    after.ask("third = make", mib=1)
+    (change,) = attribution(before, after).of_value("peak_requested")
+    assert (change.code, change.before // MIB, change.after // MIB, change.why) == ("first = make(8)", 4, 8, "more")
+
+
+def test_what_is_held_in_other_blocks_is_not_kept_longer(tmp_path: Path):
+    """11 MiB in a whole block of 12 once, and beside a neighbour once: nobody asks for more or less."""
+    before, after = Program(tmp_path / "before", SOURCE), Program(tmp_path / "after", SOURCE)
+    room = before.ask("second = make", mib=12)
+    before.free(room)
+    before.ask("first = make", mib=11)  # 1 MiB is too little to be split off (kSmallSize, CUDACachingAllocator.cpp)
+    room = after.ask("second = make", mib=14)
+    after.free(room)
+    after.ask("first = make", mib=11)
+    (change,) = attribution(before, after).of_value("retained")
+    assert (change.before // MIB, change.after // MIB, change.why) == (12, 11, "cut")
 
 
 # --- lines --------------------------------------------------------------------------------------------------------
