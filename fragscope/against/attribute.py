@@ -19,7 +19,7 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -28,9 +28,11 @@ from fragscope.against.held import Recorded
 from fragscope.against.lines import Alignment
 from fragscope.against.places import OwnFrame, Tree
 from fragscope.against.points import Points
-from fragscope.gate.verdict import CodePlace, StackChange
+from fragscope.against.touched import Edits
+from fragscope.gate.verdict import CodePlace, StackChange, Touched
 from fragscope.trace import Stack
 
+_NEXT_TO_NOTHING = 100  # 1 %, from which on the gate takes a difference for one (gate/compare.py)
 _TELLING = 6  # characters that a line must have to be known by its text alone
 _TARGET = re.compile(r"^(?:return\s+|[\w.]+(?:\s*:[^=]*)?\s*=\s*(?!=))")
 """What takes the value of a line's expression, which renaming and extracting change."""
@@ -61,15 +63,29 @@ class _Held:
     stack: Stack = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where a difference comes from.
+
+    Attributes:
+        stacks: which places hold it; of those that rose the changed ones first, then by size.
+        touched: where to look, where the first of them was not changed.
+    """
+
+    stacks: tuple[StackChange, ...] = ()
+    touched: Touched = field(default_factory=Touched)
+
+
 class Attribution:
     """Compares recordings of one case in two trees.
 
     Args:
         before, after: the trees.
         was, now: the case's recordings there.
+        imported: files of the tree after that the case imports, as its results name them.
     """
 
-    def __init__(self, before: Tree, after: Tree, was: Recorded, now: Recorded) -> None:
+    def __init__(self, before: Tree, after: Tree, was: Recorded, now: Recorded, imported: Iterable[str] = ()) -> None:
         self._before, self._after = before, after
         self._was, self._now = was, now
         files = [
@@ -77,6 +93,8 @@ class Attribution:
             for tree, r in ((before, was), (after, now))
         ]
         self._lines = Alignment(before.sources, after.sources, *files)
+        self._edits = Edits(before.sources, after.sources, self._lines)
+        self._files = files[1] | {file for name in imported if (file := after.own_file(name)) is not None}
         self._pairs = list(self._matched([_group(was, s) for s in was.asked], [_group(now, s) for s in now.asked]))
         both = [(old, new) for old, new in self._pairs if old is not None and new is not None]
         self._points = Points(was, now, [(old.asked, new.asked) for old, new in both])
@@ -85,8 +103,8 @@ class Attribution:
             {stack: number for number, (_, new) in enumerate(both) for stack in new.stacks},
         )
 
-    def of_value(self, metric: str, *, fell: bool = False) -> list[StackChange]:
-        """What each place holds otherwise; first, by size, what moved it as the value moved.
+    def of_value(self, metric: str, *, fell: bool = False) -> Explanation:
+        """What each place holds otherwise at the moment that a metric speaks of.
 
         Args:
             metric: whose moment is meant.
@@ -100,15 +118,15 @@ class Attribution:
                 was = self._points.before(now, self._place_of[1].get(self._now.stack(now)), metric)
         return self._changes(was, now, metric, fell=fell)
 
-    def of_failure(self) -> list[StackChange]:
+    def of_failure(self) -> Explanation:
         """What each place held otherwise when the request failed that did not before."""
         failed = self._now.failed
         if failed is None:
-            return []
+            return Explanation()
         was = self._points.before_failure(failed, self._place_of[1].get(self._now.stack(failed)))
         return self._changes(was, failed, "peak_allocated")
 
-    def _changes(self, was: int, now: int, metric: str, *, fell: bool = False) -> list[StackChange]:
+    def _changes(self, was: int, now: int, metric: str, *, fell: bool = False) -> Explanation:
         held = self._was.holders(was, metric), self._now.holders(now, metric)
         # What holds nothing at this moment tells nothing about who does: a line may be the same in set-up, say.
         same = [(old, new) for old, new in self._pairs if old and new and _unchanged(old, new, held)]
@@ -121,10 +139,19 @@ class Attribution:
             had, has = _held(old, held[0]), _held(new, held[1])
             if had.bytes != has.bytes:
                 why = _why((_asked(self._was, old, was), had), (_asked(self._now, new, now), has))
-                found.append(self._change(old, new, (had, has), shared, why))
-        # First what made the value what it is: a place that holds less explains nothing of one that rose.
-        sign = 1 if fell else -1
-        return sorted(found, key=lambda c: (sign * (c.after - c.before), c.file, c.line, c.frames))
+                found.append((self._change(old, new, (had, has), shared, why), has.stack))
+        if fell:
+            return Explanation(tuple(c for c, _ in sorted(found, key=lambda f: _by_size(f[0], sign=1))))
+        most = max((c.after - c.before for c, _ in found), default=0)
+        found.sort(key=lambda f: (not _leads(f[0], most), *_by_size(f[0], sign=-1)))
+        stacks = tuple(change for change, _ in found)
+        if stacks and stacks[0].changed:
+            return Explanation(stacks)
+        ways = [stack for change, stack in found if change.after > change.before]
+        if self._now.is_peak(metric):
+            ways.append(self._now.stack(now))
+        touched = self._edits.to_look_at(self._files, [self._after.frames(stack) for stack in ways])
+        return Explanation(stacks, touched)
 
     def failing(self) -> CodePlace | None:
         """The line of the request that failed."""
@@ -221,7 +248,8 @@ class Attribution:
         if new is None:
             tree, stack, others = self._before, held[0].stack, shared[0]
         frames = tree.frames(stack)
-        place = tree.place(_telling(frames, others)) if frames else CodePlace(file="", line=0, function="")
+        named = _telling(frames, others) if frames else ("", 0, "")
+        place = tree.place(named) if frames else CodePlace(file="", line=0, function="")
         before, after = held[0].bytes, held[1].bytes
         kind: Literal["new", "grown", "shrunk", "gone"] = "grown" if after > before else "shrunk"
         if old is None or new is None:
@@ -238,7 +266,19 @@ class Attribution:
             blocks_before=held[0].blocks,
             blocks_after=held[1].blocks,
             why=why if old is not None and new is not None else "",
+            changed=new is not None and bool(place.file) and self._edits.at(*named[:2]),
         )
+
+
+def _leads(change: StackChange, most: int) -> bool:
+    """Whether a place goes first: it rose, the change touched it, and it is not next to nothing beside the others."""
+    rose = change.after - change.before
+    return change.changed and rose > 0 and rose * _NEXT_TO_NOTHING >= most
+
+
+def _by_size(change: StackChange, *, sign: int) -> tuple[object, ...]:
+    """First what made the value what it is: a place that holds less explains nothing of one that rose."""
+    return sign * (change.after - change.before), change.file, change.line, change.frames
 
 
 _Shared = set[tuple[tuple[str, int], ...]]

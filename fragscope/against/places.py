@@ -11,7 +11,7 @@ from fragscope.gate.verdict import CodePlace
 from fragscope.trace import Frame, Stack
 
 _SHOWN_FRAMES = 8
-_CODE_LIMIT = 200
+CODE_LIMIT = 200
 
 OwnFrame = tuple[str, int, str]
 """File relative to the tree, line, function."""
@@ -33,11 +33,15 @@ class Tree:
 
     def own(self, frame: Frame) -> str | None:
         """The file of a frame relative to the tree; None where it is not the repository's."""
-        if frame.file not in self._own:
-            path = self._root / frame.file
+        return self.own_file(frame.file)
+
+    def own_file(self, name: str) -> str | None:
+        """A file as stacks and results name it, relative to the tree; None where it is not the repository's."""
+        if name not in self._own:
+            path = self._root / name
             ours = path.is_relative_to(self.top) and not is_environment(path)
-            self._own[frame.file] = str(path.relative_to(self.top)) if ours else None
-        return self._own[frame.file]
+            self._own[name] = str(path.relative_to(self.top)) if ours else None
+        return self._own[name]
 
     def file(self, frame: Frame) -> str:
         """The file of a frame as any tree calls it: relative to the tree, absolute where it is not the repository's.
@@ -57,7 +61,7 @@ class Tree:
 
     def code(self, file: str, line: int) -> str:
         """The text of a line, as it can be shown."""
-        return printable(self.sources.line(file, line), _CODE_LIMIT)
+        return printable(self.sources.line(file, line), CODE_LIMIT)
 
     def shown(self, stack: Stack) -> list[str]:
         """Frames for people, innermost first."""

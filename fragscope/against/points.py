@@ -108,7 +108,7 @@ class Points:
 
     @cached_property
     def _steady(self) -> tuple[tuple[_Rows, _Rows, _Rows], tuple[_Rows, _Rows, _Rows]]:
-        """For each recording rows of requests of steady places in order, the other's rows for them, and these in order."""
+        """For each recording rows of requests of steady places, the other's rows for them, and these in order."""
         none = [np.zeros(0, dtype=np.int64)]
         both = [(old, new) for old, new in self._places if len(old) == len(new)]
         was = np.concatenate([np.asarray(old, dtype=np.int64) for old, _ in both] or none)
