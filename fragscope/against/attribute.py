@@ -145,13 +145,13 @@ class Attribution:
         most = max((c.after - c.before for c, _ in found), default=0)
         found.sort(key=lambda f: (not _leads(f[0], most), *_by_size(f[0], sign=-1)))
         stacks = tuple(change for change, _ in found)
-        if stacks and stacks[0].changed:
+        if stacks and _leads(stacks[0], most):
             return Explanation(stacks)
-        ways = [stack for change, stack in found if change.after > change.before]
+        ways = [self._after.frames(stack) for change, stack in found if change.after > change.before]
         if self._now.is_peak(metric):
-            ways.append(self._now.stack(now))
-        touched = self._edits.to_look_at(self._files, [self._after.frames(stack) for stack in ways])
-        return Explanation(stacks, touched)
+            ways.append(self._after.frames(self._now.stack(now)))
+        others = [self._after.frames(stack) for stack in self._now.asked]
+        return Explanation(stacks, self._edits.to_look_at(self._files, ways, others))
 
     def failing(self) -> CodePlace | None:
         """The line of the request that failed."""

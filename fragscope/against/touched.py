@@ -42,12 +42,14 @@ class Edit:
     """What a change touched.
 
     Attributes:
-        file: relative to the tree after; where it was removed, as it was called before.
+        file_now: relative to the tree after.
+        file: the same; where it was removed, as it was called before.
         function: the first line of the function that it is in, in the tree after; 0 outside of functions.
         statement: in the tree after; where it was removed, in the tree before.
         removed: it is no more.
     """
 
+    file_now: str
     file: str
     function: int
     statement: Statement
@@ -90,33 +92,42 @@ class Edits:
         found: dict[int, Edit] = {}
         for statement in self._all(file):
             if self.at(file, statement.first):
-                found.setdefault(statement.function, Edit(file, statement.function, statement))
+                found.setdefault(statement.function, Edit(file, file, statement.function, statement))
         old = self._lines.was_called(file)
         for statement in self._all(old, side=0):
             if all(self._lines.moved(old, n) is None for n in range(statement.first, statement.last + 1)):
                 head = self._lines.moved(old, statement.function)
                 own = self.function(file, head.line) if head is not None else 0
-                found.setdefault(own, Edit(old, own, statement, removed=True))
+                found.setdefault(own, Edit(file, old, own, statement, removed=True))
         return [found[key] for key in sorted(found)]
 
-    def to_look_at(self, files: Iterable[str], ways: Sequence[Sequence[OwnFrame]]) -> Touched:
-        """What was touched of some files, that on the way first.
+    def to_look_at(
+        self, files: Iterable[str], ways: Sequence[Sequence[OwnFrame]], others: Sequence[Sequence[OwnFrame]]
+    ) -> Touched:
+        """What was touched of some files: first what is on the way, then in functions and files that asked for memory.
 
         Args:
             files: relative to the tree after.
             ways: frames of stacks that tell where to look, the most telling first.
+            others: frames of all stacks.
         """
+        found = [edit for file in sorted(files) for edit in self.of(file)]
+        if not found:
+            return Touched()
         order: dict[tuple[str, int], int] = {}
         for frames in ways:
             for file, line, _ in frames:
                 order.setdefault((file, self.function(file, line)), len(order))
-        found = sorted(
-            (order.get((file, edit.function), len(order)), file, edit.function, edit)
-            for file in files
-            for edit in self.of(file)
-        )
+        ran = {(file, self.function(file, line)) for frames in others for file, line, _ in frames}
+        used = {file for file, _ in ran}
+
+        def rank(edit: Edit) -> tuple[object, ...]:
+            own = edit.file_now, edit.function
+            return order.get(own, len(order)), own not in ran, edit.file_now not in used, edit
+
+        found.sort(key=rank)
         lines = []
-        for place, _, _, edit in found[:_MOST_LINES]:
+        for edit in found[:_MOST_LINES]:
             text = (self._before if edit.removed else self._after).line(edit.file, edit.statement.first)
             lines.append(
                 TouchedLine(
@@ -125,7 +136,7 @@ class Edits:
                     function=printable(edit.statement.name),
                     code=printable(text, CODE_LIMIT),
                     removed=edit.removed,
-                    on_the_way=place < len(order),
+                    on_the_way=(edit.file_now, edit.function) in order,
                 )
             )
         return Touched(lines=lines, more=len(found[_MOST_LINES:]))

@@ -1,4 +1,4 @@
-"""Twenty-five seeded regressions of an engine's loader are found, each with case and line; twenty refactorings stay green.
+"""Twenty-five seeded regressions of a loader are found, each with case and line; twenty refactorings stay green.
 
 Each change is made in a copy of the loader of its own, so that all of them cost one comparison.
 """
