@@ -89,6 +89,7 @@ class Points:
         after_this = max(int(steady[number - 1]) if number else 0, int(mine.rows.start))
         before_that = int(steady[number]) if number < len(steady) else int(mine.rows.stop)
         begin = max(int(counterparts[number - 1]) if number else 0, int(theirs.rows.start))
+        begin = min(begin, int(theirs.rows.stop) - 1)
         following = int(np.searchsorted(sorted_counterparts, begin, side="right"))
         end = int(sorted_counterparts[following]) if following < len(sorted_counterparts) else int(theirs.rows.stop)
         end = max(min(end, int(theirs.rows.stop)), begin + 1)

@@ -104,7 +104,9 @@ class Edits:
     def to_look_at(
         self, files: Iterable[str], ways: Sequence[Sequence[OwnFrame]], others: Sequence[Sequence[OwnFrame]]
     ) -> Touched:
-        """What was touched of some files: first what is on the way, then in functions and files that asked for memory.
+        """What was touched of some files: first what is on the way, then what is in functions that asked for memory.
+
+        Files that did not ask for any are named only where no other was touched: a case may import much besides.
 
         Args:
             files: relative to the tree after.
@@ -123,11 +125,11 @@ class Edits:
 
         def rank(edit: Edit) -> tuple[object, ...]:
             own = edit.file_now, edit.function
-            return order.get(own, len(order)), own not in ran, edit.file_now not in used, edit
+            return order.get(own, len(order)), own not in ran, edit
 
-        found.sort(key=rank)
+        named = sorted((edit for edit in found if edit.file_now in used), key=rank) or found
         lines = []
-        for edit in found[:_MOST_LINES]:
+        for edit in named[:_MOST_LINES]:
             text = (self._before if edit.removed else self._after).line(edit.file, edit.statement.first)
             lines.append(
                 TouchedLine(
@@ -139,7 +141,7 @@ class Edits:
                     on_the_way=(edit.file_now, edit.function) in order,
                 )
             )
-        return Touched(lines=lines, more=len(found[_MOST_LINES:]))
+        return Touched(lines=lines, more=len(found) - len(lines))
 
     def _is_changed(self, file: str) -> bool:
         return self._before.lines(self._lines.was_called(file)) != self._after.lines(file)

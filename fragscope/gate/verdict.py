@@ -294,8 +294,8 @@ class Touched(msgspec.Struct, frozen=True, kw_only=True):
     It says where to look, not what the cause is.
 
     Attributes:
-        lines: first those on the way to what rose.
-        more: how many functions besides were touched.
+        lines: first those on the way to what rose; of files that asked for memory, or of others where none was touched.
+        more: how many functions besides were touched in what the case imports.
     """
 
     lines: list[TouchedLine] = []

@@ -440,6 +440,42 @@ def test_where_the_line_that_rose_is_not_changed_it_is_said_what_is(
     assert touched(found) == ([where] if where is not None else [])
 
 
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (("", ""), ([("layers = 8", 3, False, False)], 0)),
+        (("    del step\n", ""), ([("del step", 17, True, True)], 1)),
+    ],
+)
+def test_files_that_a_case_only_imports_are_named_where_nothing_else_is_touched(
+    tmp_path: Path, edit: tuple[str, str], expected: tuple[list[tuple[str, int, bool, bool]], int]
+):
+    before = calls(tmp_path / "before", CALLS)
+    after = calls(tmp_path / "after", CALLS.replace(*edit) if edit[0] else CALLS, kept=True)
+    for program, layers in ((before, 4), (after, 8)):
+        (program.folder / "config.py").write_text(f"class Config:\n\n    layers = {layers}\n")
+    (after.folder / "unused.py").write_text("nobody = imports\n")
+    trees = [Tree(p.folder, p.folder) for p in (before, after)]
+    imported = [str(after.folder / "config.py"), "/usr/lib/python3/elsewhere.py"]
+    found = Attribution(*trees, before.recorded(), after.recorded(), imported).of_value("peak_requested")
+    assert (touched(found), found.touched.more) == expected
+
+
+def test_of_a_file_that_was_renamed_only_what_was_edited_is_touched(tmp_path: Path):
+    edited = CALLS.replace("    model = build()", "    model = build()  # all").replace("    del step\n", "    keep(step)\n")
+    before, after = calls(tmp_path / "before", CALLS), Program(tmp_path / "after", edited, file="weights.py")
+    after.ask("return torch.empty(", "model = build()", mib=8)
+    after.ask("step = torch.ones", "    finish(model)", mib=2)
+    after.ask("last = torch.ones", "    finish(model)", mib=4)
+    found = attribution(before, after).of_value("peak_requested")
+    assert [(c.file, c.code) for c in found.stacks] == [("weights.py", "step = torch.ones(2)")]
+    # A comment at the end of a line is part of the line that was edited.
+    assert touched(found) == [
+        ("keep(step)", 17, True, False),
+        ("model = build()  # all", 4, True, False),
+    ]
+
+
 def test_what_cannot_be_parsed_is_held_line_by_line(tmp_path: Path):
     broken = "print 'two'\n" + CALLS
     edited = broken.replace("step = torch.ones(2)", "step = torch.ones(3)")
