@@ -116,11 +116,11 @@ class Edits:
         found = [edit for file in sorted(files) for edit in self.of(file)]
         if not found:
             return Touched()
+        edited = {edit.file_now for edit in found}
         order: dict[tuple[str, int], int] = {}
-        for frames in ways:
-            for file, line, _ in frames:
-                order.setdefault((file, self.function(file, line)), len(order))
-        ran = {(file, self.function(file, line)) for frames in others for file, line, _ in frames}
+        for own in self._functions(ways, edited):
+            order.setdefault(own, len(order))
+        ran = set(self._functions(others, edited))
         used = {file for file, _ in ran}
 
         def rank(edit: Edit) -> tuple[object, ...]:
@@ -142,6 +142,10 @@ class Edits:
                 )
             )
         return Touched(lines=lines, more=len(found) - len(lines))
+
+    def _functions(self, stacks: Sequence[Sequence[OwnFrame]], files: set[str]) -> Iterator[tuple[str, int]]:
+        """The functions of some files that frames are in, by their first lines."""
+        return ((file, self.function(file, line)) for frames in stacks for file, line, _ in frames if file in files)
 
     def _is_changed(self, file: str) -> bool:
         return self._before.lines(self._lines.was_called(file)) != self._after.lines(file)
