@@ -1,4 +1,4 @@
-"""What a change touched, statement by statement, by function.
+"""What a change touched, statement by statement.
 
 Of code that asks for memory the statement counts, since a call may stand on several lines of which stacks name one.
 Blanks around lines, comments, docstrings and imports are no statements here: none of them keeps or takes memory. What
@@ -83,23 +83,22 @@ class Edits:
         return statement.function if statement is not None else 0
 
     def of(self, file: str) -> list[Edit]:
-        """What was touched in a file of the tree after: of each function, and of what is in none, the first statement.
+        """What was touched in a file of the tree after.
 
-        A removed statement is named only where nothing else of its function was touched.
+        Removed statements are named only where nothing else of their function was touched.
         """
         if not self._is_changed(file):
             return []
-        found: dict[int, Edit] = {}
-        for statement in self._all(file):
-            if self.at(file, statement.first):
-                found.setdefault(statement.function, Edit(file, file, statement.function, statement))
+        found = [Edit(file, file, s.function, s) for s in self._all(file) if self.at(file, s.first)]
+        touched = {edit.function for edit in found}
         old = self._lines.was_called(file)
         for statement in self._all(old, side=0):
             if all(self._lines.moved(old, n) is None for n in range(statement.first, statement.last + 1)):
                 head = self._lines.moved(old, statement.function)
                 own = self.function(file, head.line) if head is not None else 0
-                found.setdefault(own, Edit(file, old, own, statement, removed=True))
-        return [found[key] for key in sorted(found)]
+                if own not in touched:
+                    found.append(Edit(file, old, own, statement, removed=True))
+        return found
 
     def to_look_at(
         self, files: Iterable[str], ways: Sequence[Sequence[OwnFrame]], others: Sequence[Sequence[OwnFrame]]

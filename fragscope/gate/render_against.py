@@ -166,7 +166,7 @@ def _touched(touched: Touched, shown: _Shown) -> list[str]:
         lines.append("  ".join((where, _line(place, shown), *(["removed"] if line.removed else []))))
     more = len(touched.lines[_SHOWN_TOUCHED:]) + touched.more
     if more:
-        lines.append(f"changed besides  {more:,} other function{'s' * (more > 1)}")
+        lines.append(f"changed besides  {more:,} other line{'s' * (more > 1)}")
     return lines
 
 

@@ -269,7 +269,7 @@ class CodePlace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TouchedLine(msgspec.Struct, frozen=True, kw_only=True):
-    """The first statement of a function that a change of the code touched.
+    """A statement that a change of the code touched.
 
     Attributes:
         file: relative to the repository's root.
@@ -295,7 +295,7 @@ class Touched(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         lines: first those on the way to what rose; of files that asked for memory, or of others where none was touched.
-        more: how many functions besides were touched in what the case imports.
+        more: how many statements besides were touched in what the case imports.
     """
 
     lines: list[TouchedLine] = []

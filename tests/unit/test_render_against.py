@@ -73,7 +73,7 @@ def test_what_the_change_touched_is_said_where_the_line_that_rose_is_none_of_it(
         "    changed on the way  y1.py:1  kept = 1",
         "    changed elsewhere  y2.py:2  kept = 2  removed",
         "    changed elsewhere  y3.py:3  kept = 3",
-        "    changed besides  3 other functions",
+        "    changed besides  3 other lines",
     ]
     assert "changed on the way" in as_github(verdict(changes=[hinted]), "")
 
