@@ -1,9 +1,9 @@
 # ruff: noqa: E501  # a change is easier to check where its lines stand whole
-"""An engine's loader, twenty changes that make it need more memory, and twenty that do not.
+"""An engine's loader, twenty-five changes that make it need more memory, and twenty that do not.
 
 The loader is of the kind found in inference engines and knows nothing of fragscope: parameters on the card, a
 checkpoint read expert by expert, weights brought into the order of kernels, scales folded in by parts, a warm-up
-through a workspace, a cache for keys and values. Each change replaces text in one of its files. What it costs follows
+through a workspace, a cache for keys and values, a step of training for an adapter. Each change replaces text in one of its files. What it costs follows
 by hand from the scenario's shapes; the comments say how.
 """
 
@@ -13,6 +13,32 @@ from dataclasses import dataclass
 
 FILES = {
     "__init__.py": "",
+    "adapter.py": '''\
+"""A small adapter, and a step of its training."""
+
+import torch
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, hidden, rank):
+        super().__init__()
+        self.down = torch.nn.Parameter(torch.empty(rank, hidden, dtype=torch.bfloat16, device="cuda"))
+        self.up = torch.nn.Parameter(torch.empty(hidden, rank, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, states):
+        reduced = torch.nn.functional.linear(states, self.down)
+        return torch.nn.functional.linear(reduced, self.up)
+
+
+def make_adapter(hidden, rank):
+    return Adapter(hidden, rank)
+
+
+def train(adapter, tokens):
+    states = torch.zeros(tokens, adapter.down.shape[1], dtype=adapter.down.dtype, device="cuda")
+    loss = adapter(states).square().mean()
+    loss.backward()
+''',
     "experts.py": '''\
 """Expert weights of one layer."""
 
@@ -150,6 +176,7 @@ class KeyValueCache:
 
 SCENARIO = """\
 import torch
+from {package}.adapter import make_adapter, train
 from {package}.layout import fold_scales
 from {package}.loader import load_model, read_expert, start
 
@@ -194,6 +221,13 @@ def started(case):
     model = load_model(case.layers, case.experts, case.hidden, case.intermediate, checkpoint(case))
     with case.measure():
         cache = start(model, case.hidden, case.tokens)
+
+
+@fragscope.scenario("{name}-train", presets=PRESETS, variant="engine")
+def trained(case):
+    with case.measure():
+        adapter = make_adapter(case.hidden, 64)
+        train(adapter, case.tokens)
 """
 
 
@@ -204,18 +238,20 @@ class Change:
     Attributes:
         name: of the change.
         edits: file, text, and what takes its place; each text occurs once.
-        case: ``load``, ``read``, ``fold`` or ``start``: where it shows; ``""`` for one that shows nowhere.
+        case: ``load``, ``read``, ``fold``, ``start`` or ``train``: where it shows; ``""`` for one that shows nowhere.
         line: a part of the line, after the change, that holds what it costs.
+        look: where that line is none of the change, how the line of it begins that keeps the memory.
     """
 
     name: str
     edits: tuple[tuple[str, str, str], ...]
     case: str = ""
     line: str = ""
+    look: str = ""
 
 
-def _change(name: str, *edits: tuple[str, str, str], case: str = "", line: str = "") -> Change:
-    return Change(name, edits, case, line)
+def _change(name: str, *edits: tuple[str, str, str], case: str = "", line: str = "", look: str = "") -> Change:
+    return Change(name, edits, case, line, look)
 
 
 REGRESSIONS = (
@@ -421,6 +457,53 @@ REGRESSIONS = (
         ),
         case="start",
         line="self.scratch = aligned(torch.empty(STEP + 1, hidden,",
+    ),
+    _change(  # one request a call becomes three, two of which live at once: 32 MiB, six calls, the peak in the first
+        "asked-for-thrice",
+        ("layout.py", "out = torch.empty_like(weight)", "out = torch.empty_like(weight).clone().clone()"),
+        case="load",
+        line="out = torch.empty_like(weight).clone().clone()",
+    ),
+    _change(  # six requests a turn instead of one: a copy, the sum so far and the next live at once: 16 MiB
+        "sum-of-copies",
+        (
+            "layout.py",
+            "        part = weight[start : start + CHUNK].float()\n",
+            "        part = sum(weight[start : start + CHUNK].float() for _ in range(3))\n",
+        ),
+        case="fold",
+        line="part = sum(weight[start : start + CHUNK].float() for _ in range(3))",
+    ),
+    _change(  # 0.5 MiB of weights in float32, for which all states and gradients are float32, too: 8 MiB each
+        "module-to-float",
+        ("adapter.py", "    return Adapter(hidden, rank)\n", "    return Adapter(hidden, rank).float()\n"),
+        case="train",
+        line="return Adapter(hidden, rank).float()",
+    ),
+    _change(  # the old w13 of layers that are done, 32 MiB each, until the model is returned
+        "kept-in-a-dict",
+        (
+            "loader.py",
+            "    for number, weights in enumerate(model):\n",
+            "    before = {number: weights.w13.data for number, weights in enumerate(model)}\n"
+            "    for number, weights in enumerate(model):\n",
+        ),
+        case="load",
+        line="w13 = torch.empty(experts, 2 * intermediate, hidden",
+        look="before = {number: weights.w13.data for",
+    ),
+    _change(  # the same for good: a cache on a method keeps what it returned, and the object besides
+        "cached-method",
+        ("experts.py", "import torch\n", "import functools\n\nimport torch\n"),
+        (
+            "experts.py",
+            "    def process_weights_after_loading(self):\n",
+            "    @functools.lru_cache(maxsize=None)\n    def raw(self):\n        return self.w13.data\n\n"
+            "    def process_weights_after_loading(self):\n        self.raw()\n",
+        ),
+        case="load",
+        line="w13 = torch.empty(experts, 2 * intermediate, hidden",
+        look="self.raw()",
     ),
 )
 

@@ -4,10 +4,10 @@ Live memory is grouped by the stack that asked for it, on both sides, and stacks
 first whole stacks whose lines correspond, then those whose innermost line of the repository does, then by that line's
 text. What is left was added or removed.
 
-What is compared is the moment of the peak now with the moment before at which the program was at the same point: the
-same request of the same stack. A tensor that is kept too long makes the peak larger at a point where other tensors are;
-held against the peak before, wherever that was, these would look guilty. Where the program was never at that point, the
-peak before is taken. For values that fell it is the other way round; values of the end are compared at the end.
+What is compared is the moment of the peak now with the moment before at which the program was at the same point
+(points.py). A tensor that is kept too long makes the peak larger at a point where other tensors are; held against the
+peak before, wherever that was, these would look guilty. For values that fell it is the other way round; values of the
+end are compared at the end.
 
 The line that a difference is told by is the innermost one of the repository that no unchanged stack shares: many
 programs allocate in one function of their own, whose line says nothing about who calls it.
@@ -16,80 +16,26 @@ programs allocate in one function of their own, whose line says nothing about wh
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
-from fragscope.against.held import Recorded
-from fragscope.against.imports import is_environment
-from fragscope.against.lines import Alignment, Sources
-from fragscope.errors import printable
-from fragscope.gate.verdict import CodePlace, StackChange
-from fragscope.trace import Frame, Stack
+import numpy as np
 
-_SHOWN_FRAMES = 8
-_CODE_LIMIT = 200
+from fragscope.against.held import Recorded
+from fragscope.against.lines import Alignment
+from fragscope.against.places import OwnFrame, Tree
+from fragscope.against.points import Points
+from fragscope.against.touched import Edits
+from fragscope.gate.verdict import CodePlace, StackChange, Touched
+from fragscope.trace import Stack
+
+_NEXT_TO_NOTHING = 100  # 1 %, from which on the gate takes a difference for one (gate/compare.py)
 _TELLING = 6  # characters that a line must have to be known by its text alone
 _TARGET = re.compile(r"^(?:return\s+|[\w.]+(?:\s*:[^=]*)?\s*=\s*(?!=))")
 """What takes the value of a line's expression, which renaming and extracting change."""
-
-
-_OwnFrame = tuple[str, int, str]
-"""File relative to the tree, line, function."""
-
-
-class Tree:
-    """A tree whose recordings are compared.
-
-    Args:
-        top: the tree.
-        root: the project's folder in it, which file names in stacks are relative to.
-    """
-
-    def __init__(self, top: Path, root: Path) -> None:
-        self.top = top
-        self.sources = Sources(top)
-        self._root = root.absolute()
-        self._own: dict[str, str | None] = {}
-
-    def own(self, frame: Frame) -> str | None:
-        """The file of a frame relative to the tree; None where it is not the repository's."""
-        if frame.file not in self._own:
-            path = self._root / frame.file
-            ours = path.is_relative_to(self.top) and not is_environment(path)
-            self._own[frame.file] = str(path.relative_to(self.top)) if ours else None
-        return self._own[frame.file]
-
-    def file(self, frame: Frame) -> str:
-        """The file of a frame as any tree calls it: relative to the tree, absolute where it is not the repository's.
-
-        An environment in the project's folder is relative in stacks of the one tree and absolute in those of another.
-        """
-        return self.own(frame) or str(self._root / frame.file)
-
-    def frames(self, stack: Stack) -> list[_OwnFrame]:
-        """The frames of the repository, innermost first."""
-        return [(file, frame.line, frame.function) for frame in stack if (file := self.own(frame)) is not None]
-
-    def place(self, frame: _OwnFrame) -> CodePlace:
-        """A line of the repository, as it can be shown."""
-        file, line, function = frame
-        return CodePlace(file=printable(file), line=line, function=printable(function), code=self.code(file, line))
-
-    def code(self, file: str, line: int) -> str:
-        """The text of a line, as it can be shown."""
-        return printable(self.sources.line(file, line), _CODE_LIMIT)
-
-    def shown(self, stack: Stack) -> list[str]:
-        """Frames for people, innermost first."""
-        out = []
-        for frame in stack[:_SHOWN_FRAMES]:
-            file = self.own(frame) or frame.file.rpartition("-packages/")[2]
-            out.append(printable(f"{file}:{frame.line} {frame.function}"))
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +55,25 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What a group held at a moment: bytes, blocks, and the stack that held most."""
+    """What a group held at a moment: bytes, blocks, what was asked for of them, and the stack that held most."""
 
     bytes: int = 0
     blocks: int = 0
+    requested: int = 0
     stack: Stack = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where a difference comes from.
+
+    Attributes:
+        stacks: which places hold it; of those that rose the changed ones first, then by size.
+        touched: where to look, where the first of them was not changed.
+    """
+
+    stacks: tuple[StackChange, ...] = ()
+    touched: Touched = field(default_factory=Touched)
 
 
 class Attribution:
@@ -122,9 +82,10 @@ class Attribution:
     Args:
         before, after: the trees.
         was, now: the case's recordings there.
+        imported: files of the tree after that the case imports, as its results name them.
     """
 
-    def __init__(self, before: Tree, after: Tree, was: Recorded, now: Recorded) -> None:
+    def __init__(self, before: Tree, after: Tree, was: Recorded, now: Recorded, imported: Iterable[str] = ()) -> None:
         self._before, self._after = before, after
         self._was, self._now = was, now
         files = [
@@ -132,10 +93,18 @@ class Attribution:
             for tree, r in ((before, was), (after, now))
         ]
         self._lines = Alignment(before.sources, after.sources, *files)
+        self._edits = Edits(before.sources, after.sources, self._lines)
+        self._files = files[1] | {file for name in imported if (file := after.own_file(name)) is not None}
         self._pairs = list(self._matched([_group(was, s) for s in was.asked], [_group(now, s) for s in now.asked]))
+        both = [(old, new) for old, new in self._pairs if old is not None and new is not None]
+        self._points = Points(was, now, [(old.asked, new.asked) for old, new in both])
+        self._place_of: tuple[dict[Stack, int], dict[Stack, int]] = (
+            {stack: number for number, (old, _) in enumerate(both) for stack in old.stacks},
+            {stack: number for number, (_, new) in enumerate(both) for stack in new.stacks},
+        )
 
-    def of_value(self, metric: str, *, fell: bool = False) -> list[StackChange]:
-        """What each place holds otherwise; first, by size, what moved it as the value moved.
+    def of_value(self, metric: str, *, fell: bool = False) -> Explanation:
+        """What each place holds otherwise at the moment that a metric speaks of.
 
         Args:
             metric: whose moment is meant.
@@ -144,20 +113,20 @@ class Attribution:
         was, now = self._was.row(metric), self._now.row(metric)
         if self._was.is_peak(metric):
             if fell:
-                now = self._same_point(was, forwards=True, otherwise=now)
+                now = self._points.after(was, self._place_of[0].get(self._was.stack(was)), metric)
             else:
-                was = self._same_point(now, forwards=False, otherwise=was)
+                was = self._points.before(now, self._place_of[1].get(self._now.stack(now)), metric)
         return self._changes(was, now, metric, fell=fell)
 
-    def of_failure(self) -> list[StackChange]:
+    def of_failure(self) -> Explanation:
         """What each place held otherwise when the request failed that did not before."""
         failed = self._now.failed
         if failed is None:
-            return []
-        was = self._same_point(failed, forwards=False, otherwise=self._was.row("peak_allocated") + 1)
-        return self._changes(was - 1, failed, "peak_allocated")
+            return Explanation()
+        was = self._points.before_failure(failed, self._place_of[1].get(self._now.stack(failed)))
+        return self._changes(was, failed, "peak_allocated")
 
-    def _changes(self, was: int, now: int, metric: str, *, fell: bool = False) -> list[StackChange]:
+    def _changes(self, was: int, now: int, metric: str, *, fell: bool = False) -> Explanation:
         held = self._was.holders(was, metric), self._now.holders(now, metric)
         # What holds nothing at this moment tells nothing about who does: a line may be the same in set-up, say.
         same = [(old, new) for old, new in self._pairs if old and new and _unchanged(old, new, held)]
@@ -169,24 +138,20 @@ class Attribution:
         for old, new in self._pairs:
             had, has = _held(old, held[0]), _held(new, held[1])
             if had.bytes != has.bytes:
-                found.append(self._change(old, new, (had, has), shared))
-        # First what made the value what it is: a place that holds less explains nothing of one that rose.
-        sign = 1 if fell else -1
-        return sorted(found, key=lambda c: (sign * (c.after - c.before), c.file, c.line, c.frames))
-
-    def _same_point(self, row: int, *, forwards: bool, otherwise: int) -> int:
-        """The request of the other recording that is the same as one of this: as many of its place came before."""
-        here, there = (self._was, self._now) if forwards else (self._now, self._was)
-        if row == here.rows.start:
-            return int(there.rows.start)
-        stack = here.stack(row)
-        for old, new in self._pairs:
-            mine, other = (old, new) if forwards else (new, old)
-            if mine is not None and stack in mine.stacks:
-                if other is None:
-                    return otherwise
-                return other.asked[min(bisect_left(mine.asked, row), len(other.asked) - 1)]
-        return otherwise
+                why = _why((_asked(self._was, old, was), had), (_asked(self._now, new, now), has))
+                found.append((self._change(old, new, (had, has), shared, why), has.stack))
+        if fell:
+            return Explanation(tuple(c for c, _ in sorted(found, key=lambda f: _by_size(f[0], sign=1))))
+        most = max((c.after - c.before for c, _ in found), default=0)
+        found.sort(key=lambda f: (not _leads(f[0], most), *_by_size(f[0], sign=-1)))
+        stacks = tuple(change for change, _ in found)
+        if stacks and _leads(stacks[0], most):
+            return Explanation(stacks)
+        ways = [self._after.frames(stack) for change, stack in found if change.after > change.before]
+        if self._now.is_peak(metric):
+            ways.append(self._after.frames(self._now.stack(now)))
+        others = [self._after.frames(stack) for stack in self._now.asked]
+        return Explanation(stacks, self._edits.to_look_at(self._files, ways, others))
 
     def failing(self) -> CodePlace | None:
         """The line of the request that failed."""
@@ -218,7 +183,7 @@ class Attribution:
         places = self._before.place(old[min(at[0], len(old) - 1)]), self._after.place(new[min(at[1], len(new) - 1)])
         return *places, differ is not None
 
-    def _differ(self, old: _OwnFrame, new: _OwnFrame) -> bool:
+    def _differ(self, old: OwnFrame, new: OwnFrame) -> bool:
         moved = self._lines.moved(*old[:2])
         if moved is not None:
             return (moved.file, moved.line) != new[:2]
@@ -272,13 +237,19 @@ class Attribution:
     # --- what is said ---------------------------------------------------------------------------------------------
 
     def _change(
-        self, old: _Group | None, new: _Group | None, held: tuple[_Held, _Held], shared: tuple[_Shared, _Shared]
+        self,
+        old: _Group | None,
+        new: _Group | None,
+        held: tuple[_Held, _Held],
+        shared: tuple[_Shared, _Shared],
+        why: _Why,
     ) -> StackChange:
         tree, stack, others = self._after, held[1].stack or (new.stacks[0] if new is not None else ()), shared[1]
         if new is None:
             tree, stack, others = self._before, held[0].stack, shared[0]
         frames = tree.frames(stack)
-        place = tree.place(_telling(frames, others)) if frames else CodePlace(file="", line=0, function="")
+        named = _telling(frames, others) if frames else ("", 0, "")
+        place = tree.place(named) if frames else CodePlace(file="", line=0, function="")
         before, after = held[0].bytes, held[1].bytes
         kind: Literal["new", "grown", "shrunk", "gone"] = "grown" if after > before else "shrunk"
         if old is None or new is None:
@@ -294,8 +265,20 @@ class Attribution:
             frames=tree.shown(stack),
             blocks_before=held[0].blocks,
             blocks_after=held[1].blocks,
-            why=_why(old, new, more=after > before) if old is not None and new is not None else "",
+            why=why if old is not None and new is not None else "",
+            changed=new is not None and bool(place.file) and self._edits.at(*named[:2]),
         )
+
+
+def _leads(change: StackChange, most: int) -> bool:
+    """Whether a place goes first: it rose, the change touched it, and it is not next to nothing beside the others."""
+    rose = change.after - change.before
+    return change.changed and rose > 0 and rose * _NEXT_TO_NOTHING >= most
+
+
+def _by_size(change: StackChange, *, sign: int) -> tuple[object, ...]:
+    """First what made the value what it is: a place that holds less explains nothing of one that rose."""
+    return sign * (change.after - change.before), change.file, change.line, change.frames
 
 
 _Shared = set[tuple[tuple[str, int], ...]]
@@ -310,14 +293,15 @@ def _shared(tree: Tree, stacks: Iterable[Stack]) -> _Shared:
     return out
 
 
-def _telling(frames: list[_OwnFrame], shared: _Shared) -> _OwnFrame:
+def _telling(frames: list[OwnFrame], shared: _Shared) -> OwnFrame:
     """The innermost frame up to which no unchanged stack is the same; the innermost one where all are shared."""
     lines = tuple(frame[:2] for frame in frames)
     return next((frame for n, frame in enumerate(frames) if lines[: n + 1] not in shared), frames[0])
 
 
+_Why = Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter", "cut"]
 _Pair = tuple[_Group | None, _Group | None]
-_Holders = dict[Stack, tuple[int, int]]
+_Holders = dict[Stack, tuple[int, int, int]]
 
 
 def _group(recorded: Recorded, stack: Stack) -> _Group:
@@ -327,9 +311,9 @@ def _group(recorded: Recorded, stack: Stack) -> _Group:
 def _held(group: _Group | None, holders: _Holders) -> _Held:
     if group is None:
         return _Held()
-    found = [(*holders.get(stack, (0, 0)), stack) for stack in group.stacks]
+    found = [(*holders.get(stack, (0, 0, 0)), stack) for stack in group.stacks]
     most = max(found, key=lambda f: f[0])
-    return _Held(sum(f[0] for f in found), sum(f[1] for f in found), most[2])
+    return _Held(sum(f[0] for f in found), sum(f[1] for f in found), sum(f[2] for f in found), most[3])
 
 
 def _unchanged(old: _Group, new: _Group, held: tuple[_Holders, _Holders]) -> bool:
@@ -338,7 +322,7 @@ def _unchanged(old: _Group, new: _Group, held: tuple[_Holders, _Holders]) -> boo
     return _held(old, held[0]).bytes == _held(new, held[1]).bytes > 0
 
 
-def _depth(tree: Tree, recorded: Recorded, frames: list[_OwnFrame]) -> int:
+def _depth(tree: Tree, recorded: Recorded, frames: list[OwnFrame]) -> int:
     """How many of a stack's innermost lines say little, since several functions of the repository lead to them."""
     for depth in range(len(frames) - 1):
         lines = [frame[:2] for frame in frames[: depth + 1]]
@@ -379,14 +363,29 @@ def _text(tree: Tree, stack: Stack, *, named: bool) -> Hashable:
     return (function, text) if named else text
 
 
-def _why(
-    old: _Group, new: _Group, *, more: bool
-) -> Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"]:
-    count, wanted = (len(old.asked), len(new.asked)), (old.size, new.size)
-    if count[0] == count[1] and wanted[0] == wanted[1]:
+def _asked(recorded: Recorded, group: _Group | None, upto: int) -> tuple[int, int]:
+    """How many requests of a group there were up to a row, and for how many bytes."""
+    if group is None:
+        return 0, 0
+    count = bisect_right(group.asked, upto)
+    if count == len(group.asked):
+        return count, group.size
+    return count, int(recorded.trace.requests.size[np.asarray(group.asked[:count], dtype=np.int64)].sum())
+
+
+def _why(was: tuple[tuple[int, int], _Held], now: tuple[tuple[int, int], _Held]) -> _Why:
+    """What makes the difference of a group, from what it had asked for up to the moments, and what of that it held.
+
+    Only where it had asked for the same can it be that the same memory lives longer.
+    """
+    ((count_before, size_before), had), ((count_after, size_after), has) = was, now
+    more = has.bytes > had.bytes
+    if (had.blocks, had.requested) == (has.blocks, has.requested):
+        return "cut"
+    if (count_before, size_before) == (count_after, size_after):
         return "longer" if more else "shorter"
-    if count[0] == count[1] and (wanted[1] > wanted[0]) == more:
+    if count_before == count_after and (size_after > size_before) == more:
         return "larger" if more else "smaller"
-    if wanted[0] * count[1] == wanted[1] * count[0] and (count[1] > count[0]) == more:
+    if size_before * count_after == size_after * count_before and (count_after > count_before) == more:
         return "more" if more else "fewer"
     return ""

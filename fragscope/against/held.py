@@ -85,16 +85,19 @@ class Recorded:
         """The last request for memory that failed; None where none did."""
         return int(self.series.oom[-1]) if len(self.series.oom) else None
 
-    def holders(self, row: int, metric: str) -> dict[Stack, tuple[int, int]]:
-        """Bytes and blocks held after a request, by stack; of the sizes that the metric is about."""
+    def holders(self, row: int, metric: str) -> dict[Stack, tuple[int, int, int]]:
+        """Bytes and blocks held after a request, by stack, and the bytes asked for.
+
+        The bytes held are those that the metric is about.
+        """
         found = holders_at(self.trace, row, self.lives)
         if metric == "peak_hbm":
             found += raw_holders_at(self.trace, row)
-        out: dict[Stack, tuple[int, int]] = {}
+        out: dict[Stack, tuple[int, int, int]] = {}
         for holder in found:
-            size, blocks = out.get(holder.stack, (0, 0))
+            size, blocks, requested = out.get(holder.stack, (0, 0, 0))
             more = holder.requested if metric == "peak_requested" else holder.bytes
-            out[holder.stack] = (size + more, blocks + holder.blocks)
+            out[holder.stack] = (size + more, blocks + holder.blocks, requested + holder.requested)
         return out
 
 

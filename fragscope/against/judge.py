@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from fragscope.against.attribute import Attribution, Tree
+from fragscope.against.attribute import Attribution
 from fragscope.against.held import Recorded
+from fragscope.against.places import Tree
 from fragscope.against.run import Side
 from fragscope.errors import printable
 from fragscope.gate import Budgets, Lock, decided, evaluate, hold_to_lock
@@ -214,15 +215,16 @@ class _Explained:
         both = self._recorded(change.case.id) if change.regressed or change.improved else None
         if both is None:
             return change
-        stacks = both.of_value(change.metric, fell=change.improved)
+        found = both.of_value(change.metric, fell=change.improved)
         peak_before, peak_after, moved = both.peaks(change.metric)
         return msgspec.structs.replace(
             change,
-            stacks=stacks,
+            stacks=list(found.stacks),
+            touched=found.touched,
             peak_before=peak_before,
             peak_after=peak_after,
             peak_moved=moved,
-            caveats=[*_unexplained(change, self._pairs[change.case.id], stacks), *change.caveats],
+            caveats=[*_unexplained(change, self._pairs[change.case.id], found.stacks), *change.caveats],
         )
 
     def outcome(self, change: OutcomeChange) -> OutcomeChange:
@@ -230,7 +232,8 @@ class _Explained:
         both = self._recorded(change.case.id) if change.after == "oom" else None
         if both is None:
             return change
-        return msgspec.structs.replace(change, place=both.failing(), stacks=both.of_failure())
+        found = both.of_failure()
+        return msgspec.structs.replace(change, place=both.failing(), stacks=list(found.stacks), touched=found.touched)
 
     def _recorded(self, case: str) -> Attribution | None:
         if case not in self._read:
@@ -239,11 +242,11 @@ class _Explained:
             if pair.before.trace is not None and pair.after.trace is not None:
                 was = Recorded.of(self._before.folder / pair.before.trace)
                 now = Recorded.of(self._after.folder / pair.after.trace)
-                self._read[case] = Attribution(*self._trees, was, now)
+                self._read[case] = Attribution(*self._trees, was, now, pair.after.sources)
         return self._read[case]
 
 
-def _unexplained(change: Change, pair: Pair, stacks: list[StackChange]) -> Iterator[str]:
+def _unexplained(change: Change, pair: Pair, stacks: tuple[StackChange, ...]) -> Iterator[str]:
     """What of a difference no line holds."""
     match change.metric:
         case "peak_reserved" | "peak_hbm":

@@ -1,7 +1,7 @@
 """Which line of one tree is which line of the other.
 
 Files are matched by name, or by content where one was renamed; lines by the longest common run of both files, and
-within what was rewritten by their text. Nothing is parsed, so that a file in any state can be compared.
+within what was rewritten by their text. Nothing is parsed for that, so that a file in any state can be compared.
 """
 
 from __future__ import annotations
@@ -25,17 +25,23 @@ class Sources:
 
     def __init__(self, top: Path) -> None:
         self._top = top
+        self._texts: dict[str, str] = {}
         self._lines: dict[str, list[str]] = {}
 
-    def lines(self, file: str) -> list[str]:
-        """The lines of a file, given relative to the tree, without the blanks around them."""
-        if file not in self._lines:
+    def text(self, file: str) -> str:
+        """The text of a file, given relative to the tree."""
+        if file not in self._texts:
             try:
                 with (self._top / file).open("rb") as f:
-                    text = f.read(_FILE_LIMIT).decode("utf-8", errors="replace")
+                    self._texts[file] = f.read(_FILE_LIMIT).decode("utf-8", errors="replace")
             except (OSError, ValueError):
-                text = ""
-            self._lines[file] = [line.strip() for line in text.split("\n")]
+                self._texts[file] = ""
+        return self._texts[file]
+
+    def lines(self, file: str) -> list[str]:
+        """The lines of a file, without the blanks around them."""
+        if file not in self._lines:
+            self._lines[file] = [line.strip() for line in self.text(file).split("\n")]
         return self._lines[file]
 
     def line(self, file: str, number: int) -> str:
@@ -69,15 +75,29 @@ class Alignment:
     ) -> None:
         self._before, self._after = before, after
         self._renamed = _renamed(before, after, set(files_before), set(files_after))
+        self._was_called = {new: old for old, new in self._renamed.items()}
         self._maps: dict[str, dict[int, int]] = {}
 
     def moved(self, file: str, line: int) -> Moved | None:
         """Where a line of the tree before is now; None where it is not there any more."""
-        target = self._renamed.get(file, file)
+        found = self._map(file).get(line)
+        return None if found is None else Moved(self._renamed.get(file, file), found)
+
+    def was_called(self, file: str) -> str:
+        """The name before of a file of the tree after."""
+        return self._was_called.get(file, file)
+
+    def unchanged(self, file: str) -> set[int]:
+        """The lines of a file of the tree after, by that name, which were there before with the same text."""
+        old = self.was_called(file)
+        before, after = self._before, self._after
+        return {new for was, new in self._map(old).items() if before.line(old, was) == after.line(file, new)}
+
+    def _map(self, file: str) -> dict[int, int]:
         if file not in self._maps:
+            target = self._renamed.get(file, file)
             self._maps[file] = _line_map(self._before.lines(file), self._after.lines(target))
-        found = self._maps[file].get(line)
-        return None if found is None else Moved(target, found)
+        return self._maps[file]
 
 
 def _renamed(before: Sources, after: Sources, files_before: set[str], files_after: set[str]) -> dict[str, str]:

@@ -78,7 +78,7 @@ def _command(group: list[Finding], folder: str) -> str:
         + (f" [{_plain(finding.place)}]" if finding.place else "")
         for finding in group
     ]
-    said += [text for finding in group for text in stack_texts(list(finding.stacks), _plain)]
+    said += [text for finding in group for text in stack_texts(finding.stacks, finding.touched, _plain)]
     properties = [*_location(at, folder), f"title={_property(title)}"]
     return f"::{head.level} {','.join(properties)}::{_data(chr(10).join(said))}"
 

@@ -8,7 +8,7 @@ comes after all that does.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fragscope.gate.sizes import compared, count
@@ -21,6 +21,7 @@ from fragscope.gate.verdict import (
     OutcomeChange,
     PolicyChange,
     StackChange,
+    Touched,
     Verdict,
     WaiverName,
     WaiverUse,
@@ -49,7 +50,8 @@ class Finding:
         bytes: by how much; what the order goes by.
         sizes: limit, value and difference as they are said; empty where there are none.
         notes: what else ``said`` has.
-        stacks: the places in the code that make the difference, largest first.
+        stacks: the places in the code that make the difference.
+        touched: what the change touched, where the first of these is none of it.
         first: goes before everything that is only bytes.
         waived: it would fail, and a waiver covers it.
     """
@@ -68,6 +70,7 @@ class Finding:
     sizes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stacks: tuple[StackChange, ...] = ()
+    touched: Touched = field(default_factory=Touched)
     first: bool = False
     waived: bool = False
 
@@ -185,6 +188,7 @@ def _regressed(change: Change) -> Finding:
         sizes=(before, after, more),
         notes=notes,
         stacks=tuple(change.stacks),
+        touched=change.touched,
         waived=change.waiver is not None,
     )
 
@@ -268,6 +272,7 @@ def _outcome(entry: OutcomeChange) -> Finding:
         line=line,
         in_code=in_code,
         stacks=tuple(entry.stacks),
+        touched=entry.touched,
         first=entry.regressed,
     )
 

@@ -76,7 +76,7 @@ def _text(found: list[Finding]) -> str:
     for finding in found:
         place = [f"[{finding.place}]"] if finding.place else []
         lines.append(_plain("  ".join([finding.word, *finding.said, *place]), 4000))
-        lines += [f"  {text}" for text in stack_texts(list(finding.stacks), _plain)]
+        lines += [f"  {text}" for text in stack_texts(finding.stacks, finding.touched, _plain)]
     return "\n".join(lines)
 
 

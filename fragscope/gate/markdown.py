@@ -149,4 +149,4 @@ def _item(finding: Finding) -> str:
 
 
 def _nested(finding: Finding) -> list[str]:
-    return [f"  - {text}" for text in stack_texts(list(finding.stacks), code)]
+    return [f"  - {text}" for text in stack_texts(finding.stacks, finding.touched, code)]

@@ -6,15 +6,16 @@ difference, once for all values that have the same ones. What is better, new or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from fragscope.errors import printable
 from fragscope.gate.sizes import compared as in_words
-from fragscope.gate.verdict import Change, CodePlace, OutcomeChange, PolicyChange, StackChange, Verdict
+from fragscope.gate.verdict import Change, CodePlace, OutcomeChange, PolicyChange, StackChange, Touched, Verdict
 from fragscope.units import format_bytes
 
 _NAME_LIMIT = 300
 _SHOWN_STACKS = 6
+_SHOWN_TOUCHED = 3
 _Shown = Callable[[str], str]
 _WHY = {
     "larger": "each is larger",
@@ -23,6 +24,7 @@ _WHY = {
     "fewer": "it is asked for less often",
     "longer": "the same memory is kept longer",
     "shorter": "the same memory is freed earlier",
+    "cut": "the same memory in blocks with other remainders",
 }
 
 
@@ -37,7 +39,7 @@ def regression_lines(verdict: Verdict) -> list[str]:
     for outcome in verdict.outcomes:
         if outcome.regressed:
             lines.append("  ".join(("regressed", *_outcome(outcome, plain))))
-            lines += _indented(stack_texts(outcome.stacks, plain))
+            lines += _indented(stack_texts(outcome.stacks, outcome.touched, plain))
     for group in by_case(verdict.regressions):
         for change, details in with_details(group, plain):
             lines.append("  ".join(("regressed", *_change(change, plain))))
@@ -112,7 +114,7 @@ def with_details(group: list[Change], shown: _Shown) -> Iterator[tuple[Change, l
         if following is not None and _places(following) == _places(first):
             yield change, []
         else:
-            yield change, [*stack_texts(first.stacks, shown), *_peak(first, shown)]
+            yield change, [*stack_texts(first.stacks, first.touched, shown), *_peak(first, shown)]
             first = following or first
 
 
@@ -142,12 +144,29 @@ def _change(change: Change, shown: _Shown) -> list[str]:
     return [shown(change.case.name), shown(change.metric), more, f"before {before}", f"now {after}", *allowed, *caveats]
 
 
-def stack_texts(stacks: list[StackChange], shown: _Shown) -> list[str]:
-    """The places in the code that make a difference, one a line; ``shown`` makes what strangers wrote harmless."""
+def stack_texts(stacks: Sequence[StackChange], touched: Touched, shown: _Shown) -> list[str]:
+    """The places in the code that make a difference, one a line, and where to look if the first was not changed.
+
+    ``shown`` makes what strangers wrote harmless.
+    """
     lines = [_stack(stack, shown) for stack in stacks[:_SHOWN_STACKS]]
     rest = stacks[_SHOWN_STACKS:]
     if rest:
-        lines.append(f"{signed(sum(s.after - s.before for s in rest))} in {len(rest):,} other places")
+        lines.append(
+            f"{signed(sum(s.after - s.before for s in rest))} in {len(rest):,} other place{'s' * (len(rest) > 1)}"
+        )
+    return lines + _touched(touched, shown)
+
+
+def _touched(touched: Touched, shown: _Shown) -> list[str]:
+    lines = []
+    for line in touched.lines[:_SHOWN_TOUCHED]:
+        place = CodePlace(file=line.file, line=line.line, function=line.function, code=line.code)
+        where = "changed on the way" if line.on_the_way else "changed elsewhere"
+        lines.append("  ".join((where, _line(place, shown), *(["removed"] if line.removed else []))))
+    more = len(touched.lines[_SHOWN_TOUCHED:]) + touched.more
+    if more:
+        lines.append(f"changed besides  {more:,} other line{'s' * (more > 1)}")
     return lines
 
 
@@ -156,11 +175,13 @@ def _stack(stack: StackChange, shown: _Shown) -> str:
     where = (
         _line(place, shown) if stack.file else shown(stack.frames[0] if stack.frames else "no call stack was recorded")
     )
-    held = f"held {format_bytes(stack.before)}, now {format_bytes(stack.after)}"
+    before, after, _ = in_words(stack.before, stack.after)
+    held = f"held {before}, now {after}"
     if stack.kind in ("new", "gone"):
         held = {"new": "new", "gone": "gone"}[stack.kind]
     why = f": {_WHY[stack.why]}" if stack.why else ""
-    return f"{signed(stack.after - stack.before)}  {where}  {held}{why}"
+    changed = "; changed here" if stack.changed else ""
+    return f"{signed(stack.after - stack.before)}  {where}  {held}{why}{changed}"
 
 
 def _peak(change: Change, shown: _Shown) -> list[str]:

@@ -233,7 +233,9 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
         frames: ``file:line function`` outwards from the allocation, shortened to what tells stacks apart.
         blocks_before, blocks_after: in how many blocks.
         why: what makes the difference, as far as the requests tell: ``larger`` or ``smaller`` ones, ``more`` or
-            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``""`` where several do.
+            ``fewer`` of them, or the same ones that live ``longer`` or ``shorter``; ``cut`` where the same is held in
+            blocks with other remainders; ``""`` where several do.
+        changed: the line is new or edited, or part of a statement that is; of a line that is there now.
     """
 
     kind: Literal["new", "grown", "shrunk", "gone"]
@@ -246,7 +248,8 @@ class StackChange(msgspec.Struct, frozen=True, kw_only=True):
     frames: list[str] = []
     blocks_before: int = 0
     blocks_after: int = 0
-    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter"] = ""
+    why: Literal["", "larger", "smaller", "more", "fewer", "longer", "shorter", "cut"] = ""
+    changed: bool = False
 
 
 class CodePlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,6 +268,40 @@ class CodePlace(msgspec.Struct, frozen=True, kw_only=True):
     code: str = ""
 
 
+class TouchedLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A statement that a change of the code touched.
+
+    Attributes:
+        file: relative to the repository's root.
+        line: in ``file`` as it is now; as it was before where the statement is removed.
+        function: that it is in; ``""`` outside of functions.
+        code: the line's text.
+        removed: it is there no more.
+        on_the_way: its function called for memory that rose, or for what was asked for at the peak.
+    """
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
+    removed: bool = False
+    on_the_way: bool = False
+
+
+class Touched(msgspec.Struct, frozen=True, kw_only=True):
+    """What a change of the code touched of what a case imports, where the line that rose most is none of it.
+
+    It says where to look, not what the cause is.
+
+    Attributes:
+        lines: first those on the way to what rose; of files that asked for memory, or of others where none was touched.
+        more: how many statements besides were touched in what the case imports.
+    """
+
+    lines: list[TouchedLine] = []
+    more: int = 0
+
+
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One value of one case, before and after a change of the code; bytes.
 
@@ -274,7 +311,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         before, after: the values.
         allowed: by how much ``after`` may be larger.
         regressed: it is larger by more than that.
-        stacks: which places hold the difference, largest first.
+        stacks: which places hold the difference: of those that rose first the changed ones, then by size.
+        touched: where to look, where the first of these lines was not changed.
         improved: it is smaller by more than that.
         peak_before, peak_after: the request at which the peak was reached; None for values of the end.
         peak_moved: these are different lines, and not one that moved.
@@ -290,6 +328,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     regressed: bool
     improved: bool = False
     stacks: list[StackChange] = []
+    touched: Touched = Touched()
     peak_before: CodePlace | None = None
     peak_after: CodePlace | None = None
     peak_moved: bool = False
@@ -307,7 +346,8 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
         declared: it came to its end, and is declared not to now: its values are held against nothing.
         message: one line about how it ends now, or ended before where it is mended.
         place: the request that failed, where it runs out of memory now.
-        stacks: which places held more or less then than at the peak before.
+        stacks: which places held more or less then than at the same point before.
+        touched: where to look, where the first of these lines was not changed.
     """
 
     case: CaseName
@@ -318,6 +358,7 @@ class OutcomeChange(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     place: CodePlace | None = None
     stacks: list[StackChange] = []
+    touched: Touched = Touched()
 
     @property
     def word(self) -> Literal["regressed", "declared otherwise", "improved"]:

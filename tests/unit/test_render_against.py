@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fragscope.gate.annotations import as_github
 from fragscope.gate.markdown import as_markdown
 from fragscope.gate.render import as_text
 from fragscope.gate.verdict import (
@@ -15,6 +16,8 @@ from fragscope.gate.verdict import (
     OutcomeChange,
     PolicyChange,
     StackChange,
+    Touched,
+    TouchedLine,
     Verdict,
 )
 
@@ -55,6 +58,30 @@ def test_a_regression_names_its_sizes_its_line_and_where_the_peak_is():
         "    peak at x.py:9  w = cat(kept); before at x.py:5  a",
         "fail: 1 value regressed; 1 case of 1111111 compared with main (0000000)",
     ]
+
+
+def test_what_the_change_touched_is_said_where_the_line_that_rose_is_none_of_it():
+    lines = [
+        TouchedLine(file=f"y{n}.py", line=n, function="f", code=f"kept = {n}", on_the_way=n == 1, removed=n == 2)
+        for n in range(1, 5)
+    ]
+    marked = change(stacks=[stack(changed=True)])
+    hinted = change(stacks=[stack()], touched=Touched(lines=lines, more=2))
+    assert as_text(verdict(changes=[marked])).splitlines()[1].endswith(": the same memory is kept longer; changed here")
+    assert as_text(verdict(changes=[hinted])).splitlines()[1:6] == [
+        "    +5.00 MiB  x.py:7  kept.append(w)  held 0 B, now 5.00 MiB: the same memory is kept longer",
+        "    changed on the way  y1.py:1  kept = 1",
+        "    changed elsewhere  y2.py:2  kept = 2  removed",
+        "    changed elsewhere  y3.py:3  kept = 3",
+        "    changed besides  3 other lines",
+    ]
+    assert "changed on the way" in as_github(verdict(changes=[hinted]), "")
+
+
+def test_sizes_that_would_read_the_same_are_in_bytes():
+    """24 MiB, and 512 bytes more."""
+    close = change(stacks=[stack(before=24 * MIB, after=24 * MIB + 512, why="")])
+    assert "+512 B  x.py:7  kept.append(w)  held 25,165,824 B, now 25,166,336 B" in as_text(verdict(changes=[close]))
 
 
 def test_lines_stand_once_below_the_values_that_have_the_same():
@@ -127,7 +154,13 @@ def test_a_difference_below_what_is_shown_is_in_bytes():
 def test_nothing_hostile_leaves_its_place():
     evil = "x`|<b>\x1b[31m\n::error::"
     found = verdict(
-        changes=[change(stacks=[stack(file=evil, code=evil, frames=[evil])], caveats=[evil])],
+        changes=[
+            change(
+                stacks=[stack(file=evil, code=evil, frames=[evil])],
+                touched=Touched(lines=[TouchedLine(file=evil, line=1, function=evil, code=evil)]),
+                caveats=[evil],
+            )
+        ],
         outcomes=[OutcomeChange(case=case(evil), before="ok", after="oom", regressed=True, message=evil)],
         appeared=[OneSided(case=case(evil), reason=evil)],
         policy=[PolicyChange(file=evil, line=1, what=evil, kind="raised", detail=evil)],
