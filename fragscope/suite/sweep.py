@@ -1,8 +1,8 @@
 """How peak memory grows with a size, and the largest size that fits.
 
-A sweep runs its cases at sizes spread evenly on a logarithmic scale, and then halves the interval between the largest
-size of them that fits and the smallest above it that does not, until nothing lies between. That the sizes in between
-fit is not proven: a size can fail below one that fits, and where the sizes tried show that, the answer says so.
+A sweep doubles its size until a case does not fit, and then halves the interval between that size and the largest one
+that did, until nothing lies between. Nothing above a size that does not fit is tried, and the answer says so; that the
+sizes in between fit is not proven.
 """
 
 from __future__ import annotations
