@@ -733,3 +733,61 @@ def test_a_gradient_that_waits_for_its_move_lives_no_longer_than_its_tensor(card
     held.clear()
     assert gone() is None
     assert live(card) == 0
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x, i: x.index_put_((i,), x[:3]),
+        lambda x, i: x.index_add_(0, i, x[:3]),
+        lambda x, i: x.index_copy_(0, i, x[:3]),
+        lambda x, i: x.scatter_(0, i, x[:3]),
+        lambda x, i: x.cumsum(0),
+    ],
+)
+def test_what_takes_other_steps_with_deterministic_algorithms_is_estimated(run, deterministic):
+    with h100() as device:
+        x, places = torch.ones(8, device="cuda"), torch.arange(3, device="cuda")
+        run(x, places)
+        assert [op for op in device.estimated if op.endswith("with deterministic algorithms")] != []
+        torch.use_deterministic_algorithms(False)
+        device.estimated.clear()
+        run(x, places)
+        assert device.estimated == {}
+
+
+def test_a_program_that_writes_by_index_in_a_backward_pass_takes_what_it_takes_elsewhere():
+    """A card checks the program's own indices wherever that asks; those of a formula it does not."""
+    taken = []
+
+    class Adds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            accumulate()
+            return gradient
+
+    with h100() as device:
+        target, index, values = (
+            torch.zeros(4000, 64, device="cuda"), torch.arange(3000, device="cuda"), torch.ones(3000, 64, device="cuda")
+        )  # fmt: skip
+
+        def accumulate():
+            before = len(device.memory.requests)
+            target.index_put_((index,), values, accumulate=True)
+            rows = device.memory.requests.finish()
+            taken.append([int(s) for s in rows.size[before:]])
+
+        accumulate()
+        Adds.apply(torch.ones(2, device="cuda", requires_grad=True)).sum().backward()
+        assert taken[0] == taken[1] != []

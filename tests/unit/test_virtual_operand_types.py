@@ -122,3 +122,30 @@ def test_results_that_are_given_are_no_operands() -> None:
             (torch.index_add, (vector, 0, at("cuda"), vector[:2]), vector.clone()),
         ):
             assert run(*operands, out=out) is out
+
+
+def test_of_empty_operands_no_kernel_is_asked() -> None:
+    """Kernels of products return before they look at the type; a convolution of nothing has a backend of its own."""
+    with h100():
+        assert torch.mm(ones("cuda", 0, 4, dtype=LONG), ones("cuda", 4, 4, dtype=LONG)).shape == (0, 4)
+        assert torch.mm(ones("cuda", 4, 0, dtype=LONG), ones("cuda", 0, 4, dtype=LONG)).shape == (4, 4)
+        assert torch.bmm(ones("cuda", 0, 4, 4, dtype=LONG), ones("cuda", 0, 4, 4, dtype=LONG)).shape == (0, 4, 4)
+        assert torch.mv(ones("cuda", 0, 4, dtype=LONG), ones("cuda", 4, dtype=LONG)).shape == (0,)
+        assert functional.conv2d(ones("cuda", 0, 3, 4, 4, dtype=HALF), ones("cuda", 2, 3, 3, 3)).shape == (0, 2, 2, 2)
+        assert functional.layer_norm(ones("cuda", 0, 4, dtype=HALF), (4,), ones("cuda", 4)).shape == (0, 4)
+
+
+@pytest.mark.skipif(older_than(2, 13), reason="the rule for the shape of this overload is newer")
+def test_overloads_that_name_their_type_take_a_bias_of_it() -> None:
+    with h100():
+        half = ones("cuda", 4, 4, dtype=HALF)
+        assert torch.addmm(ones("cuda", 4, 4), half, half, out_dtype=FLOAT).dtype == FLOAT
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_host_tensors_are_quantized_as_ever() -> None:
+    with h100():
+        host = torch.ones(3)
+        assert torch.quantize_per_tensor(input=host, scale=0.1, zero_point=0, dtype=torch.quint8).is_quantized
+        listed = torch.quantize_per_tensor([host], torch.tensor([0.1]), torch.tensor([0]), torch.quint8)
+        assert listed[0].is_quantized

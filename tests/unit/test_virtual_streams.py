@@ -339,3 +339,15 @@ def test_what_depends_on_which_thread_is_first_is_estimated() -> None:
         x = torch.ones(8, 8, device="cuda", requires_grad=True)
         (x @ x).sum().backward()
         assert "cuBLAS workspace of backward passes after threads" in device.estimated
+
+
+def test_several_gradients_at_once_over_several_streams_are_estimated() -> None:
+    with h100() as device:
+        x = torch.ones(3, 4, device="cuda", requires_grad=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            part = x.exp()
+        out = (part + x * 2).sum(0)
+        seeds = torch.eye(4, device="cuda")
+        (found,) = torch.autograd.grad(out, x, seeds, is_grads_batched=True)
+        assert found.shape == (4, 3, 4)
+        assert "batched gradients of several streams" in device.estimated

@@ -53,3 +53,21 @@ def test_they_are_where_their_tensors_are_and_take_what_those_take() -> None:
         del weight, layer.weight, out
         assert live(device) == kept - 2
         assert device.estimated == {}
+
+
+class LeftToTorch(torch.Tensor):
+    """Has no memory besides its own, and nothing to say of operators."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def test_memory_of_the_card_itself_counts_whatever_its_class() -> None:
+    with h100() as device:
+        tensor = torch.Tensor._make_subclass(LeftToTorch, torch.ones(1024, 1024, device="cuda"))
+        before = torch.cuda.memory_allocated()
+        out = tensor + 1
+        assert (str(out.device), out.is_cuda) == ("cuda:0", True)
+        assert torch.cuda.memory_allocated() - before == 1024 * 1024 * 4
+        assert device.estimated == {}

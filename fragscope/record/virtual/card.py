@@ -276,6 +276,9 @@ class VirtualCard:
 
     def record_stream(self, tensor: torch.Tensor, stream: int) -> None:
         """A stream uses a tensor, which may be on the card."""
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # several gradients at once, which hide their memory
+            self.estimate("batched gradients of several streams")
+            return
         entry = self.storages.find(tensor)
         if entry is not None and entry.id is not None:
             self.memory.record_stream(entry.id, stream)

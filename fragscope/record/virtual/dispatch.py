@@ -28,9 +28,6 @@ from fragscope.record.virtual.transfers import Transfers
 
 _META = torch.device("meta")
 _CUDA = torch.device("cuda", 0)
-_CLONE = torch.ops.aten.clone.default
-_MASKED_FILL = torch.ops.aten.masked_fill_.Scalar
-_NONZERO = torch.ops.aten.nonzero.default
 _LENGTHS_ON_HOST = ("aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward")
 """Operators that take a tensor of the host beside those on the card."""
 
@@ -57,17 +54,24 @@ class DispatchMode(TorchDispatchMode):
     ) -> Any:
         if types:
             return self._of_subclass(func, types, args, kwargs or {})
+        return self._plain(func, args, kwargs or {})
+
+    def _plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C.DisableTorchFunction():
             if func is not ADD or torch._C._current_graph_task_id() == -1:
-                return self._run(func, args, dict(kwargs or {}))
+                return self._run(func, args, dict(kwargs))
             with self._device.summing_gradients():
-                return self._run(func, args, dict(kwargs or {}))
+                return self._run(func, args, dict(kwargs))
 
     def _of_subclass(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What classes of tensors make of an operator that have operators of their own, and tensors inside.
 
-        Torch has switched the function mode off, and their code asks where these are.
+        Torch has switched the function mode off, and their code asks where these are. One that is memory of the card
+        itself runs as what it is: its class may leave the operator to torch, past this mode.
         """
+        find = self._device.storages.find
+        if all(find(t) is not None for t in tensors_in((*args, *kwargs.values())) if type(t) in types):
+            return self._plain(func, args, kwargs)
         mode = self._device.function_mode
         if kwargs.get("device") == _META and not self._device.explicit_meta:
             kwargs = {**kwargs, "device": _CUDA}
@@ -83,6 +87,7 @@ class DispatchMode(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device, storages = self._device, self._device.storages
+        asked = func
         if torch._C._current_graph_task_id() != -1 and args:
             func = self._in_backward(func, args[0])
         on_card, on_host, real, entries = _sort(storages, args, kwargs)
@@ -115,7 +120,7 @@ class DispatchMode(TorchDispatchMode):
         if name == "aten::copy_":
             return self._transfers.copy(func, args, kwargs, entries)
         if name in INDEXING:
-            return self._indexing.run(func, args, kwargs, entries)
+            return self._indexing.run(func, args, kwargs, entries, of_formula=func is not asked)
         if trait.needs_values:
             return self._by_value.run(func, args, kwargs, entries)
         is_mixed = any(t.dim() for t in real) or (on_host and _has_extent_on_host(storages, args, kwargs))
@@ -233,6 +238,8 @@ class DispatchMode(TorchDispatchMode):
                 outputs = [outputs[i] for i in trait.order]
             for tensor in outputs:
                 device.register(tensor)
+        if trait.may_be_ordered and torch.are_deterministic_algorithms_enabled():
+            device.estimate(f"{func._schema.name} with deterministic algorithms")
         if trait.is_gemm and all(t.numel() for t in (*outputs, *tensors_in(args))):  # torch asks for nothing else
             device.take_gemm_workspace(lt=takes_lt(func, args, kwargs))
         if trait.is_mutable:

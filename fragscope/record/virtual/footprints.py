@@ -42,6 +42,15 @@ OUTPUTS_ONLY = frozenset(
 )  # fmt: skip
 """Operators that allocate their outputs, in order, and nothing else."""
 
+ORDERED_ON_DEMAND = frozenset(
+    f"aten::{name}{suffix}"
+    for name in ("index_copy", "index_add", "scatter", "scatter_add", "scatter_reduce", "put", "cumsum")
+    for suffix in ("", "_")
+)
+"""Operators that take other steps, or refuse, under ``torch.use_deterministic_algorithms``.
+
+Source: uses of ``deterministicAlgorithms`` and ``alertNotDeterministic`` in aten/src/ATen/native/cuda.
+"""
 NO_KERNEL = frozenset(
     f"aten::{name}"
     for name in (

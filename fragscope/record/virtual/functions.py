@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from fragscope.record.virtual.arguments import tensors_in
 from fragscope.record.virtual.attention import Attention
 from fragscope.record.virtual.autocast import casts
 from fragscope.record.virtual.card import VirtualCard
@@ -442,11 +443,11 @@ class FunctionMode(TorchFunctionMode):
             return self._attends(func, *args, **kwargs)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
 
-    def _quantized(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _quantized(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Torch's rule for the result's type says that of the input, four times as large."""
-        if self._place(tensor) is Place.CARD:
+        if any(self._place(t) is Place.CARD for t in tensors_in((*args, *kwargs.values()))):
             raise self._device.unsupported("tensors of quantized types are not supported on the virtual device")
-        return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        return func(*args, **kwargs)
 
     def _left_aligned(self, func: Any, tensor: torch.Tensor, mask: torch.Tensor) -> bool:
         """Whether an encoder may leave out padding in nested tensors, which depends on the mask: it is taken not to."""

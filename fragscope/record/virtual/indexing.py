@@ -45,8 +45,18 @@ class Indexing:
         self._device, self._inference = device, inference
         self._by_value, self._again = by_value, again
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry]) -> Any:
-        """``aten::index``, ``aten::index_put`` and ``aten::index_put_``."""
+    def run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entries: list[Entry], *, of_formula: bool
+    ) -> Any:
+        """``aten::index``, ``aten::index_put`` and ``aten::index_put_``.
+
+        Args:
+            func: the operator.
+            args: of the call.
+            kwargs: of the call.
+            entries: of the followed tensors in it.
+            of_formula: a formula of derivatives asks, whose indices are not checked.
+        """
         device, storages = self._device, self._device.storages
         target: torch.Tensor = args[0]
         if storages.place(target) is not Place.CARD:
@@ -89,7 +99,13 @@ class Indexing:
             for tensor in tensors_in(out):
                 device.register(tensor)
             if accumulate:
-                device.follow_plan("aten::index_put_", accumulated(target, indices, args[2], device.card), [])
+                is_functional = not func._schema.is_mutable
+                if is_functional and not of_formula and torch._C._current_graph_task_id() != -1:
+                    device.estimate("aten::index_put with accumulate in a backward pass")  # a formula's, or not
+                plan = accumulated(target, indices, args[2], device.card, is_checked=not of_formula)
+                device.follow_plan("aten::index_put_", plan, [])
+            elif writes and torch.are_deterministic_algorithms_enabled():
+                device.estimate("aten::index_put_ with deterministic algorithms")
             device.launched(func._schema.name, tensors_in([target, indices, *values]), tensors_in(out))
             written = [target] if func._schema.is_mutable else ()
             device.values.follow(func, (target, indices, *args[2:]), kwargs, out, entries, written)

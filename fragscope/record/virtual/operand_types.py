@@ -1,6 +1,6 @@
 """Operands that an operator's kernel refuses on a card and torch's rules for shapes take, in the words of torch.
 
-Code that mixes types would otherwise run here and fail on a card.
+Code that mixes types would otherwise run here and fail on a card. Of empty operands no kernel is asked.
 
 Source: ``addmm_out_cuda_impl`` and ``ADDMM_META`` in cuda/Blas.cpp and LinearAlgebra.cpp of aten/src/ATen/native, the
 checks of Convolution.cpp, LossNLL.cpp and TensorAdvancedIndexing.cpp there; ``processErrorMsg`` in
@@ -75,20 +75,23 @@ def _multiply(first: torch.Tensor, second: torch.Tensor, kernel: str) -> None:
         raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({rows}x{inner} and {other}x{columns})")
     if first.dtype != second.dtype:
         raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {_cpp(first)} != {_cpp(second)}")
-    _has_kernel(first, kernel)
+    if first.numel() and second.numel():
+        _has_kernel(first, kernel)
 
 
 def _bmm(first: torch.Tensor, second: torch.Tensor, *rest: Any, **named: Any) -> None:
     if first.dtype != second.dtype:
         raise RuntimeError(f"expected scalar type {_scalar(first)} but found {_scalar(second)}")
-    _has_kernel(first, "baddbmm_cuda")
+    if first.numel() and second.numel():
+        _has_kernel(first, "baddbmm_cuda")
 
 
 def _mv(matrix: torch.Tensor, vector: torch.Tensor, **named: Any) -> None:
     if matrix.dtype != vector.dtype:
         given = ", ".join((_scalar(vector), _scalar(matrix)))
         raise RuntimeError(f"addmv input tensors must have the same dtype, but got {given}, and {_scalar(vector)}")
-    _has_kernel(matrix, "addmv_impl_cuda")
+    if matrix.numel():
+        _has_kernel(matrix, "addmv_impl_cuda")
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor, **named: Any) -> None:
@@ -105,7 +108,7 @@ def _has_kernel(tensor: torch.Tensor, name: str) -> None:
 
 
 def _convolution(source: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> None:
-    if source.dtype != weight.dtype:
+    if source.dtype != weight.dtype and source.numel() and weight.numel():
         raise RuntimeError(
             f"Input type ({_tensor_type(source)}) and weight type ({_tensor_type(weight)}) should be the same"
         )
@@ -114,12 +117,12 @@ def _convolution(source: torch.Tensor, weight: torch.Tensor, *rest: Any, **named
 def _layer_norm(source: torch.Tensor, shape: Any, *parameters: Any, **named: Any) -> None:
     """The host's kernel takes parameters in float32 beside a narrower input; the card's does not."""
     for parameter in parameters:
-        if isinstance(parameter, torch.Tensor) and parameter.dtype != source.dtype:
+        if isinstance(parameter, torch.Tensor) and parameter.dtype != source.dtype and source.numel():
             raise RuntimeError(f"expected scalar type {_scalar(source)} but found {_scalar(parameter)}")
 
 
 def _nll_loss(source: torch.Tensor, target: torch.Tensor, *rest: Any, **named: Any) -> None:
-    if target.dtype not in (torch.int64, torch.uint8):
+    if target.dtype not in (torch.int64, torch.uint8) and target.numel():
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_scalar(target)}")
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from fragscope.record.virtual.arguments import tensors_in
-from fragscope.record.virtual.footprints import GEMMS, NO_KERNEL, OUTPUT_ORDER, SHAPE_OF_INPUT, is_known
+from fragscope.record.virtual.footprints import (
+    GEMMS,
+    NO_KERNEL,
+    ORDERED_ON_DEMAND,
+    OUTPUT_ORDER,
+    SHAPE_OF_INPUT,
+    is_known,
+)
 from fragscope.record.virtual.operand_types import CHECKS
 from fragscope.record.virtual.overlaps import UNCHECKED
 from fragscope.record.virtual.scratch import PLANS
@@ -44,6 +51,7 @@ class Trait:
         is_checked: it refuses to write where elements, or an input, overlap.
         check: refuses operands that its kernel does not take; None where the rules for shapes do.
         is_gemm: it runs in cuBLAS.
+        may_be_ordered: it takes other steps with deterministic algorithms.
         made_of: makes its result of other operators, where torch does so on a card alone.
         plan: tells its scratch; None where the order of its outputs is all there is to say.
         order: the order its outputs are allocated in, where it is not that of the results.
@@ -55,8 +63,25 @@ class Trait:
     """
 
     __slots__ = (
-        "_makes", "_reads", "_training", "_unmarked", "_written", "check", "fills", "has_kernel", "is_checked",
-        "is_composite", "is_gemm", "is_known", "is_mutable", "is_view", "made_of", "needs_values", "order", "plan",
+        "_makes",
+        "_reads",
+        "_training",
+        "_unmarked",
+        "_written",
+        "check",
+        "fills",
+        "has_kernel",
+        "is_checked",
+        "is_composite",
+        "is_gemm",
+        "is_known",
+        "is_mutable",
+        "is_view",
+        "made_of",
+        "may_be_ordered",
+        "needs_values",
+        "order",
+        "plan",
         "writes_only",
     )  # fmt: skip
 
@@ -70,7 +95,9 @@ class Trait:
         self._training = _TRAINING.get(schema.name)
         self.is_mutable = schema.is_mutable or bool(self._unmarked)
         self.is_checked = schema.is_mutable and torch.Tag.pointwise in func.tags and schema.name not in UNCHECKED
-        self.check = CHECKS.get(schema.name)
+        # Overloads that name the type of their result have rules of their own, which differ between releases.
+        self.check = None if "dtype" in schema.overload_name else CHECKS.get(schema.name)
+        self.may_be_ordered = schema.name in ORDERED_ON_DEMAND
         self.is_gemm = schema.name in GEMMS
         self.made_of = None if schema.is_mutable else COMPOSITES.get(schema.name)
         self.plan = PLANS.get(schema.name)

@@ -41,15 +41,22 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torc
     size = cub.radix_sort(count, 8, 8)
     unique = cub.unique_by_key(count)
     sums = cub.scan(rows, 8)
-    assert size is not None
-    assert sums is not None
+    if size is None or sums is None:
+        return outputs_then(1).guessed("of so many indices")
     parts = count // _ROWS_A_THREAD + rows
     plan = Plan().take(each, each, each, size).give(3, 2).out(0)
     plan.take(each, 8).pass_by(each, unique).take(8 * rows, 8 * rows).pass_by(sums).take(8)
     return plan.take(8 * parts, 4 * parts * gradient.shape[-1])
 
 
-def accumulated(target: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, card: Card) -> Plan:
+def accumulated(
+    target: torch.Tensor,
+    indices: Sequence[torch.Tensor | None],
+    values: torch.Tensor,
+    card: Card,
+    *,
+    is_checked: bool,
+) -> Plan:
     """Scratch of ``index_put_(accumulate=True)``: places in memory are made of the indices, and sorted.
 
     Args:
@@ -57,6 +64,7 @@ def accumulated(target: torch.Tensor, indices: Sequence[torch.Tensor | None], va
         indices: known for those of the first dimensions, all of one shape.
         values: what is added.
         card: the kernel runs on it.
+        is_checked: whether indices are in bounds is asked: a program's own, and not those of a formula.
     """
     given = [i for i in indices if i is not None]
     plan = Plan()
@@ -70,7 +78,6 @@ def accumulated(target: torch.Tensor, indices: Sequence[torch.Tensor | None], va
         return plan.guessed("with accumulate on strided tensors")
     count = given[0].numel()
     each, slice_size = 8 * count, math.prod(target.shape[len(given) :])
-    is_checked = torch._C._current_graph_task_id() == -1  # a program's own indices, and not those of a formula
     for number, index in enumerate(given):
         if is_checked:
             for operator in ("aten::max", "aten::min"):
