@@ -215,12 +215,13 @@ class VirtualCard:
                     scratch.append(self.allocate(n))
                 else:
                     id_, scratch[n] = scratch[n], None
-                    self._release(id_)
+                    self.release(id_)
         finally:
             for id_ in reversed(scratch):
-                self._release(id_)
+                self.release(id_)
 
-    def _release(self, id_: int | None) -> None:
+    def release(self, id_: int | None) -> None:
+        """Give back what ``allocate`` gave, which is None for no bytes."""
         if id_ is not None:
             self.memory.free(id_)
 

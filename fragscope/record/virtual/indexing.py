@@ -130,7 +130,7 @@ class Indexing:
                 if index.dtype == torch.int32:
                     elements = index.numel() if index.shape == shape else math.prod(shape)
                     old, copies[position] = copies[position], take(elements * 8)
-                    self._release(old)
+                    self._device.release(old)
             expanded = [i.expand(shape) for i, _ in given]
             if len({e.stride() for e in expanded}) > 1:
                 olds: list[int | None] = []
@@ -139,15 +139,11 @@ class Indexing:
                         olds.append(copies[position])
                         copies[position] = take(math.prod(shape) * 8)
                 for id_ in olds:
-                    self._release(id_)
+                    self._device.release(id_)
             yield
         finally:
             for id_ in reversed(copies):
-                self._release(id_)
-
-    def _release(self, id_: int | None) -> None:
-        if id_ is not None:
-            self._device.memory.free(id_)
+                self._device.release(id_)
 
 
 def _only_mask(target: torch.Tensor, indices: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
